@@ -1,0 +1,1613 @@
+/* QQQ in plain C, no CUDA. From top to bottom:
+ *
+ *   0  errors, memory, JSON
+ *   1  files: safetensors reader and writer, config.json, model loading
+ *   2  the W4A8 number formats
+ *   3  the forward pass, float and W4A8
+ *   4  rotation
+ *   5  adaptive smoothing
+ *   6  GPTQ
+ *
+ * The contracts of the public functions stand in qqq.h. */
+#define _GNU_SOURCE
+#define JSMN_STATIC
+#define JSMN_STRICT
+#define JSMN_PARENT_LINKS // without them jsmn needs quadratic time for long arrays
+#include <jsmn.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "qqq.h"
+
+/* ============================================================================================
+ * 0  Errors, memory, JSON
+ * ============================================================================================ */
+
+// The file that is being written, to be removed if the program ends early; "" if there is none.
+static char temporary[4096];
+
+static void end_with(int status, const char *format, va_list args) {
+    fprintf(stderr, "error: ");
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    if (temporary[0]) unlink(temporary);
+    exit(status);
+}
+
+void die(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    end_with(1, format, args);
+    __builtin_unreachable();
+}
+
+void die_usage(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    end_with(2, format, args);
+    __builtin_unreachable();
+}
+
+void *allocate(size_t count, size_t size) {
+    size_t bytes;
+    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX - 64)
+        die("out of memory: %zu x %zu bytes were asked for", count, size);
+    bytes = (bytes + 63) / 64 * 64; // aligned_alloc asks for a multiple
+    void *p = aligned_alloc(64, bytes ? bytes : 64);
+    if (!p) die("out of memory: %.1f GB were asked for", bytes / 1e9);
+    return memset(p, 0, bytes);
+}
+
+static char *copy_text(const char *text, size_t bytes) {
+    char *copy = allocate(bytes + 1, 1);
+    memcpy(copy, text, bytes);
+    return copy;
+}
+
+static char *format_text(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+static char *format_text(const char *format, ...) {
+    char *text;
+    va_list args;
+    va_start(args, format);
+    if (vasprintf(&text, format, args) < 0) die("out of memory");
+    va_end(args);
+    return text;
+}
+
+double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+struct Json {
+    const char *name, *text;
+    jsmntok_t *tokens; // [n] in the order of the text; a key is the parent of its value
+    int n;
+};
+
+/* jsmn is lenient: it takes keys without values and several values in a row. JSON does not. */
+static bool well_formed(const Json *j, int i) {
+    const jsmntok_t *t = &j->tokens[i];
+    if (t->parent < 0) return i == 0 && (t->type != JSMN_STRING || t->size == 0);
+    const jsmntok_t *parent = &j->tokens[t->parent];
+    if (parent->type == JSMN_OBJECT) return t->type == JSMN_STRING && t->size == 1;
+    bool holds_values = t->type == JSMN_OBJECT || t->type == JSMN_ARRAY;
+    bool in_key = parent->type == JSMN_STRING && parent->parent >= 0 &&
+                  j->tokens[parent->parent].type == JSMN_OBJECT;
+    return (parent->type == JSMN_ARRAY || in_key) && (holds_values || t->size == 0);
+}
+
+Json *json_parse(const char *name, const char *text, size_t bytes) {
+    jsmn_parser parser;
+    jsmn_init(&parser);
+    int n = bytes < INT32_MAX ? jsmn_parse(&parser, text, bytes, NULL, 0) : JSMN_ERROR_NOMEM;
+    if (n <= 0) die("%s: not valid JSON (near byte %u)", name, parser.pos);
+    Json *j = allocate(1, sizeof *j);
+    *j = (Json){name, text, allocate(n, sizeof *j->tokens), n};
+    jsmn_init(&parser);
+    if (jsmn_parse(&parser, text, bytes, j->tokens, n) != n) die("%s: not valid JSON", name);
+    for (int i = 0; i < n; i++)
+        if (!well_formed(j, i)) die("%s: not valid JSON (near byte %d)", name, j->tokens[i].start);
+    return j;
+}
+
+void json_free(Json *j) {
+    if (j) free(j->tokens);
+    free(j);
+}
+
+char json_type(const Json *j, int node) {
+    if (node < 0) return 0;
+    switch (j->tokens[node].type) {
+    case JSMN_OBJECT:
+        return '{';
+    case JSMN_ARRAY:
+        return '[';
+    case JSMN_STRING:
+        return '"';
+    default:
+        return 'p';
+    }
+}
+
+int json_first(const Json *j, int node) {
+    char type = json_type(j, node);
+    return (type == '{' || type == '[') && j->tokens[node].size > 0 ? node + 1 : -1;
+}
+
+int json_next(const Json *j, int node, int child) {
+    bool key = json_type(j, node) == '{';
+    int end = j->tokens[key ? child + 1 : child].end;
+    int i = child + 1;
+    while (i < j->n && j->tokens[i].start < end) i++; // over what the child holds
+    return i < j->n && j->tokens[i].start < j->tokens[node].end ? i : -1;
+}
+
+int json_get(const Json *j, int node, const char *key) {
+    if (json_type(j, node) != '{') return -1;
+    for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i))
+        if (json_is(j, i, key)) return i + 1;
+    return -1;
+}
+
+bool json_is(const Json *j, int node, const char *s) {
+    char type = json_type(j, node);
+    if (type != '"' && type != 'p') return false;
+    const jsmntok_t *t = &j->tokens[node];
+    size_t bytes = t->end - t->start;
+    if (!memchr(j->text + t->start, '\\', bytes))
+        return bytes == strlen(s) && !memcmp(j->text + t->start, s, bytes);
+    char *resolved = json_string(j, node, &bytes);
+    bool same = bytes == strlen(s) && !memcmp(resolved, s, bytes);
+    free(resolved);
+    return same;
+}
+
+static int hex4(const char *s) {
+    int value = 0;
+    for (int i = 0; i < 4; i++) {
+        int c = s[i] | 32; // jsmn has checked that these are hexadecimal digits
+        value = value * 16 + (c <= '9' ? c - '0' : c - 'a' + 10);
+    }
+    return value;
+}
+
+static int put_utf8(uint32_t c, char *out) {
+    if (c < 0x80) return out[0] = c, 1;
+    int n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (int i = n - 1; i > 0; i--, c >>= 6) out[i] = 0x80 | (c & 0x3f);
+    out[0] = (0xf00 >> n & 0xff) | c;
+    return n;
+}
+
+char *json_string(const Json *j, int node, size_t *bytes) {
+    if (json_type(j, node) != '"') die("%s: a string was expected", j->name);
+    const char *s = j->text + j->tokens[node].start, *end = j->text + j->tokens[node].end;
+    char *out = malloc(end - s + 1), *o = out; // resolving an escape never makes it longer
+    if (!out) die("out of memory");
+    while (s < end) {
+        if (*s != '\\') {
+            *o++ = *s++;
+        } else if (s[1] != 'u') {
+            const char *from = "bfnrt", *to = "\b\f\n\r\t", *found = strchr(from, s[1]);
+            *o++ = found ? to[found - from] : s[1];
+            s += 2;
+        } else {
+            uint32_t c = hex4(s + 2);
+            s += 6;
+            if (c >= 0xd800 && c < 0xdc00 && end - s >= 6 && s[0] == '\\' && s[1] == 'u' &&
+                hex4(s + 2) >= 0xdc00 && hex4(s + 2) < 0xe000) {
+                c = 0x10000 + ((c - 0xd800) << 10) + (hex4(s + 2) - 0xdc00);
+                s += 6;
+            }
+            bool lone_surrogate = c >= 0xd800 && c < 0xe000;
+            o += put_utf8(lone_surrogate ? 0xfffd : c, o);
+        }
+    }
+    *o = 0;
+    *bytes = o - out;
+    return out;
+}
+
+bool json_number(const Json *j, int node, double *value) {
+    if (json_type(j, node) != 'p') return false;
+    const jsmntok_t *t = &j->tokens[node];
+    char digits[64] = {0}, *end;
+    size_t bytes = t->end - t->start;
+    if (bytes >= sizeof digits) return false;
+    memcpy(digits, j->text + t->start, bytes);
+    if (strspn(digits, "+-.0123456789eE") != bytes) return false;
+    *value = strtod(digits, &end);
+    return !*end && isfinite(*value);
+}
+
+/* ============================================================================================
+ * 1  Files
+ *
+ * A safetensors file is: 8 bytes, little-endian, the header's length; a JSON header
+ * {"__metadata__": {...}, name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}; the data,
+ * to which the offsets refer. https://huggingface.co/docs/safetensors
+ * ============================================================================================ */
+
+typedef struct Mapping {
+    char *path;
+    const char *data; // [bytes]
+    size_t bytes;
+} Mapping;
+
+static const struct {
+    const char *name;
+    size_t size;
+} dtypes[] = {[F32] = {"F32", 4}, [F16] = {"F16", 2}, [BF16] = {"BF16", 2}, [U8] = {"U8", 1}};
+
+enum { N_DTYPES = sizeof dtypes / sizeof *dtypes };
+
+size_t dtype_size(DType dtype) {
+    return dtypes[dtype].size;
+}
+
+const char *dtype_name(DType dtype) {
+    return dtypes[dtype].name;
+}
+
+static float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static uint32_t float_to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static float f16_to_float(uint16_t h) {
+    // Moved into place the exponent is 112 too small; the product is exact, also for subnormals.
+    float magnitude = bits_to_float((h & 0x7fffu) << 13) * 0x1p112f;
+    uint32_t inf_or_nan = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    return bits_to_float(float_to_bits(magnitude) | inf_or_nan | (h & 0x8000u) << 16);
+}
+
+uint16_t float_to_f16(float x) {
+    uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return sign | 0x7e00;  // NaN
+    if (magnitude >= 0x477ff000) return sign | 0x7c00; // 65520 and more round to infinity
+    // Below 2^-14 a half counts in steps of 2^-24: adding 0.5, whose ulp that is, rounds to them.
+    if (magnitude < 0x38800000) return sign | (float_to_bits(fabsf(x) + 0.5f) - 0x3f000000);
+    uint32_t half_ulp = 0xfff + (magnitude >> 13 & 1); // ties to even
+    return sign | ((magnitude - (112u << 23) + half_ulp) >> 13);
+}
+
+float load_float(const void *data, DType dtype, size_t i) {
+    float x;
+    floats(data, dtype, i, 1, &x);
+    return x;
+}
+
+void floats(const void *data, DType dtype, size_t first, size_t n, float *out) {
+    const char *p = (const char *)data + first * dtypes[dtype].size;
+    uint16_t h;
+    switch (dtype) {
+    case F32:
+        memcpy(out, p, n * sizeof *out);
+        break;
+    case F16:
+        for (size_t i = 0; i < n; i++) out[i] = f16_to_float((memcpy(&h, p + 2 * i, 2), h));
+        break;
+    case BF16: // the upper half of a float
+        for (size_t i = 0; i < n; i++)
+            out[i] = bits_to_float((uint32_t)(memcpy(&h, p + 2 * i, 2), h) << 16);
+        break;
+    case U8:
+        die("a U8 tensor was read as floats");
+    }
+}
+
+static bool is_directory(const char *path) {
+    struct stat st;
+    if (stat(path, &st)) die("%s: %s", path, strerror(errno));
+    return S_ISDIR(st.st_mode);
+}
+
+/* Maps a file read-only. An absent file is an error, or {0} where it is optional. */
+static Mapping map_file(char *path, bool optional) {
+    int fd = open(path, O_RDONLY);
+    if (fd < 0 && optional && errno == ENOENT) return free(path), (Mapping){0};
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st)) die("%s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("%s: not a regular file", path);
+    if (st.st_size == 0) die("%s: the file is empty", path);
+    void *data = mmap(NULL, st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (data == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
+    close(fd);
+    return (Mapping){path, data, st.st_size};
+}
+
+char *read_text(const char *path, size_t *bytes) {
+    Mapping m = map_file(format_text("%s", path), false);
+    char *text = copy_text(m.data, m.bytes);
+    *bytes = m.bytes;
+    munmap((void *)m.data, m.bytes);
+    free(m.path);
+    return text;
+}
+
+/* A whole number in [0, max] or -1. */
+static int64_t json_integer(const Json *j, int node, double max) {
+    double x;
+    return json_number(j, node, &x) && x >= 0 && x <= max && x == floor(x) ? (int64_t)x : -1;
+}
+
+/* One entry of a safetensors header; data [bytes] is all that stands behind the header. */
+static Tensor parse_tensor(const Json *j, int key, const char *path, const char *data,
+                           size_t bytes) {
+    Tensor t = {.path = path};
+    size_t length;
+    t.name = json_string(j, key, &length);
+    if (strlen(t.name) != length) die("%s: a tensor's name holds a NUL", path);
+
+    int dtype = json_get(j, key + 1, "dtype"), d = 0;
+    while (d < N_DTYPES && !json_is(j, dtype, dtypes[d].name)) d++;
+    if (d == N_DTYPES)
+        die("%s: tensor %s has a dtype other than F32, F16, BF16 and U8", path, t.name);
+    t.dtype = d;
+
+    int shape = json_get(j, key + 1, "shape");
+    size_t size = dtypes[d].size;
+    if (json_type(j, shape) != '[') die("%s: tensor %s has no shape", path, t.name);
+    for (int i = json_first(j, shape); i >= 0; i = json_next(j, shape, i)) {
+        int64_t extent = json_integer(j, i, 0x1p53);
+        if (extent < 0 || t.n_dims == 4 || __builtin_mul_overflow(size, extent, &size))
+            die("%s: tensor %s has a shape that cannot be", path, t.name);
+        t.shape[t.n_dims++] = extent;
+    }
+
+    int offsets = json_get(j, key + 1, "data_offsets"), first = json_first(j, offsets);
+    int second = first < 0 ? -1 : json_next(j, offsets, first);
+    int64_t begin = json_integer(j, first, 0x1p53), end = json_integer(j, second, 0x1p53);
+    if (json_type(j, offsets) != '[' || begin < 0 || end < begin)
+        die("%s: tensor %s has no valid data_offsets", path, t.name);
+    if ((size_t)end > bytes)
+        die("%s: tensor %s ends at byte %lld of the data, but the file has only %zu (truncated?)",
+            path, t.name, (long long)end, bytes);
+    if ((size_t)(end - begin) != size)
+        die("%s: tensor %s has %lld bytes, its dtype and shape ask for %zu", path, t.name,
+            (long long)(end - begin), size);
+    t.data = data + begin;
+    t.bytes = size;
+    return t;
+}
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const Tensor *)a)->name, ((const Tensor *)b)->name);
+}
+
+static int by_address(const void *a, const void *b) {
+    const Tensor *x = a, *y = b;
+    if (x->data != y->data) return x->data < y->data ? -1 : 1;
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes); // empty ones first
+}
+
+static const Mapping *add_mapping(Checkpoint *c, Mapping m) {
+    Mapping *maps = realloc(c->maps, (c->n_maps + 1) * sizeof *maps);
+    if (!maps) die("out of memory");
+    c->maps = maps;
+    c->maps[c->n_maps] = m;
+    return &c->maps[c->n_maps++];
+}
+
+/* Adds the tensors of a safetensors file. Returns its parsed header. */
+static Json *add_safetensors(Checkpoint *c, const Mapping m) {
+    uint64_t length = 0;
+    for (size_t i = 0; i < 8 && i < m.bytes; i++) length |= (uint64_t)(uint8_t)m.data[i] << 8 * i;
+    if (m.bytes < 8 || length > m.bytes - 8)
+        die("%s: not a safetensors file: a header of %llu bytes in a file of %zu", m.path,
+            (unsigned long long)length, m.bytes);
+    Json *j = json_parse(m.path, m.data + 8, length);
+    if (json_type(j, 0) != '{') die("%s: the safetensors header is no JSON object", m.path);
+
+    int first = c->n_tensors;
+    for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
+        if (json_is(j, key, "__metadata__")) continue;
+        if ((c->n_tensors & (c->n_tensors - 1)) == 0) { // full at each power of two
+            size_t capacity = c->n_tensors ? 2 * c->n_tensors : 1;
+            c->tensors = realloc(c->tensors, capacity * sizeof *c->tensors);
+            if (!c->tensors) die("out of memory");
+        }
+        c->tensors[c->n_tensors++] =
+            parse_tensor(j, key, m.path, m.data + 8 + length, m.bytes - 8 - length);
+    }
+    Tensor *t = c->tensors + first;
+    int n = c->n_tensors - first;
+    qsort(t, n, sizeof *t, by_address);
+    for (int i = 1; i < n; i++)
+        if ((const char *)t[i - 1].data + t[i - 1].bytes > (const char *)t[i].data)
+            die("%s: tensors %s and %s overlap", m.path, t[i - 1].name, t[i].name);
+    return j;
+}
+
+static void sort_tensors(Checkpoint *c) {
+    qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
+    for (int i = 1; i < c->n_tensors; i++)
+        if (!by_name(&c->tensors[i - 1], &c->tensors[i]))
+            die("%s: tensor %s stands there twice", c->path, c->tensors[i].name);
+}
+
+static int by_text(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+/* The shards that "weight_map" of the index names, each once. */
+static void add_shards(Checkpoint *c, Mapping index) {
+    Json *j = json_parse(index.path, index.data, index.bytes);
+    int map = json_get(j, 0, "weight_map"), n = 0;
+    if (json_first(j, map) < 0) die("%s: no weight_map", index.path);
+    char **shards = allocate(j->n, sizeof *shards);
+    for (int key = json_first(j, map); key >= 0; key = json_next(j, map, key)) {
+        size_t bytes;
+        if (json_type(j, key + 1) != '"') die("%s: weight_map is no map of names", index.path);
+        shards[n++] = json_string(j, key + 1, &bytes);
+        if (strchr(shards[n - 1], '/')) die("%s: shard %s is a path", index.path, shards[n - 1]);
+    }
+    qsort(shards, n, sizeof *shards, by_text);
+    for (int i = 0; i < n; i++)
+        if (i == 0 || strcmp(shards[i - 1], shards[i])) {
+            char *path = format_text("%s/%s", c->path, shards[i]);
+            json_free(add_safetensors(c, *add_mapping(c, map_file(path, false))));
+        }
+    for (int i = 0; i < n; i++) free(shards[i]);
+    free(shards);
+    sort_tensors(c);
+    for (int key = json_first(j, map); key >= 0; key = json_next(j, map, key)) {
+        size_t bytes;
+        char *name = json_string(j, key, &bytes);
+        if (!checkpoint_find(c, name))
+            die("%s: tensor %s is in none of the shards", index.path, name);
+        free(name);
+    }
+    json_free(j);
+}
+
+static char *optional_text(const char *directory, const char *name) {
+    Mapping m = map_file(format_text("%s/%s", directory, name), true);
+    char *text = m.data ? copy_text(m.data, m.bytes) : NULL;
+    if (m.data) munmap((void *)m.data, m.bytes);
+    free(m.path);
+    return text;
+}
+
+static void open_directory(Checkpoint *c) {
+    size_t bytes;
+    char *config = format_text("%s/config.json", c->path);
+    c->config = read_text(config, &bytes);
+    free(config);
+    c->generation_config = optional_text(c->path, "generation_config.json");
+    Mapping tokenizer = map_file(format_text("%s/tokenizer.json", c->path), true);
+    if (tokenizer.data) {
+        c->tokenizer = tokenizer.data;
+        c->tokenizer_bytes = tokenizer.bytes;
+        add_mapping(c, tokenizer);
+    }
+    Mapping index = map_file(format_text("%s/model.safetensors.index.json", c->path), true);
+    if (index.data) {
+        add_shards(c, *add_mapping(c, index));
+    } else {
+        char *path = format_text("%s/model.safetensors", c->path);
+        json_free(add_safetensors(c, *add_mapping(c, map_file(path, false))));
+        sort_tensors(c);
+    }
+}
+
+static char *metadata_text(const Json *j, const char *key) {
+    int node = json_get(j, json_get(j, 0, "__metadata__"), key);
+    size_t bytes;
+    return json_type(j, node) == '"' ? json_string(j, node, &bytes) : NULL;
+}
+
+static void open_model_bin(Checkpoint *c) {
+    Json *j = add_safetensors(c, *add_mapping(c, map_file(format_text("%s", c->path), false)));
+    sort_tensors(c);
+    char *format = metadata_text(j, "format"), *version = metadata_text(j, "version");
+    if (!format || strcmp(format, "qqq"))
+        die("%s: a safetensors file, but no model.bin (its format is %s, not qqq); for a Hugging "
+            "Face model give the directory",
+            c->path, format ? format : "not stated");
+    if (!version || strcmp(version, "1"))
+        die("%s: version %s of the format, only 1 is known", c->path, version ? version : "none");
+    free(format);
+    free(version);
+    c->config = metadata_text(j, "config");
+    if (!c->config) die("%s: no config in __metadata__", c->path);
+    c->generation_config = metadata_text(j, "generation_config");
+    c->quantization = metadata_text(j, "quantization");
+    const Tensor *tokenizer = checkpoint_find(c, "tokenizer.json");
+    if (tokenizer && tokenizer->dtype != U8) die("%s: tokenizer.json is not U8", c->path);
+    if (tokenizer) c->tokenizer = tokenizer->data, c->tokenizer_bytes = tokenizer->bytes;
+    json_free(j);
+}
+
+Checkpoint *checkpoint_open(const char *path) {
+    Checkpoint *c = allocate(1, sizeof *c);
+    c->path = copy_text(path, strlen(path));
+    if (is_directory(path))
+        open_directory(c);
+    else
+        open_model_bin(c);
+    return c;
+}
+
+void checkpoint_close(Checkpoint *c) {
+    for (int i = 0; i < c->n_tensors; i++) free(c->tensors[i].name);
+    for (int i = 0; i < c->n_maps; i++) {
+        munmap((void *)c->maps[i].data, c->maps[i].bytes);
+        free(c->maps[i].path);
+    }
+    free(c->tensors);
+    free(c->maps);
+    free(c->config);
+    free(c->generation_config);
+    free(c->quantization);
+    free(c->path);
+    free(c);
+}
+
+const Tensor *checkpoint_find(const Checkpoint *c, const char *name) {
+    Tensor key = {.name = (char *)name};
+    if (!c->n_tensors) return NULL;
+    return bsearch(&key, c->tensors, c->n_tensors, sizeof key, by_name);
+}
+
+/* ---- the writer ---- */
+
+struct Writer {
+    char *path; // the target; the file being written is `temporary`
+    int fd, n;
+    struct Slot {
+        char *name;
+        size_t offset, bytes; // in the file
+        bool written;
+    } * slots; // [n]
+    size_t bytes;
+};
+
+static void on_signal(int signal_number) {
+    static const char line[] = "error: interrupted, nothing was written\n";
+    if (temporary[0]) unlink(temporary);
+    if (write(STDERR_FILENO, line, sizeof line - 1) < 0) _exit(1);
+    signal(signal_number, SIG_DFL);
+    raise(signal_number);
+}
+
+/* `text` as a JSON string. */
+static void put_json_string(FILE *out, const char *text) {
+    fputc('"', out);
+    for (const unsigned char *s = (const unsigned char *)text; *s; s++) {
+        if (*s == '"' || *s == '\\')
+            fprintf(out, "\\%c", *s);
+        else if (*s < ' ')
+            fprintf(out, "\\u%04x", *s);
+        else
+            fputc(*s, out);
+    }
+    fputc('"', out);
+}
+
+static void put_metadata(FILE *out, const char *key, const char *value) {
+    if (!value) return;
+    fprintf(out, ",\"%s\":", key);
+    put_json_string(out, value);
+}
+
+static void put_tensor(FILE *out, const Tensor *t, size_t *offset) {
+    fprintf(out, ",");
+    put_json_string(out, t->name);
+    fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", dtypes[t->dtype].name);
+    for (int i = 0; i < t->n_dims; i++) fprintf(out, i ? ",%lld" : "%lld", (long long)t->shape[i]);
+    fprintf(out, "],\"data_offsets\":[%zu,%zu]}", *offset, *offset + t->bytes);
+    *offset += t->bytes;
+}
+
+static void write_at(Writer *w, const void *data, size_t bytes, size_t offset) {
+    for (size_t done = 0; done < bytes;) {
+        ssize_t n = pwrite(w->fd, (const char *)data + done, bytes - done, offset + done);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) die("%s: cannot be written: %s", w->path, strerror(n ? errno : ENOSPC));
+        done += n;
+    }
+}
+
+Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
+                    const Tensor *tensors, int n) {
+    // DESIGN's order: whole multiples of 256 bytes, the small rest, the tokenizer.
+    Tensor *ordered = allocate(n + 1, sizeof *ordered);
+    int m = 0;
+    for (int rest = 0; rest < 2; rest++)
+        for (int i = 0; i < n; i++)
+            if ((tensors[i].bytes % 256 != 0) == rest) ordered[m++] = tensors[i];
+    if (c->tokenizer)
+        ordered[m++] = (Tensor){.name = "tokenizer.json",
+                                .dtype = U8,
+                                .n_dims = 1,
+                                .shape = {c->tokenizer_bytes},
+                                .data = c->tokenizer,
+                                .bytes = c->tokenizer_bytes};
+
+    char *header;
+    size_t length, data_bytes = 0;
+    FILE *out = open_memstream(&header, &length);
+    if (!out) die("out of memory");
+    fprintf(out, "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"1\"");
+    put_metadata(out, "quantization", quantization);
+    put_metadata(out, "config", c->config);
+    put_metadata(out, "generation_config", c->generation_config);
+    fprintf(out, "}");
+    for (int i = 0; i < m; i++) put_tensor(out, &ordered[i], &data_bytes);
+    fprintf(out, "}");
+    while ((8 + ftell(out)) % 4096) fputc(' ', out);
+    if (fclose(out)) die("out of memory");
+
+    Writer *w = allocate(1, sizeof *w);
+    w->path = copy_text(path, strlen(path));
+    if (snprintf(temporary, sizeof temporary, "%s.%d.tmp", path, (int)getpid()) >=
+        (int)sizeof temporary) {
+        temporary[0] = 0;
+        die("%s: the name is too long", path);
+    }
+    signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
+    w->fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
+    if (w->fd < 0) {
+        temporary[0] = 0;
+        die("%s: cannot be written: %s", path, strerror(errno));
+    }
+    int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    for (int i = 0; i < 3; i++) signal(signals[i], on_signal);
+
+    uint8_t prefix[8];
+    for (int i = 0; i < 8; i++) prefix[i] = (uint64_t)length >> 8 * i;
+    write_at(w, prefix, 8, 0);
+    write_at(w, header, length, 8);
+    free(header);
+    w->n = m;
+    w->slots = allocate(m, sizeof *w->slots);
+    w->bytes = 8 + length;
+    for (int i = 0; i < m; i++) {
+        w->slots[i] = (struct Slot){copy_text(ordered[i].name, strlen(ordered[i].name)), w->bytes,
+                                    ordered[i].bytes, false};
+        w->bytes += ordered[i].bytes;
+    }
+    free(ordered);
+    if (c->tokenizer) writer_put(w, "tokenizer.json", c->tokenizer, c->tokenizer_bytes);
+    return w;
+}
+
+void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
+    int i = 0;
+    while (i < w->n && (w->slots[i].written || strcmp(w->slots[i].name, name))) i++;
+    if (i == w->n || w->slots[i].bytes != bytes)
+        die("%s: tensor %s with %zu bytes was not announced", w->path, name, bytes);
+    write_at(w, data, bytes, w->slots[i].offset);
+    w->slots[i].written = true;
+}
+
+size_t writer_close(Writer *w) {
+    for (int i = 0; i < w->n; i++) {
+        if (!w->slots[i].written) die("%s: tensor %s is missing", w->path, w->slots[i].name);
+        free(w->slots[i].name);
+    }
+    if (fsync(w->fd) || close(w->fd) || rename(temporary, w->path))
+        die("%s: cannot be written: %s", w->path, strerror(errno));
+    temporary[0] = 0;
+    int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    for (int i = 0; i < 3; i++) signal(signals[i], SIG_DFL);
+    size_t bytes = w->bytes;
+    free(w->slots);
+    free(w->path);
+    free(w);
+    return bytes;
+}
+
+/* ---- config.json ---- */
+
+static int config_integer(const Json *j, const char *key, int min, int max) {
+    int node = json_get(j, 0, key);
+    if (node < 0) die("%s: %s is missing", j->name, key);
+    int64_t value = json_integer(j, node, 0x1p53);
+    if (value < min || value > max)
+        die("%s: %s must be a whole number from %d to %d", j->name, key, min, max);
+    return value;
+}
+
+static double config_real(const Json *j, int object, const char *key) {
+    double value;
+    int node = json_get(j, object, key);
+    if (node < 0) die("%s: %s is missing", j->name, key);
+    if (!json_number(j, node, &value) || value <= 0)
+        die("%s: %s must be a number above 0", j->name, key);
+    return value;
+}
+
+static bool config_true(const Json *j, const char *key) {
+    return json_is(j, json_get(j, 0, key), "true");
+}
+
+/* LLaMA 3.1 has `want` there; anything else is another architecture. */
+static void config_expect(const Json *j, int object, const char *key, const char *want) {
+    int node = json_get(j, object, key);
+    if (json_is(j, node, want)) return;
+    const jsmntok_t *t = node < 0 ? NULL : &j->tokens[node];
+    die("%s: %s is %.*s; only LLaMA 3.1 is supported, where it is %s", j->name, key,
+        t ? t->end - t->start : 7, t ? j->text + t->start : "missing", want);
+}
+
+static void add_eos(Config *c, const Json *j, int node) {
+    int64_t id = json_integer(j, node, INT32_MAX);
+    if (id < 0) die("%s: eos_token_id is no token id", j->name);
+    for (int i = 0; i < c->n_eos; i++)
+        if (c->eos[i] == id) return;
+    if (c->n_eos == sizeof c->eos / sizeof *c->eos) die("%s: too many eos_token_id", j->name);
+    c->eos[c->n_eos++] = id;
+}
+
+/* eos_token_id is a number, a list of them, or absent. */
+static void add_all_eos(Config *c, const Json *j) {
+    int node = json_get(j, 0, "eos_token_id");
+    double id;
+    if (json_number(j, node, &id)) add_eos(c, j, node);
+    for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i)) add_eos(c, j, i);
+}
+
+Config config_parse(const char *path, const char *config, const char *generation_config) {
+    char *name = format_text("%s: config.json", path);
+    Json *j = json_parse(name, config, strlen(config));
+    config_expect(j, 0, "model_type", "llama");
+    config_expect(j, 0, "hidden_act", "silu");
+    const char *absent[] = {"attention_bias", "mlp_bias"};
+    for (int i = 0; i < 2; i++)
+        if (config_true(j, absent[i]))
+            die("%s: %s is true; only LLaMA 3.1 is supported, which has none", name, absent[i]);
+    if (json_type(j, json_get(j, 0, "quantization_config")) == '{')
+        die("%s: quantization_config: the weights are quantized already, and not by this program",
+            name);
+
+    enum { MAX = 1 << 20 };
+    Config c = {0};
+    c.dim = config_integer(j, "hidden_size", 1, MAX);
+    c.hidden_dim = config_integer(j, "intermediate_size", 1, MAX);
+    c.n_layers = config_integer(j, "num_hidden_layers", 1, 4096);
+    c.n_heads = config_integer(j, "num_attention_heads", 1, 4096);
+    bool mha = json_get(j, 0, "num_key_value_heads") < 0;
+    c.n_kv_heads = mha ? c.n_heads : config_integer(j, "num_key_value_heads", 1, 4096);
+    if (c.n_heads % c.n_kv_heads)
+        die("%s: num_attention_heads %d is no multiple of num_key_value_heads %d", name, c.n_heads,
+            c.n_kv_heads);
+    int head_dim = json_get(j, 0, "head_dim");
+    bool given = head_dim >= 0 && !json_is(j, head_dim, "null");
+    c.head_dim = given ? config_integer(j, "head_dim", 2, 4096) : c.dim / c.n_heads;
+    if (c.head_dim < 2 || c.head_dim % 2) die("%s: head_dim %d is not even", name, c.head_dim);
+    c.vocab_size = config_integer(j, "vocab_size", 1, 1 << 24);
+    c.max_context = config_integer(j, "max_position_embeddings", 1, 1 << 24);
+    c.norm_eps = config_real(j, 0, "rms_norm_eps");
+    c.tied = config_true(j, "tie_word_embeddings");
+
+    // transformers 5 moved rope_theta and rope_scaling's content into rope_parameters.
+    int rope = json_get(j, 0, "rope_parameters");
+    if (json_type(j, rope) != '{') rope = json_get(j, 0, "rope_scaling");
+    bool inside = json_get(j, rope, "rope_theta") >= 0;
+    c.rope_theta = config_real(j, inside ? rope : 0, "rope_theta");
+    if (json_type(j, rope) == '{' && !json_is(j, json_get(j, rope, "rope_type"), "default")) {
+        const char *key = json_get(j, rope, "rope_type") < 0 ? "type" : "rope_type";
+        config_expect(j, rope, key, "llama3");
+        c.rope_factor = config_real(j, rope, "factor");
+        c.rope_low_freq_factor = config_real(j, rope, "low_freq_factor");
+        c.rope_high_freq_factor = config_real(j, rope, "high_freq_factor");
+        c.rope_original_context = config_real(j, rope, "original_max_position_embeddings");
+        if (c.rope_high_freq_factor <= c.rope_low_freq_factor)
+            die("%s: high_freq_factor is not above low_freq_factor", name);
+    }
+
+    c.bos = json_integer(j, json_get(j, 0, "bos_token_id"), INT32_MAX);
+    add_all_eos(&c, j);
+    json_free(j);
+    free(name);
+    if (generation_config) {
+        name = format_text("%s: generation_config.json", path);
+        j = json_parse(name, generation_config, strlen(generation_config));
+        add_all_eos(&c, j);
+        json_free(j);
+        free(name);
+    }
+    return c;
+}
+
+/* ---- model loading ---- */
+
+static const Tensor *need(const Checkpoint *c, const char *name, const char *suffix, int rows,
+                          int columns) {
+    char *full = format_text("%s%s", name, suffix);
+    const Tensor *t = checkpoint_find(c, full);
+    if (!t) die("%s: tensor %s is missing", c->path, full);
+    bool vector = columns == 0;
+    if (t->n_dims != (vector ? 1 : 2) || t->shape[0] != rows ||
+        (!vector && t->shape[1] != columns)) {
+        if (vector) die("%s: tensor %s must have the shape [%d]", t->path, full, rows);
+        die("%s: tensor %s must have the shape [%d, %d]", t->path, full, rows, columns);
+    }
+    free(full);
+    return t;
+}
+
+static void expect_dtype(const Tensor *t, bool ok, const char *expected) {
+    if (!ok)
+        die("%s: tensor %s has dtype %s, expected %s", t->path, t->name, dtypes[t->dtype].name,
+            expected);
+}
+
+static float *load_norm(const Checkpoint *c, const char *name, int dim) {
+    const Tensor *t = need(c, name, ".weight", dim, 0);
+    expect_dtype(t, t->dtype != U8, "F32, F16 or BF16");
+    float *norm = allocate(dim, sizeof *norm);
+    floats(t->data, t->dtype, 0, dim, norm);
+    return norm;
+}
+
+static Linear load_float_linear(const Checkpoint *c, const char *name, int N, int K) {
+    const Tensor *t = need(c, name, ".weight", N, K);
+    expect_dtype(t, t->dtype != U8, "F32, F16 or BF16");
+    return (Linear){.N = N, .K = K, .dtype = t->dtype, .w = t->data};
+}
+
+static bool has_zero_code(const uint8_t *codes, size_t n) {
+    int found = 0;
+#pragma omp parallel for reduction(| : found)
+    for (size_t i = 0; i < n; i++) found |= (codes[i] & 0x0f) == 0 || (codes[i] & 0xf0) == 0;
+    return found;
+}
+
+static Linear load_quantized_linear(const Checkpoint *c, const char *name, int N, int K,
+                                    int group_size) {
+    if (K % (group_size > 0 ? group_size : 2))
+        die("%s: %s has %d input channels, no multiple of %d", c->path, name, K,
+            group_size > 0 ? group_size : 2);
+    Linear l = {.N = N, .K = K, .dtype = U8};
+    const Tensor *q = need(c, name, ".qweight", N, K / 2);
+    expect_dtype(q, q->dtype == U8, "U8");
+    l.qweight = q->data;
+    const Tensor *s = need(c, name, ".s_channel", N, 0);
+    expect_dtype(s, s->dtype == F32, "F32");
+    float *s_channel = allocate(N, sizeof *s_channel);
+    floats(s->data, F32, 0, N, s_channel);
+    l.s_channel = s_channel;
+    for (int n = 0; n < N; n++)
+        if (!isfinite(s_channel[n])) die("%s: tensor %s is not finite", s->path, s->name);
+    if (group_size > 0) {
+        const Tensor *g = need(c, name, ".s_group", N, K / group_size);
+        expect_dtype(g, g->dtype == U8, "U8");
+        l.s_group = g->data;
+        for (size_t i = 0; i < g->bytes; i++)
+            if (l.s_group[i] < 1 || l.s_group[i] > 15)
+                die("%s: tensor %s holds %d, expected 1 to 15", g->path, g->name, l.s_group[i]);
+    } else if (has_zero_code(l.qweight, q->bytes)) {
+        die("%s: tensor %s holds the code 0, per channel 1 to 15 are expected", q->path, q->name);
+    }
+    return l;
+}
+
+/* The group size that a model.bin's quantization names: 128, -1, or 0 for an unquantized model. */
+static int quantization_group_size(const Checkpoint *c) {
+    if (!c->quantization) return 0;
+    char *name = format_text("%s: quantization", c->path);
+    Json *j = json_parse(name, c->quantization, strlen(c->quantization));
+    double bits = 0, group_size = 0;
+    json_number(j, json_get(j, 0, "bits"), &bits);
+    json_number(j, json_get(j, 0, "group_size"), &group_size);
+    if (bits != 4 || (group_size != -1 && group_size != GROUP))
+        die("%s: bits %g, group_size %g; expected 4 bits, group_size -1 or %d", name, bits,
+            group_size, GROUP);
+    json_free(j);
+    free(name);
+    return group_size;
+}
+
+Model *model_load(const Checkpoint *c) {
+    Model *m = allocate(1, sizeof *m);
+    m->config = config_parse(c->path, c->config, c->generation_config);
+    m->group_size = quantization_group_size(c);
+    const Config *cfg = &m->config;
+    m->embedding = load_float_linear(c, "model.embed_tokens", cfg->vocab_size, cfg->dim);
+    m->norm = load_norm(c, "model.norm", cfg->dim);
+    m->lm_head =
+        cfg->tied ? m->embedding : load_float_linear(c, "lm_head", cfg->vocab_size, cfg->dim);
+    m->layers = allocate(cfg->n_layers, sizeof *m->layers);
+    for (int i = 0; i < cfg->n_layers; i++) {
+        Layer *layer = &m->layers[i];
+        char name[128];
+        for (int k = 0; k < N_LINEARS; k++) {
+            int N, K;
+            linear_shape(cfg, k, &N, &K);
+            snprintf(name, sizeof name, "model.layers.%d.%s", i, linear_names[k]);
+            layer->linears[k] = m->group_size ? load_quantized_linear(c, name, N, K, m->group_size)
+                                              : load_float_linear(c, name, N, K);
+        }
+        snprintf(name, sizeof name, "model.layers.%d.input_layernorm", i);
+        layer->attention_norm = load_norm(c, name, cfg->dim);
+        snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm", i);
+        layer->ffn_norm = load_norm(c, name, cfg->dim);
+    }
+    return m;
+}
+
+void model_free(Model *m) {
+    for (int i = 0; i < m->config.n_layers; i++) {
+        for (int k = 0; k < N_LINEARS; k++) free((void *)m->layers[i].linears[k].s_channel);
+        free(m->layers[i].attention_norm);
+        free(m->layers[i].ffn_norm);
+    }
+    free(m->layers);
+    free(m->norm);
+    free(m);
+}
+
+static size_t linear_bytes(const Linear *l) {
+    size_t N = l->N, K = l->K;
+    if (!l->qweight) return N * K * dtypes[l->dtype].size;
+    return N * K / 2 + N * sizeof(float) + (l->s_group ? N * K / GROUP : 0);
+}
+
+size_t model_bytes(const Model *m) {
+    const Config *c = &m->config;
+    size_t norms = (2 * c->n_layers + 1) * (size_t)c->dim * sizeof(float);
+    size_t bytes = norms + linear_bytes(&m->lm_head) + c->dim * dtypes[m->embedding.dtype].size;
+    for (int i = 0; i < c->n_layers; i++)
+        for (int k = 0; k < N_LINEARS; k++) bytes += linear_bytes(&m->layers[i].linears[k]);
+    return bytes;
+}
+
+const char *const linear_names[N_LINEARS] = {
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
+
+void linear_shape(const Config *c, int k, int *N, int *K) {
+    int q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
+    int rows[] = {q, kv, kv, c->dim, c->hidden_dim, c->hidden_dim, c->dim};
+    int columns[] = {c->dim, c->dim, c->dim, q, c->dim, c->dim, c->hidden_dim};
+    *N = rows[k];
+    *K = columns[k];
+}
+
+/* ============================================================================================
+ * 2  The W4A8 number formats
+ *
+ *   activations, per token:   s_a = max|x| / 127,   a = clamp(rint(x / s_a), -128, 127)
+ *   weights, per channel:     w = q s_channel,                q in -7..7
+ *   weights, per group:       w = (q s_group) s_channel,      q in -8..7, s_group in 1..15
+ *
+ * QQQ, arXiv 2406.09904, section 3.3; integer group scales: QoQ, arXiv 2405.04532.
+ * ============================================================================================ */
+
+float quantize_row(const float *x, int K, int8_t *a) {
+    // Without its sign bit a float orders as an integer; NaN and infinity are above all others.
+    uint32_t max_bits = 0;
+    for (int k = 0; k < K; k++) {
+        uint32_t magnitude = float_to_bits(x[k]) & 0x7fffffff;
+        max_bits = magnitude > max_bits ? magnitude : max_bits;
+    }
+    float s_a = bits_to_float(max_bits) / 127.0f;
+    if (max_bits >= 0x7f800000) s_a = NAN;
+    for (int k = 0; k < K; k++) {
+        if (!(s_a > 0.0f)) {
+            a[k] = 0;
+            continue;
+        }
+        float r = rintf(x[k] / s_a); // a subnormal s_a is inexact: clamp
+        a[k] = r < -128.0f ? -128 : r > 127.0f ? 127 : (int8_t)r;
+    }
+    return s_a;
+}
+
+void pack_row(const int8_t *q, int K, uint8_t *qweight) {
+    for (int j = 0; j < K / 2; j++) qweight[j] = (q[2 * j] + 8) | (q[2 * j + 1] + 8) << 4;
+}
+
+void unpack_row(const uint8_t *qweight, int K, int8_t *q) {
+    for (int j = 0; j < K / 2; j++) {
+        q[2 * j] = (qweight[j] & 0x0f) - 8;
+        q[2 * j + 1] = (qweight[j] >> 4) - 8;
+    }
+}
+
+void dequantize_row(const Linear *l, int n, float *w) {
+    size_t K = l->K;
+    for (size_t k = 0; k < K; k++) {
+        int u = l->qweight[n * (K / 2) + k / 2] >> (k % 2 * 4) & 0x0f;
+        int s_group = l->s_group ? l->s_group[n * (K / GROUP) + k / GROUP] : 1;
+        w[k] = (float)((u - 8) * s_group) * l->s_channel[n];
+    }
+}
+
+/* ============================================================================================
+ * 3  The forward pass
+ *
+ *   x <- x + o(attention(rope(q(h)), rope(k(h)), v(h))),   h = rmsnorm(x)
+ *   x <- x + down(silu(gate(h)) * up(h)),                  h = rmsnorm(x)
+ *
+ * LLaMA, arXiv 2302.13971; grouped-query attention, arXiv 2305.13245; LLaMA 3, arXiv 2407.21783.
+ *
+ * Each output number is computed by one thread in one order, so results do not depend on the
+ * number of threads.
+ * ============================================================================================ */
+
+/* ---- 3a  y = x W^T in float32 ---- */
+
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+
+// A tile of y is ROWS x COLUMNS accumulators in registers; its part of W goes through the cache as
+// a panel of DEPTH x COLUMNS floats.
+enum { ROWS = 6, COLUMNS = 2 * LANES, DEPTH = 256 };
+
+/* A float matrix seen as W [n][k]: element (n, k) is w[n * row + k * column]. */
+typedef struct {
+    const void *w;
+    DType dtype;
+    size_t row, column;
+} View;
+
+/* panel[k][n] = W[n0 + n][k0 + k], zero where n >= n_columns. */
+static void fill_panel(View w, int n0, int n_columns, int k0, int depth, float *panel) {
+    if (n_columns < COLUMNS) memset(panel, 0, sizeof(float) * COLUMNS * depth);
+    if (w.row == 1) {
+        for (int k = 0; k < depth; k++)
+            floats(w.w, w.dtype, (k0 + k) * w.column + n0, n_columns, panel + k * COLUMNS);
+        return;
+    }
+    float line[DEPTH];
+    for (int n = 0; n < n_columns; n++) {
+        floats(w.w, w.dtype, (n0 + n) * w.row + k0, depth, line);
+        for (int k = 0; k < depth; k++) panel[k * COLUMNS + n] = line[k];
+    }
+}
+
+/* y [ROWS][COLUMNS] = x [rows][depth] times the panel; rows of x are ldx floats apart. */
+static void multiply_tile(const float *x, size_t ldx, int rows, const float *panel, int depth,
+                          Vector y[ROWS][2]) {
+    const float *row[ROWS];
+    Vector sum[ROWS][2] = {0};
+    for (int i = 0; i < ROWS; i++) row[i] = x + (i < rows ? i : 0) * ldx;
+    for (int k = 0; k < depth; k++) {
+        const Vector *w = (const Vector *)(panel + (size_t)k * COLUMNS);
+        Vector w0 = w[0], w1 = w[1];
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            sum[i][0] += row[i][k] * w0;
+            sum[i][1] += row[i][k] * w1;
+        }
+    }
+    memcpy(y, sum, sizeof sum);
+}
+
+/* y [M][n_columns] = x [M][K] W^T for up to COLUMNS rows of W from n0 on; by one thread. */
+static void multiply_panel(int M, int K, const float *x, size_t ldx, View w, int n0, int n_columns,
+                           float *y, size_t ldy) {
+    float panel[DEPTH * COLUMNS] __attribute__((aligned(64)));
+    for (int k0 = 0; k0 < K; k0 += DEPTH) {
+        int depth = K - k0 < DEPTH ? K - k0 : DEPTH;
+        fill_panel(w, n0, n_columns, k0, depth, panel);
+        for (int m = 0; m < M; m += ROWS) {
+            Vector tile[ROWS][2];
+            int rows = M - m < ROWS ? M - m : ROWS;
+            multiply_tile(x + m * ldx + k0, ldx, rows, panel, depth, tile);
+            for (int i = 0; i < rows; i++) {
+                const float *t = (const float *)tile[i];
+                float *out = y + (m + i) * ldy;
+                for (int n = 0; n < n_columns; n++) out[n] = k0 ? out[n] + t[n] : t[n];
+            }
+        }
+    }
+}
+
+/* y [M][N] = x [M][K] W^T, by one thread. */
+static void multiply(int M, int N, int K, const float *x, size_t ldx, View w, float *y,
+                     size_t ldy) {
+    for (int n = 0; n < N; n += COLUMNS)
+        multiply_panel(M, K, x, ldx, w, n, N - n < COLUMNS ? N - n : COLUMNS, y + n, ldy);
+}
+
+static float dot(const float *x, const float *y, int n) {
+    Vector sum[4] = {0};
+    int i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int v = 0; v < 4; v++)
+            sum[v] += *(const Vector *)(x + i + v * LANES) * *(const Vector *)(y + i + v * LANES);
+    Vector total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    float rest = 0.0f;
+    for (; i < n; i++) rest += x[i] * y[i];
+    for (int v = 0; v < LANES; v++) rest += total[v];
+    return rest;
+}
+
+static void float_linear(const Linear *w, const float *x, int T, float *y) {
+    size_t N = w->N, K = w->K;
+    if (T == 1) { // bound by reading W: row by row
+#pragma omp parallel for
+        for (size_t n = 0; n < N; n++) {
+            float sum = 0.0f, line[DEPTH];
+            for (size_t k = 0; k < K; k += DEPTH) {
+                int depth = K - k < DEPTH ? K - k : DEPTH;
+                floats(w->w, w->dtype, n * K + k, depth, line);
+                sum += dot(x + k, line, depth);
+            }
+            y[n] = sum;
+        }
+        return;
+    }
+#pragma omp parallel for schedule(dynamic)
+    for (size_t n = 0; n < N; n += COLUMNS)
+        multiply_panel(T, K, x, K, (View){w->w, w->dtype, K, 1}, n,
+                       N - n < COLUMNS ? N - n : COLUMNS, y + n, N);
+}
+
+/* ---- 3b  the same in W4A8
+ *
+ *   acc[m][n] = sum_k a[m][k] w8[n][k],   w8 = q s_group = (u - 8) s_group
+ *             = sum_g s_group[g] (sum_(k in g) a_k u_k  -  8 sum_(k in g) a_k)
+ *   y[m][n] = (acc s_a[m]) s_channel[n]
+ *
+ * The codes u are unsigned and the activations signed: what vpdpbusd and vpmaddubsw multiply. The
+ * low nibbles of a row of qweight are its even columns, the high ones its odd columns, so the
+ * activations are kept in that order too: K/2 even ones, then K/2 odd ones. ---- */
+
+/* Plain C, the one to read. */
+static void dot_u4_c(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
+                     int32_t *acc) {
+    for (int t = 0; t < T; t++) {
+        const int8_t *even = a + (size_t)t * K, *odd = even + K / 2;
+        acc[t] = 0;
+        for (int j = 0; j < K / 2; j++) {
+            int s = s_group ? s_group[2 * j / GROUP] : 1;
+            acc[t] += s * ((w[j] & 0x0f) * even[j] + (w[j] >> 4) * odd[j]);
+        }
+    }
+}
+
+#if defined __x86_64__
+#include <immintrin.h>
+
+enum { MAX_T = 8 }; // tokens that share one unpacking of the weights
+
+/* 64 columns at a time. Sums of two products, at most 2 * 15 * 128, fit 16 bits, so do four; the
+ * step to 32 bits multiplies by s_group on its way. */
+__attribute__((target("avx2"), always_inline)) static inline void
+dot_u4_avx2_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
+              int32_t *acc) {
+    const __m256i low = _mm256_set1_epi8(0x0f);
+    __m256i sum[MAX_T];
+    for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_si256();
+    int j = 0;
+    for (; j + 32 <= K / 2; j += 32) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + j));
+        __m256i even = _mm256_and_si256(bytes, low);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
+        __m256i s = _mm256_set1_epi16(s_group ? s_group[2 * j / GROUP] : 1);
+        for (int t = 0; t < T; t++) {
+            const int8_t *a_t = a + (size_t)t * K + j;
+            __m256i e = _mm256_maddubs_epi16(even, _mm256_loadu_si256((const __m256i *)a_t));
+            __m256i o =
+                _mm256_maddubs_epi16(odd, _mm256_loadu_si256((const __m256i *)(a_t + K / 2)));
+            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(_mm256_add_epi16(e, o), s));
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        const int8_t *even = a + (size_t)t * K, *odd = even + K / 2;
+        int32_t lanes[8];
+        _mm256_storeu_si256((__m256i *)lanes, sum[t]);
+        acc[t] = 0;
+        for (int i = 0; i < 8; i++) acc[t] += lanes[i];
+        for (int i = j; i < K / 2; i++) // only without groups is K no multiple of 64
+            acc[t] += (w[i] & 0x0f) * even[i] + (w[i] >> 4) * odd[i];
+    }
+}
+
+__attribute__((target("avx2"))) static void
+dot_u4_avx2(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T, int32_t *acc) {
+    if (T == MAX_T)
+        dot_u4_avx2_T(w, s_group, a, K, MAX_T, acc);
+    else
+        for (int t = 0; t < T; t++) dot_u4_avx2_T(w, s_group, a + (size_t)t * K, K, 1, acc + t);
+}
+
+/* 128 columns, one group, at a time. u * s_group is at most 225 and fits a byte, so one 16-bit
+ * multiplication scales two codes at once, once for all tokens. */
+__attribute__((target("avx512f,avx512bw,avx512vnni"), always_inline)) static inline void
+dot_u4_vnni_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
+              int32_t *acc) {
+    const __m512i low = _mm512_set1_epi8(0x0f);
+    __m512i sum[MAX_T];
+    for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_si512();
+    for (int j = 0; j < K / 2; j += 64) {
+        int n = K / 2 - j;
+        __mmask64 valid = n >= 64 ? ~0ull : (1ull << n) - 1;
+        __m512i bytes = _mm512_maskz_loadu_epi8(valid, w + j);
+        __m512i even = _mm512_and_si512(bytes, low);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
+        if (s_group) {
+            __m512i s = _mm512_set1_epi16(s_group[2 * j / GROUP]);
+            even = _mm512_mullo_epi16(even, s);
+            odd = _mm512_mullo_epi16(odd, s);
+        }
+        for (int t = 0; t < T; t++) {
+            const int8_t *a_t = a + (size_t)t * K + j;
+            sum[t] = _mm512_dpbusd_epi32(sum[t], even, _mm512_maskz_loadu_epi8(valid, a_t));
+            sum[t] = _mm512_dpbusd_epi32(sum[t], odd, _mm512_maskz_loadu_epi8(valid, a_t + K / 2));
+        }
+    }
+    for (int t = 0; t < T; t++) acc[t] = _mm512_reduce_add_epi32(sum[t]);
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vnni"))) static void
+dot_u4_vnni(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T, int32_t *acc) {
+    if (T == MAX_T)
+        dot_u4_vnni_T(w, s_group, a, K, MAX_T, acc);
+    else
+        for (int t = 0; t < T; t++) dot_u4_vnni_T(w, s_group, a + (size_t)t * K, K, 1, acc + t);
+}
+
+DotU4 *dot_u4_kernel(int i, const char **name) {
+    const char *names[] = {"C", "AVX2", "AVX-512 VNNI"};
+    bool has_avx2 = __builtin_cpu_supports("avx2");
+    bool has_vnni = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
+    DotU4 *kernels[] = {dot_u4_c, has_avx2 ? dot_u4_avx2 : NULL, has_vnni ? dot_u4_vnni : NULL};
+    if (i >= 3) return NULL;
+    *name = names[i];
+    return kernels[i];
+}
+#else
+enum { MAX_T = 8 };
+
+DotU4 *dot_u4_kernel(int i, const char **name) {
+    *name = "C";
+    return i == 0 ? dot_u4_c : NULL;
+}
+#endif
+
+DotU4 *dot_u4_best(const char **name) {
+    const char *candidate;
+    DotU4 *best = dot_u4_c;
+    *name = "C";
+    for (int i = 1; i < 3; i++) {
+        DotU4 *kernel = dot_u4_kernel(i, &candidate);
+        if (kernel) best = kernel, *name = candidate;
+    }
+    return best;
+}
+
+/* Activations as the dot product wants them. */
+typedef struct {
+    int8_t *a;     // [T][2][K/2] even columns, odd columns
+    int32_t *sums; // [T][groups] sums over each group; one group per channel
+    int groups;
+} Activations;
+
+static Activations split_activations(const Linear *w, int T) {
+    int groups = w->s_group ? w->K / GROUP : 1;
+    return (Activations){allocate(T, w->K), allocate((size_t)T * groups, sizeof(int32_t)), groups};
+}
+
+static void split_row(const int8_t *a, int K, int t, Activations *to) {
+    int8_t *even = to->a + (size_t)t * K, *odd = even + K / 2;
+    for (int j = 0; j < K / 2; j++) {
+        even[j] = a[2 * j];
+        odd[j] = a[2 * j + 1];
+    }
+    for (int g = 0; g < to->groups; g++) {
+        int32_t sum = 0;
+        for (int k = g * (K / to->groups); k < (g + 1) * (K / to->groups); k++) sum += a[k];
+        to->sums[(size_t)t * to->groups + g] = sum;
+    }
+}
+
+/* acc [T] of output channel n for tokens t .. t + T - 1, T <= MAX_T. */
+static void accumulate(const Linear *w, DotU4 *dot_u4, const Activations *x, int n, int t, int T,
+                       int32_t *acc) {
+    size_t K = w->K;
+    const uint8_t *s_group = w->s_group ? w->s_group + (size_t)n * x->groups : NULL;
+    dot_u4(w->qweight + n * (K / 2), s_group, x->a + t * K, K, T, acc);
+    for (int i = 0; i < T; i++) {
+        const int32_t *sums = x->sums + (size_t)(t + i) * x->groups;
+        int32_t offset = 0;
+        for (int g = 0; g < x->groups; g++) offset += (s_group ? s_group[g] : 1) * sums[g];
+        acc[i] -= 8 * offset;
+    }
+}
+
+static void w4a8_linear(const Linear *w, const float *x, int T, float *y) {
+    enum { N_BLOCK = 32, T_BLOCK = 32 }; // these tokens stay in the nearest cache for these rows
+    int N = w->N, K = w->K;
+    const char *name;
+    DotU4 *dot_u4 = dot_u4_best(&name);
+    Activations split = split_activations(w, T);
+    float *s_a = allocate(T, sizeof *s_a);
+    int8_t *a = allocate(T, K);
+#pragma omp parallel for if (T > 1)
+    for (int t = 0; t < T; t++) {
+        s_a[t] = quantize_row(x + (size_t)t * K, K, a + (size_t)t * K);
+        split_row(a + (size_t)t * K, K, t, &split);
+    }
+#pragma omp parallel for schedule(dynamic)
+    for (int n0 = 0; n0 < N; n0 += N_BLOCK)
+        for (int t0 = 0; t0 < T; t0 += T_BLOCK)
+            for (int n = n0; n < n0 + N_BLOCK && n < N; n++)
+                for (int t = t0; t < t0 + T_BLOCK && t < T; t += MAX_T) {
+                    int32_t acc[MAX_T];
+                    int n_tokens = T - t < MAX_T ? T - t : MAX_T;
+                    accumulate(w, dot_u4, &split, n, t, n_tokens, acc);
+                    for (int i = 0; i < n_tokens; i++)
+                        y[(size_t)(t + i) * N + n] = ((float)acc[i] * s_a[t + i]) * w->s_channel[n];
+                }
+    free(a);
+    free(s_a);
+    free(split.a);
+    free(split.sums);
+}
+
+void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc) {
+    Activations split = split_activations(w, T);
+    for (int t = 0; t < T; t++) split_row(a + (size_t)t * w->K, w->K, t, &split);
+    for (int n = 0; n < w->N; n++)
+        for (int t = 0; t < T; t += MAX_T) {
+            int32_t block[MAX_T];
+            int n_tokens = T - t < MAX_T ? T - t : MAX_T;
+            accumulate(w, dot_u4, &split, n, t, n_tokens, block);
+            for (int i = 0; i < n_tokens; i++) acc[(size_t)(t + i) * w->N + n] = block[i];
+        }
+    free(split.a);
+    free(split.sums);
+}
+
+void linear(const Linear *w, const float *x, int T, float *y) {
+    if (w->qweight)
+        w4a8_linear(w, x, T, y);
+    else
+        float_linear(w, x, T, y);
+}
+
+/* ---- 3c  the small parts ---- */
+
+/* y_i = x_i / sqrt(mean(x^2) + eps) * weight_i.   RMSNorm, arXiv 1910.07467 */
+void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, float *y) {
+#pragma omp parallel for if (T > 1)
+    for (int t = 0; t < T; t++) {
+        const float *in = x + (size_t)t * dim;
+        float *out = y + (size_t)t * dim;
+        float scale = 1.0f / sqrtf(dot(in, in, dim) / dim + eps);
+        for (int i = 0; i < dim; i++) out[i] = in[i] * scale * weight[i];
+    }
+}
+
+/* RoPE turns the pair (x_i, x_(i + d/2)) of each head by pos * f_i, f_i = theta^(-2i/d)
+ * (arXiv 2104.09864, in Hugging Face's order). LLaMA 3.1 stretches slow turns, those with a
+ * wavelength 2 pi / f above original_context / low_freq_factor, by `factor`, leaves those below
+ * original_context / high_freq_factor alone, and mixes in between. */
+void rope_angles(const Config *c, int pos, float *cos_sin) {
+    for (int i = 0; i < c->head_dim / 2; i++) {
+        double f = pow(c->rope_theta, -2.0 * i / c->head_dim);
+        if (c->rope_factor) {
+            double turns = c->rope_original_context * f / (2 * M_PI); // in the original context
+            double mix = (turns - c->rope_low_freq_factor) /
+                         (c->rope_high_freq_factor - c->rope_low_freq_factor);
+            mix = mix < 0 ? 0 : mix > 1 ? 1 : mix;
+            f *= mix + (1 - mix) / c->rope_factor;
+        }
+        cos_sin[2 * i] = cos(pos * f);
+        cos_sin[2 * i + 1] = sin(pos * f);
+    }
+}
+
+/* Turns x [T][n_heads][head_dim], tokens pos .. pos + T - 1. */
+static void rope(const State *s, float *x, int T, int n_heads, int head_dim, int pos) {
+    int half = head_dim / 2;
+#pragma omp parallel for if (T > 1)
+    for (int t = 0; t < T; t++) {
+        const float *angle = s->rope + (size_t)(pos + t) * head_dim;
+        for (int h = 0; h < n_heads; h++) {
+            float *v = x + ((size_t)t * n_heads + h) * head_dim;
+            for (int i = 0; i < half; i++) {
+                float a = v[i], b = v[i + half], c = angle[2 * i], s_ = angle[2 * i + 1];
+                v[i] = a * c - b * s_;
+                v[i + half] = b * c + a * s_;
+            }
+        }
+    }
+}
+
+/* row <- softmax(row * scale) over its first n; the rest, up to n_keys, becomes 0. */
+static void softmax(float *row, int n, int n_keys, float scale) {
+    float max = row[0];
+    for (int i = 1; i < n; i++) max = row[i] > max ? row[i] : max;
+    float sum = 0.0f;
+    for (int i = 0; i < n; i++) {
+        row[i] = expf((row[i] - max) * scale);
+        sum += row[i];
+    }
+    for (int i = 0; i < n; i++) row[i] /= sum;
+    memset(row + n, 0, (n_keys - n) * sizeof *row);
+}
+
+/* att = softmax(q k^T / sqrt(head_dim)) v, causal. Query head h reads KV head h / group. A task is
+ * one KV head and a block of queries: their query heads are the rows of two matrix products. */
+static void attention(const Config *c, State *s, int l, int T, int pos) {
+    enum { BLOCK = 32 };
+    int d = c->head_dim, group = c->n_heads / c->n_kv_heads;
+    size_t q_dim = (size_t)c->n_heads * d, kv_dim = (size_t)c->n_kv_heads * d;
+    const float *keys = s->keys + l * s->context * kv_dim;
+    const float *values = s->values + l * s->context * kv_dim;
+    int n_blocks = (T + BLOCK - 1) / BLOCK;
+#pragma omp parallel
+    {
+        int most = (pos + T + 15) / 16 * 16;
+        float *scores = allocate((size_t)BLOCK * group * most, sizeof *scores);
+        float *in = allocate((size_t)BLOCK * group * d, sizeof *in); // queries, later the output
+#pragma omp for schedule(dynamic)
+        for (int task = c->n_kv_heads * n_blocks - 1; task >= 0; task--) { // the long ones first
+            int h = task % c->n_kv_heads, t0 = task / c->n_kv_heads * BLOCK;
+            int n = T - t0 < BLOCK ? T - t0 : BLOCK, n_keys = pos + t0 + n, rows = n * group;
+            size_t at = t0 * q_dim + (size_t)h * group * d, row_bytes = group * d * sizeof(float);
+            for (int t = 0; t < n; t++)
+                memcpy(in + (size_t)t * group * d, s->q + at + t * q_dim, row_bytes);
+            View k = {keys + h * d, F32, kv_dim, 1}, v = {values + h * d, F32, 1, kv_dim};
+            multiply(rows, n_keys, d, in, d, k, scores, n_keys);
+            for (int r = 0; r < rows; r++)
+                softmax(scores + (size_t)r * n_keys, pos + t0 + r / group + 1, n_keys,
+                        1.0f / sqrtf(d));
+            multiply(rows, d, n_keys, scores, n_keys, v, in, d);
+            for (int t = 0; t < n; t++)
+                memcpy(s->att + at + t * q_dim, in + (size_t)t * group * d, row_bytes);
+        }
+        free(scores);
+        free(in);
+    }
+}
+
+/* gate <- silu(gate) * up,   silu(z) = z / (1 + exp(-z)).   SwiGLU, arXiv 2002.05202 */
+static void swiglu(float *gate, const float *up, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+static void add(float *x, const float *y, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] += y[i];
+}
+
+/* ---- 3d  the whole ---- */
+
+State *state_new(const Config *c, int context, int max_T) {
+    State *s = allocate(1, sizeof *s);
+    size_t T = max_T, q_dim = (size_t)c->n_heads * c->head_dim;
+    size_t cache = (size_t)c->n_layers * context * c->n_kv_heads * c->head_dim;
+    s->context = context;
+    s->max_T = max_T;
+    s->x = allocate(T * c->dim, sizeof(float));
+    s->xb = allocate(T * c->dim, sizeof(float));
+    s->q = allocate(T * q_dim, sizeof(float));
+    s->att = allocate(T * q_dim, sizeof(float));
+    s->gate = allocate(T * c->hidden_dim, sizeof(float));
+    s->up = allocate(T * c->hidden_dim, sizeof(float));
+    s->keys = allocate(cache, sizeof(float));
+    s->values = allocate(cache, sizeof(float));
+    s->rope = allocate((size_t)context * c->head_dim, sizeof(float));
+    s->logits = allocate((size_t)LOGIT_ROWS * c->vocab_size, sizeof(float));
+#pragma omp parallel for
+    for (int pos = 0; pos < context; pos++)
+        rope_angles(c, pos, s->rope + (size_t)pos * c->head_dim);
+    return s;
+}
+
+void state_free(State *s) {
+    float *buffers[] = {s->x,  s->xb,   s->q,      s->att,  s->gate,
+                        s->up, s->keys, s->values, s->rope, s->logits};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+    free(s);
+}
+
+static void tap(const State *s, int layer, TapPoint point, const float *x, int T) {
+    if (s->tap) s->tap(s->user, layer, point, x, T);
+}
+
+void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
+    size_t dim = c->dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim;
+    float *k = s->keys + ((size_t)l * s->context + pos) * kv_dim; // straight into the cache
+    float *v = s->values + ((size_t)l * s->context + pos) * kv_dim;
+
+    rmsnorm(s->x, layer->attention_norm, T, dim, c->norm_eps, s->xb);
+    tap(s, l, QKV_INPUT, s->xb, T);
+    linear(&layer->q, s->xb, T, s->q);
+    linear(&layer->k, s->xb, T, k);
+    linear(&layer->v, s->xb, T, v);
+    rope(s, s->q, T, c->n_heads, c->head_dim, pos);
+    rope(s, k, T, c->n_kv_heads, c->head_dim, pos);
+    attention(c, s, l, T, pos);
+    tap(s, l, O_INPUT, s->att, T);
+    linear(&layer->o, s->att, T, s->xb);
+    add(s->x, s->xb, T * dim);
+
+    rmsnorm(s->x, layer->ffn_norm, T, dim, c->norm_eps, s->xb);
+    tap(s, l, GATE_UP_INPUT, s->xb, T);
+    linear(&layer->gate, s->xb, T, s->gate);
+    linear(&layer->up, s->xb, T, s->up);
+    swiglu(s->gate, s->up, (size_t)T * c->hidden_dim);
+    tap(s, l, DOWN_INPUT, s->gate, T);
+    linear(&layer->down, s->gate, T, s->xb);
+    add(s->x, s->xb, T * dim);
+}
+
+void forward(const Model *m, State *s, const int *tokens, int T, int pos) {
+    const Config *c = &m->config;
+    if (T < 1 || T > s->max_T || pos < 0 || pos > s->context - T)
+        die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
+    for (int t = 0; t < T; t++) {
+        if (tokens[t] < 0 || tokens[t] >= c->vocab_size)
+            die("token %d is outside the vocabulary of %d", tokens[t], c->vocab_size);
+        floats(m->embedding.w, m->embedding.dtype, (size_t)tokens[t] * c->dim, c->dim,
+               s->x + (size_t)t * c->dim);
+    }
+    for (int l = 0; l < c->n_layers; l++) layer_forward(c, &m->layers[l], s, l, T, pos);
+    rmsnorm(s->x, m->norm, T, c->dim, c->norm_eps, s->x);
+}
+
+const float *logits(const Model *m, State *s, int first, int n) {
+    linear(&m->lm_head, s->x + (size_t)first * m->config.dim, n, s->logits);
+    return s->logits;
+}
+
+/* -log softmax(logits)[target] */
+static double negative_log_likelihood(const float *logits, int n, int target) {
+    float max = logits[0];
+    for (int i = 1; i < n; i++) max = logits[i] > max ? logits[i] : max;
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += expf(logits[i] - max);
+    return log(sum) + max - logits[target];
+}
+
+double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
+                  int *windows, void (*progress)(int done, int total)) {
+    int vocab = m->config.vocab_size, total = n / length;
+    if (max_windows > 0 && total > max_windows) total = max_windows;
+    State *s = state_new(&m->config, length, length);
+    double sum = 0;
+    for (int w = 0; w < total; w++) {
+        const int *window = tokens + (size_t)w * length;
+        forward(m, s, window, length, 0);
+        double window_sum = 0;
+        for (int t = 0; t < length - 1; t += LOGIT_ROWS) {
+            double nll[LOGIT_ROWS];
+            int rows = length - 1 - t < LOGIT_ROWS ? length - 1 - t : LOGIT_ROWS;
+            const float *rows_logits = logits(m, s, t, rows);
+#pragma omp parallel for
+            for (int i = 0; i < rows; i++)
+                nll[i] = negative_log_likelihood(rows_logits + (size_t)i * vocab, vocab,
+                                                 window[t + i + 1]);
+            for (int i = 0; i < rows; i++) window_sum += nll[i];
+        }
+        sum += window_sum / (length - 1);
+        if (progress) progress(w + 1, total);
+    }
+    state_free(s);
+    *windows = total;
+    return exp(sum / total);
+}

@@ -1,0 +1,632 @@
+/* run: a LLaMA 3.1 model at work, 16-bit or W4A8. Top to bottom:
+ *
+ *   1 options · 2 the model and its tokens · 3 sampling · 4 generate · 5 chat · 6 perplexity and
+ *   token ids · 7 benchmark · main
+ *
+ * Text goes to stdout, everything else to stderr. */
+#define _POSIX_C_SOURCE 200809L
+#include <ctype.h>
+#include <errno.h>
+#include <float.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <math.h>
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "qqq.h"
+
+enum { PROMPT_CHUNK = 512 }; // tokens of a prompt that one forward() takes
+
+/* ---- 1: options ---------------------------------------------------------------------------- */
+
+static const char usage[] =
+    "usage: ./run [MODEL] [options]\n"
+    "\n"
+    "MODEL is a Hugging Face directory or a model.bin; without it, the embedded data/tiny runs.\n"
+    "\n"
+    "generate and chat\n"
+    "  -i TEXT            prompt, or the first message of a chat\n"
+    "  -n TOKENS          to generate after the prompt (256; in a chat 0);\n"
+    "                     0: until an end token or the end of the context\n"
+    "  -t TEMPERATURE     0: always the likeliest token (1.0)\n"
+    "  -p P               sample among the likeliest tokens that add up to P; 1: all (0.9)\n"
+    "  -s SEED            the same seed gives the same text (from the clock)\n"
+    "  -m generate|chat   chat reads one message a line from stdin\n"
+    "  -y TEXT            system prompt of a chat (none)\n"
+    "\n"
+    "instead of them\n"
+    "  -e FILE            perplexity of a text\n"
+    "  -x FILE            token ids of a text; MODEL may be a directory with only tokenizer.json\n"
+    "  -b                 benchmark: speed, and its share of the memory's bandwidth\n"
+    "\n"
+    "  -l TOKENS          context (8192 or the model's, if less); with -e the window (2048)\n"
+    "  -d cpu|cuda        device (cpu)\n"
+    "  -h                 this help\n";
+
+typedef enum { GENERATE, CHAT, PERPLEXITY, TOKEN_IDS, BENCHMARK } Task;
+
+typedef struct {
+    char *model;
+    Task task;
+    float temperature, top_p;
+    uint64_t seed;
+    int n_tokens;       // to generate; 0: no limit
+    int length;         // -l; 0: not given
+    const char *prompt; // NULL: none
+    const char *system; // NULL: none
+    const char *file;   // of -e or -x
+} Options;
+
+static double parse_number(char flag, const char *value, double min, double max) {
+    char *end;
+    double x = strtod(value, &end);
+    if (end == value || *end || !(x >= min && x <= max))
+        die_usage("-%c %s: expected a number from %g to %g", flag, value, min, max);
+    return x;
+}
+
+static long long parse_integer(char flag, const char *value, long long min, long long max) {
+    char *end;
+    errno = 0;
+    long long x = strtoll(value, &end, 10);
+    if (end == value || *end || errno || x < min || x > max)
+        die_usage("-%c %s: expected a whole number from %lld to %lld", flag, value, min, max);
+    return x;
+}
+
+/* Whether it is the second of two words; it must be one of them. */
+static bool parse_choice(char flag, const char *value, const char *first, const char *second) {
+    bool is_second = !strcmp(value, second);
+    if (!is_second && strcmp(value, first))
+        die_usage("-%c %s: expected %s or %s", flag, value, first, second);
+    return is_second;
+}
+
+/* data/tiny beside this program, wherever it is called from. */
+static char *embedded_model(const char *argv0) {
+    char program[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (n < 0) n = snprintf(program, sizeof program, "%s", argv0);
+    program[n] = 0;
+    char *slash = strrchr(program, '/');
+    int directory = slash ? slash - program + 1 : 0; // bytes of it, with its slash
+    char *model = allocate(directory + sizeof "data/tiny", 1);
+    sprintf(model, "%.*sdata/tiny", directory, program);
+    return model;
+}
+
+static Options parse_options(int argc, char **argv) {
+    Options o = {.task = GENERATE, .temperature = 1.0f, .top_p = 0.9f, .n_tokens = -1};
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    o.seed = (uint64_t)now.tv_sec ^ (uint64_t)now.tv_nsec;
+    bool chat = false;
+    for (int i = 1; i < argc; i++) {
+        const char *arg = argv[i];
+        if (arg[0] != '-') {
+            if (o.model) die_usage("two models: %s and %s", o.model, arg);
+            o.model = strdup(arg);
+            continue;
+        }
+        char flag = arg[1];
+        if (!flag || arg[2] || !strchr("tpsnimyelxbdh", flag))
+            die_usage("unknown option %s; ./run -h lists them all", arg);
+        const char *value = strchr("bh", flag) ? NULL : argv[++i];
+        if (!value && !strchr("bh", flag))
+            die_usage("-%c: its value is missing; ./run -h says which", flag);
+        if (strchr("exb", flag)) {
+            if (o.task != GENERATE) die_usage("-%c: one of -e, -x and -b at a time", flag);
+            o.task = flag == 'e' ? PERPLEXITY : flag == 'x' ? TOKEN_IDS : BENCHMARK;
+            o.file = value;
+        }
+        if (flag == 't') o.temperature = parse_number(flag, value, 0, 100);
+        if (flag == 'p') o.top_p = parse_number(flag, value, 0, 1);
+        if (flag == 's') o.seed = parse_integer(flag, value, 0, LLONG_MAX);
+        if (flag == 'n') o.n_tokens = parse_integer(flag, value, 0, INT_MAX);
+        if (flag == 'l') o.length = parse_integer(flag, value, 2, INT_MAX);
+        if (flag == 'i') o.prompt = value;
+        if (flag == 'y') o.system = value;
+        if (flag == 'm') chat = parse_choice(flag, value, "generate", "chat");
+        if (flag == 'd' && parse_choice(flag, value, "cpu", "cuda"))
+            die_usage("-d cuda: this build has no forward pass on the GPU, only -d cpu");
+        if (flag == 'h') {
+            fputs(usage, stdout);
+            exit(0);
+        }
+    }
+    if (chat && o.task != GENERATE) die_usage("-m chat: not together with -e, -x or -b");
+    if (o.system && !chat) die_usage("-y: a system prompt needs -m chat");
+    if (chat) o.task = CHAT;
+    if (o.n_tokens < 0) o.n_tokens = chat ? 0 : 256;
+    if (!o.model) o.model = embedded_model(argv[0]);
+    return o;
+}
+
+/* ---- 2: the model and its tokens ----------------------------------------------------------- */
+
+typedef struct {
+    int *ids; // [n]
+    int n;
+} Tokens;
+
+static void push(Tokens *t, const int *ids, int n) {
+    t->ids = realloc(t->ids, (t->n + n + 1) * sizeof *ids); // + 1: never of size 0
+    if (!t->ids) die("no memory for %d tokens", t->n + n);
+    if (n) memcpy(t->ids + t->n, ids, n * sizeof *ids);
+    t->n += n;
+}
+
+static void push_text(Tokens *t, const Tokenizer *tokenizer, const char *text, size_t bytes,
+                      bool special) {
+    int n, *ids = tokenizer_encode(tokenizer, text, bytes, special, &n);
+    push(t, ids, n);
+    free(ids);
+}
+
+/* A sequence that runs: the model, its KV cache and what comes next. */
+typedef struct {
+    const char *path;
+    Checkpoint *checkpoint;
+    Model *model;
+    Tokenizer *tokenizer; // NULL for -b
+    State *state;         // NULL for -e, which has its own
+    int pos;              // tokens in the KV cache
+    Tokens queue;         // tokens that follow them, not yet fed
+    int stop[17];         // [n_stop] token ids that end a text
+    int n_stop;
+    Utf8Stream out; // stdout, cut at characters
+} Session;
+
+static const char *weights_kind(const Model *m) {
+    if (m->group_size == 0) return dtype_name(m->layers[0].q.dtype);
+    return m->group_size < 0 ? "W4A8 per channel" : "W4A8 g128";
+}
+
+/* Says which model it is and, if it is quantized, with which options it was made. */
+static void print_model(const Session *s) {
+    const Config *c = &s->model->config;
+    double bytes = 0;
+    for (int i = 0; i < s->checkpoint->n_tensors; i++) bytes += s->checkpoint->tensors[i].bytes;
+    fprintf(stderr, "%s: LLaMA 3.1, dim %d, ffn %d, %d layers, %d/%d heads of %d, vocabulary %d\n",
+            s->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim,
+            c->vocab_size);
+    fprintf(stderr, "weights %s, %.1f MB\n", weights_kind(s->model), bytes / 1e6);
+    if (!s->checkpoint->quantization) return;
+    fputs("made with ", stderr);
+    for (const char *p = s->checkpoint->quantization; *p; p++)
+        fputc(iscntrl((unsigned char)*p) ? ' ' : *p, stderr); // one line, whatever it holds
+    fputc('\n', stderr);
+}
+
+static Session open_session(const Options *o) {
+    Session s = {.path = o->model};
+    s.checkpoint = checkpoint_open(o->model);
+    s.model = model_load(s.checkpoint);
+    const Config *c = &s.model->config;
+    if (o->length > c->max_context)
+        die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
+    memcpy(s.stop, c->eos, sizeof c->eos);
+    s.n_stop = c->n_eos;
+    if (o->task == BENCHMARK) return s;
+    if (!s.checkpoint->tokenizer) die("%s: it has no tokenizer.json", o->model);
+    s.tokenizer = tokenizer_load(o->model, s.checkpoint->tokenizer, s.checkpoint->tokenizer_bytes);
+    if (tokenizer_size(s.tokenizer) > c->vocab_size)
+        die("%s: its tokenizer has %d tokens, its embedding only %d rows", o->model,
+            tokenizer_size(s.tokenizer), c->vocab_size);
+    return s;
+}
+
+static void close_session(Session *s) {
+    if (s->state) state_free(s->state);
+    if (s->tokenizer) tokenizer_free(s->tokenizer);
+    free(s->queue.ids);
+    model_free(s->model);
+    checkpoint_close(s->checkpoint);
+}
+
+static void new_state(Session *s, int length) {
+    int most = s->model->config.max_context;
+    int context = length ? length : most < 8192 ? most : 8192;
+    s->state =
+        state_new(&s->model->config, context, context < PROMPT_CHUNK ? context : PROMPT_CHUNK);
+}
+
+/* Runs the queued tokens through the model and empties the queue. Returns the logits [vocab_size]
+ * after the last of them. */
+static const float *feed(Session *s) {
+    int T = 0;
+    for (int i = 0; i < s->queue.n; i += T) {
+        T = s->queue.n - i < s->state->max_T ? s->queue.n - i : s->state->max_T;
+        forward(s->model, s->state, s->queue.ids + i, T, s->pos);
+        s->pos += T;
+    }
+    s->queue.n = 0;
+    return logits(s->model, s->state, T - 1, 1);
+}
+
+static void print_token(Session *s, int id) {
+    size_t bytes;
+    const char *text = tokenizer_decode(s->tokenizer, id, &bytes);
+    utf8_write(&s->out, text, bytes, false, stdout);
+    fflush(stdout);
+}
+
+/* ---- 3: sampling --------------------------------------------------------------------------- */
+
+typedef struct {
+    float weight; // its probability times a constant
+    int id;
+} Candidate;
+
+typedef struct {
+    float temperature, top_p;
+    uint64_t random;
+    Candidate *candidates; // [vocab_size] scratch
+} Sampler;
+
+/* xorshift64*, https://en.wikipedia.org/wiki/Xorshift; in [0, 1), 24 bits. */
+static float random_uniform(uint64_t *state) {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    return (float)((*state * 0x2545F4914F6CDD1Dull) >> 40) / 16777216.0f;
+}
+
+/* The seed is spread over all bits by splitmix64's finish: neighbouring seeds give unrelated texts,
+ * and no seed the state 0, where xorshift would stay. */
+static Sampler new_sampler(const Options *o, int vocab_size) {
+    uint64_t z = o->seed + 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    if (o->temperature > 0) fprintf(stderr, "seed %" PRIu64 "\n", o->seed);
+    return (Sampler){.temperature = o->temperature,
+                     .top_p = o->top_p,
+                     .random = z ? z : 1,
+                     .candidates = allocate(vocab_size, sizeof(Candidate))};
+}
+
+/* The largest of the logits, the first of equals. They must be numbers. */
+static int argmax(const float *logits, int n) {
+    int best = 0;
+    for (int i = 0; i < n; i++) {
+        if (!isfinite(logits[i]))
+            die("the logit of token %d is %f: the weights are damaged", i, logits[i]);
+        if (logits[i] > logits[best]) best = i;
+    }
+    return best;
+}
+
+/* By falling weight; equal ones by id, so that the order never depends on the sort. */
+static int compare_candidates(const void *a, const void *b) {
+    const Candidate *x = a, *y = b;
+    if (x->weight != y->weight) return x->weight < y->weight ? 1 : -1;
+    return x->id < y->id ? -1 : 1;
+}
+
+/* A token from softmax(logits / temperature), cut to its nucleus: the fewest likeliest tokens whose
+ * probabilities reach top_p (https://arxiv.org/abs/1904.09751). */
+static int sample(Sampler *s, const float *logits, int n) {
+    int best = argmax(logits, n);
+    if (s->temperature == 0) return best;
+    Candidate *c = s->candidates;
+    double sum = 0;
+    for (int i = 0; i < n; i++) {
+        c[i] = (Candidate){expf((logits[i] - logits[best]) / s->temperature), i};
+        sum += c[i].weight;
+    }
+    if (s->top_p < 1) {
+        // Tokens below (1 - top_p) / n hold less than 1 - top_p together: the nucleus is among the
+        // others, which are few and quickly sorted. The best, of weight 1, is always one of them.
+        double cut = (1 - (double)s->top_p) * sum / n, nucleus = s->top_p * sum;
+        int m = 0;
+        for (int i = 0; i < n; i++)
+            if (c[i].weight >= cut) c[m++] = c[i];
+        qsort(c, m, sizeof *c, compare_candidates);
+        sum = c[0].weight;
+        for (n = 1; n < m && sum < nucleus; n++) sum += c[n].weight;
+    }
+    double target = random_uniform(&s->random) * sum;
+    int i = 0;
+    for (double below = c[0].weight; below <= target && i < n - 1;) below += c[++i].weight;
+    return c[i].id;
+}
+
+/* ---- 4: generate --------------------------------------------------------------------------- */
+
+typedef struct {
+    int prompt_tokens;
+    double prompt_seconds;
+    int generated; // tokens printed
+    int steps;     // tokens fed one by one: the first is sampled from the prompt's pass
+    double step_seconds;
+} Speed;
+
+static bool is_stop(const Session *s, int id) {
+    for (int i = 0; i < s->n_stop; i++)
+        if (s->stop[i] == id) return true;
+    return false;
+}
+
+/* Feeds the queue and then token by token what is sampled and printed, until a stop token, `limit`
+ * tokens (0: no limit) or the end of the context, when it returns false. The last token printed
+ * stays in the queue. */
+static bool generate_text(Session *s, Sampler *sampler, int limit, Speed *speed) {
+    for (int n = 0; limit == 0 || n < limit; n++) {
+        int queued = s->queue.n;
+        if (s->pos + queued > s->state->context) {
+            fprintf(stderr, "\nthe context of %d tokens is full\n", s->state->context);
+            return false;
+        }
+        double start = seconds();
+        int token = sample(sampler, feed(s), s->model->config.vocab_size);
+        if (n == 0) {
+            speed->prompt_tokens += queued;
+            speed->prompt_seconds += seconds() - start;
+        } else {
+            speed->steps += queued;
+            speed->step_seconds += seconds() - start;
+        }
+        if (is_stop(s, token)) break;
+        push(&s->queue, &token, 1);
+        print_token(s, token);
+        speed->generated++;
+    }
+    return true;
+}
+
+/* Ends the line of text on stdout. */
+static void end_text(Session *s) {
+    utf8_write(&s->out, "", 0, true, stdout);
+    putchar('\n');
+    fflush(stdout);
+}
+
+static double per_second(double tokens, double time) {
+    return time > 0 ? tokens / time : 0;
+}
+
+static void print_speed(const Speed *s) {
+    fprintf(stderr, "prompt %d tokens, %.1f tokens/s; generation %d tokens, %.1f tokens/s\n",
+            s->prompt_tokens, per_second(s->prompt_tokens, s->prompt_seconds), s->generated,
+            per_second(s->steps, s->step_seconds));
+}
+
+static void generate(Session *s, const Options *o) {
+    new_state(s, o->length);
+    Tokens *prompt = &s->queue;
+    if (s->model->config.bos >= 0) push(prompt, &s->model->config.bos, 1);
+    if (o->prompt) push_text(prompt, s->tokenizer, o->prompt, strlen(o->prompt), true);
+    if (prompt->n == 0) die("%s has no bos_token_id: without -i there is no prompt", o->model);
+    if (prompt->n > s->state->context)
+        die("the prompt has %d tokens, the context only %d (-l sets it)", prompt->n,
+            s->state->context);
+    print_model(s);
+    Sampler sampler = new_sampler(o, s->model->config.vocab_size);
+    Speed speed = {0};
+    for (int i = 0; i < prompt->n; i++) print_token(s, prompt->ids[i]);
+    generate_text(s, &sampler, o->n_tokens, &speed);
+    end_text(s);
+    print_speed(&speed);
+    free(sampler.candidates);
+}
+
+/* ---- 5: chat ------------------------------------------------------------------------------- */
+
+/* The format of LLaMA 3.1 Instruct (https://llama.meta.com/docs/model-cards-and-prompt-formats):
+ *   <|begin_of_text|>
+ *   <|start_header_id|>system<|end_header_id|>\n\n ... <|eot_id|>      (only with -y)
+ *   <|start_header_id|>user<|end_header_id|>\n\n ... <|eot_id|>
+ *   <|start_header_id|>assistant<|end_header_id|>\n\n ... <|eot_id|>   and so on. */
+
+static int special_token(const Session *s, const char *name) {
+    int id = tokenizer_id(s->tokenizer, name);
+    if (id < 0) die("%s: a chat needs the token %s, which its tokenizer lacks", s->path, name);
+    return id;
+}
+
+/* Queues a message's header and text, in which special tokens are plain text. */
+static void push_message(Session *s, const char *role, const char *text, size_t bytes) {
+    int start = special_token(s, "<|start_header_id|>"),
+        end = special_token(s, "<|end_header_id|>");
+    push(&s->queue, &start, 1);
+    push_text(&s->queue, s->tokenizer, role, strlen(role), false);
+    push(&s->queue, &end, 1);
+    char *body = allocate(bytes + 2, 1); // blank lines and text are one piece to the tokenizer
+    memcpy(body, "\n\n", 2);
+    memcpy(body + 2, text, bytes);
+    push_text(&s->queue, s->tokenizer, body, bytes + 2, false);
+    free(body);
+}
+
+/* Cuts white space at both ends, as the published template does. */
+static const char *trim(const char *text, size_t *bytes) {
+    while (*bytes > 0 && isspace((unsigned char)text[*bytes - 1])) --*bytes;
+    while (*bytes > 0 && isspace((unsigned char)*text)) text++, --*bytes;
+    return text;
+}
+
+static void chat(Session *s, const Options *o) {
+    int bos = special_token(s, "<|begin_of_text|>"), eot = special_token(s, "<|eot_id|>");
+    s->stop[s->n_stop++] = eot;
+    new_state(s, o->length);
+    print_model(s);
+    Sampler sampler = new_sampler(o, s->model->config.vocab_size);
+    Speed speed = {0};
+    push(&s->queue, &bos, 1);
+    if (o->system) {
+        push_message(s, "system", o->system, strlen(o->system));
+        push(&s->queue, &eot, 1);
+    }
+    char *line = o->prompt ? strdup(o->prompt) : NULL; // the first message, then lines of stdin
+    size_t size = 0;
+    for (bool first = o->prompt != NULL;; first = false) {
+        ssize_t n = first ? (ssize_t)strlen(line) : 0;
+        if (!first) {
+            if (isatty(STDIN_FILENO)) fputs("> ", stderr);
+            if ((n = getline(&line, &size, stdin)) < 0) break;
+        }
+        size_t bytes = (size_t)n;
+        const char *message = trim(line, &bytes);
+        if (bytes == 0) continue;
+        push_message(s, "user", message, bytes);
+        push(&s->queue, &eot, 1);
+        push_message(s, "assistant", "", 0);
+        if (s->pos + s->queue.n > s->state->context)
+            die("the message makes the chat %d tokens long, the context is only %d (-l sets it)",
+                s->pos + s->queue.n, s->state->context);
+        bool room = generate_text(s, &sampler, o->n_tokens, &speed);
+        end_text(s);
+        if (!room) break;
+        push(&s->queue, &eot, 1);
+    }
+    print_speed(&speed);
+    free(line);
+    free(sampler.candidates);
+}
+
+/* ---- 6: perplexity and token ids ----------------------------------------------------------- */
+
+/* A bar on a terminal; in a pipe a line at each quarter. */
+static void show_progress(int done, int total) {
+    if (isatty(STDERR_FILENO)) {
+        int width = 40 * done / total;
+        fprintf(stderr, "\r[%.*s%*s] %d of %d windows%s", width,
+                "########################################", 40 - width, "", done, total,
+                done == total ? "\n" : "");
+    } else if (4 * done / total > 4 * (done - 1) / total) {
+        fprintf(stderr, "%d of %d windows\n", done, total);
+    }
+}
+
+static void print_perplexity(Session *s, const Options *o) {
+    const Config *c = &s->model->config;
+    int length = o->length ? o->length : c->max_context < 2048 ? c->max_context : 2048, windows;
+    size_t bytes;
+    char *text = read_text(o->file, &bytes);
+    if (c->bos >= 0) push(&s->queue, &c->bos, 1);
+    push_text(&s->queue, s->tokenizer, text, bytes, true);
+    free(text);
+    if (s->queue.n < length)
+        die("%s: it has %d tokens, a window needs %d (-l sets it)", o->file, s->queue.n, length);
+    print_model(s);
+    double ppl = perplexity(s->model, s->queue.ids, s->queue.n, length, 0, &windows, show_progress);
+    if (!isfinite(ppl)) die("%s: the perplexity is %f: the weights are damaged", o->model, ppl);
+    printf("perplexity %.4f (%d windows of %d)\n", ppl, windows, length);
+}
+
+static void print_token_ids(const Options *o) {
+    Tokenizer *tokenizer;
+    struct stat st;
+    if (stat(o->model, &st) == 0 && S_ISDIR(st.st_mode)) { // its tokenizer.json is enough
+        char *path = allocate(strlen(o->model) + sizeof "/tokenizer.json", 1);
+        sprintf(path, "%s/tokenizer.json", o->model);
+        size_t bytes;
+        char *json = read_text(path, &bytes);
+        tokenizer = tokenizer_load(path, json, bytes);
+        free(json);
+        free(path);
+    } else {
+        Checkpoint *c = checkpoint_open(o->model);
+        if (!c->tokenizer) die("%s: it has no tokenizer.json", o->model);
+        tokenizer = tokenizer_load(o->model, c->tokenizer, c->tokenizer_bytes);
+        checkpoint_close(c);
+    }
+    size_t bytes;
+    char *text = read_text(o->file, &bytes);
+    Tokens t = {0};
+    push_text(&t, tokenizer, text, bytes, true);
+    for (int i = 0; i < t.n; i++) printf(i ? " %d" : "%d", t.ids[i]);
+    putchar('\n');
+    free(t.ids);
+    free(text);
+    tokenizer_free(tokenizer);
+}
+
+/* ---- 7: benchmark -------------------------------------------------------------------------- */
+
+/* Bytes a second that all threads together read from memory: the best of some passes over 512 MB,
+ * which fit in no cache. */
+static double memory_bandwidth(void) {
+    const size_t n = (size_t)64 << 20;
+    uint64_t *buffer = allocate(n, sizeof *buffer), total = 0;
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i++) buffer[i] = i; // so that every page is there, near its reader
+    double best = DBL_MAX;
+    for (int pass = 0; pass < 8; pass++) {
+        double start = seconds();
+#pragma omp parallel for schedule(static) reduction(+ : total)
+        for (size_t i = 0; i < n; i++) total += buffer[i];
+        best = fmin(best, seconds() - start);
+    }
+    if (total != 8 * (n / 2 * (n - 1))) die("the memory does not hold what was written to it");
+    free(buffer);
+    return n * sizeof *buffer / best;
+}
+
+/* Prefill: 1024 tokens at once, fewer where they would take longer than 15 s. Decode: the next
+ * 256, one by one, or as many as 10 s allow. A decoded token must read all weights and the KV
+ * cache up to it; that, a second, against the memory's bandwidth is how good the decoder is. */
+static void benchmark(Session *s, const Options *o) {
+    const Config *c = &s->model->config;
+    int limit = o->length ? o->length : c->max_context, context = limit < 1280 ? limit : 1280;
+    int prefill = context - (context + 4) / 5, probe = prefill < 32 ? prefill : 32;
+    new_state(s, context);
+    print_model(s);
+    for (int i = 0; i < prefill; i++) push(&s->queue, &(int){(int)(i * 7919ll % c->vocab_size)}, 1);
+    s->queue.n = 1;
+    feed(s); // the weights come from the disk
+    s->pos = 0, s->queue.n = probe;
+    double start = seconds();
+    feed(s);
+    double affordable = 15 * probe / (seconds() - start);
+    if (affordable < prefill) prefill = affordable < probe ? probe : (int)affordable;
+    s->pos = 0, s->queue.n = prefill;
+    start = seconds();
+    const float *l = feed(s);
+    double prefill_time = seconds() - start;
+
+    double kv = 2.0 * c->n_layers * c->n_kv_heads * c->head_dim * sizeof(float), bytes = 0,
+           time = 0;
+    int decoded = 0;
+    for (start = seconds(); s->pos < context && time < 10; time = seconds() - start) {
+        push(&s->queue, &(int){argmax(l, c->vocab_size)}, 1);
+        l = feed(s);
+        bytes += model_bytes(s->model) + kv * s->pos;
+        decoded++;
+    }
+    double memory = memory_bandwidth(), rate = decoded / time, GBs = bytes / time / 1e9;
+    printf("%s, %s, %d threads, %.1f MB of weights and KV cache read per token\n\n", o->model,
+           weights_kind(s->model), omp_get_max_threads(), bytes / decoded / 1e6);
+    printf("phase    tokens  seconds  tokens/s    GB/s  of memory's %.1f GB/s\n", memory / 1e9);
+    printf("prefill  %6d  %7.3f  %8.1f\n", prefill, prefill_time, prefill / prefill_time);
+    printf("decode   %6d  %7.3f  %8.1f  %6.2f  %.0f %%\n\n", decoded, time, rate, GBs,
+           1e11 * GBs / memory);
+    printf("model,weights,threads,prefill_tokens,prefill_tokens_per_s,decode_tokens,"
+           "decode_tokens_per_s,decode_GB_per_s,memory_GB_per_s\n");
+    printf("%s,%s,%d,%d,%.1f,%d,%.2f,%.2f,%.2f\n", o->model, weights_kind(s->model),
+           omp_get_max_threads(), prefill, prefill / prefill_time, decoded, rate, GBs,
+           memory / 1e9);
+}
+
+int main(int argc, char **argv) {
+    Options o = parse_options(argc, argv);
+    if (o.task == TOKEN_IDS) {
+        print_token_ids(&o);
+    } else {
+        Session s = open_session(&o);
+        if (o.task == GENERATE) generate(&s, &o);
+        if (o.task == CHAT) chat(&s, &o);
+        if (o.task == PERPLEXITY) print_perplexity(&s, &o);
+        if (o.task == BENCHMARK) benchmark(&s, &o);
+        close_session(&s);
+    }
+    free(o.model);
+    if (fflush(stdout) || ferror(stdout)) die("stdout: %s", strerror(errno));
+    return 0;
+}

@@ -1,0 +1,40 @@
+/* The test harness: each test prints "ok   name", "FAIL name" or "skip name: why"; test_end()
+ * prints "N passed, N failed, N skipped" last. Tests run from the repository's root. */
+#ifndef TEST_H
+#define TEST_H
+
+#include "../qqq.h"
+
+/* Starts a test; the one before it ends here. */
+void test_begin(const char *name);
+
+/* A check that does not hold prints the message and fails the running test. Returns `ok`. */
+bool check(bool ok, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* The running test is skipped, and the line says why. */
+void test_skip(const char *why);
+
+/* Ends the last test and prints the count. Returns the exit status: 1 if a test failed. */
+int test_end(void);
+
+/* A whole file, malloc'ed, with a NUL behind; NULL if it cannot be read. */
+char *read_file(const char *path, size_t *bytes);
+
+/* Writes a whole file; a test's own files go under build/test/. */
+void write_file(const char *path, const void *data, size_t bytes);
+
+/* Runs a command line through sh; out [out_size] gets stdout and stderr, cut to fit, with a NUL.
+ * Returns the exit status, 128 + the signal's number if one ended it. */
+int run_command(const char *command, char *out, size_t out_size);
+
+/* Calls f(arg) in a process of its own. True if it ended with status 1 or 2 and exactly one line on
+ * stderr, which is copied to message [size]. */
+bool dies(void (*f)(void *), void *arg, char *message, size_t size);
+
+/* A file is there. */
+bool exists(const char *path);
+
+/* A reproducible random number in [-1, 1). */
+float random_float(uint64_t *seed);
+
+#endif

@@ -1,0 +1,431 @@
+/* Tests of kernels.cu on the GPU: test_kernels [quick]. `quick` runs the small shapes only, for
+ * compute-sanitizer. Prints "ok   name" or "FAIL name" for each test and "N passed, N failed". */
+#include "../qqq.h"
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <vector>
+
+static int n_passed, n_failed, n_problems;
+static const char *running;
+
+static void test_end() {
+    if (!running) return;
+    printf("%s %s\n", n_problems ? "FAIL" : "ok  ", running);
+    fflush(stdout);
+    n_problems ? n_failed++ : n_passed++;
+}
+
+static void test_begin(const char *name) {
+    test_end();
+    running = name;
+    n_problems = 0;
+}
+
+static void check(bool ok, const char *format, ...) {
+    if (ok || n_problems++ > 10) return;
+    va_list args;
+    va_start(args, format);
+    vprintf(format, args);
+    va_end(args);
+    printf("\n");
+}
+
+static void gpu(cudaError_t status) {
+    if (status != cudaSuccess) die("CUDA: %s", cudaGetErrorString(status));
+}
+
+template <typename T> static T *device(size_t n) {
+    T *p;
+    gpu(cudaMalloc(&p, n * sizeof(T)));
+    return p;
+}
+
+template <typename T> static T *upload(const std::vector<T> &v) {
+    T *p = device<T>(v.size());
+    gpu(cudaMemcpy(p, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return p;
+}
+
+template <typename T> static std::vector<T> download(const T *p, size_t n) {
+    std::vector<T> v(n);
+    gpu(cudaMemcpy(v.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
+    return v;
+}
+
+static uint64_t seed = 1;
+
+static uint64_t random_bits() { // splitmix64
+    uint64_t z = seed += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+}
+
+static void fill_random(void *p, size_t bytes) {
+    uint8_t *to = (uint8_t *)p;
+    for (size_t i = 0; i < bytes; i += 8) {
+        uint64_t bits = random_bits();
+        memcpy(to + i, &bits, bytes - i < 8 ? bytes - i : 8);
+    }
+}
+
+/* ---- a quantized linear in the file's layout ------------------------------------------------ */
+
+enum Kind { RANDOM, LOWEST, HIGHEST, N_KINDS };
+
+struct Weights {
+    int N, K;
+    std::vector<uint8_t> qweight, s_group;
+    std::vector<float> s_channel;
+};
+
+static Weights make_weights(int N, int K, bool groups, Kind kind) {
+    Weights w = {N, K, std::vector<uint8_t>((size_t)N * K / 2), {}, std::vector<float>(N)};
+    if (groups) w.s_group.resize((size_t)N * (K / GROUP));
+    fill_random(w.qweight.data(), w.qweight.size());
+    fill_random(w.s_group.data(), w.s_group.size());
+    for (uint8_t &s : w.s_group) s = kind == RANDOM ? s % 15 + 1 : 15;
+    for (uint8_t &q : w.qweight) {
+        if (kind == LOWEST) q = groups ? 0x00 : 0x11;
+        if (kind == HIGHEST) q = 0xff;
+        if (!groups && (q & 0x0f) == 0) q |= 0x08; // per channel no code is 0
+        if (!groups && (q & 0xf0) == 0) q |= 0x80;
+    }
+    for (float &s : w.s_channel) s = (random_bits() % 1000 + 1) * 2e-6f;
+    return w;
+}
+
+static Linear linear(const Weights &w) {
+    Linear l = {};
+    l.N = w.N;
+    l.K = w.K;
+    l.dtype = U8;
+    l.qweight = w.qweight.data();
+    l.s_channel = w.s_channel.data();
+    l.s_group = w.s_group.empty() ? NULL : w.s_group.data();
+    return l;
+}
+
+static GpuLinear create(const Weights &w) {
+    Linear l = linear(w);
+    return gpu_linear_create(&l, 1);
+}
+
+/* The plain-C twin: acc [M][N] = a [M][K] . w8 [N][K]. */
+static void reference_c(const Weights &w, const int8_t *a, int M, int *acc) {
+    std::vector<int8_t> q(w.K);
+    for (int n = 0; n < w.N; n++) {
+        for (int k = 0; k < w.K; k++) {
+            int u = w.qweight[((size_t)n * w.K + k) / 2] >> 4 * (k % 2) & 15;
+            int s = w.s_group.empty() ? 1 : w.s_group[(size_t)n * (w.K / GROUP) + k / GROUP];
+            q[k] = (u - 8) * s;
+        }
+        for (int m = 0; m < M; m++) {
+            int sum = 0;
+            for (int k = 0; k < w.K; k++) sum += a[(size_t)m * w.K + k] * q[k];
+            acc[(size_t)m * w.N + n] = sum;
+        }
+    }
+}
+
+/* The same as a kernel without any trick, for shapes that would take the CPU hours. */
+__global__ void reference_kernel(const uint8_t *qweight, const uint8_t *s_group, const int8_t *a,
+                                 int M, int N, int K, int *acc) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x;
+    int m = blockIdx.y * blockDim.y + threadIdx.y;
+    if (m >= M || n >= N) return;
+    int sum = 0;
+    for (int k = 0; k < K; k += 2) {
+        int byte = qweight[((size_t)n * K + k) / 2];
+        int s = s_group ? s_group[(size_t)n * (K / GROUP) + k / GROUP] : 1;
+        sum += a[(size_t)m * K + k] * ((byte & 15) - 8) * s;
+        sum += a[(size_t)m * K + k + 1] * ((byte >> 4) - 8) * s;
+    }
+    acc[(size_t)m * N + n] = sum;
+}
+
+/* ---- one linear, its input and what must come out ------------------------------------------- */
+
+__device__ int half_order(half h) { // consecutive halves have consecutive numbers
+    int bits = __half_as_ushort(h);
+    return bits & 0x8000 ? 0x8000 - bits : bits;
+}
+
+/* errors[0]: sums that differ, [1]: outputs more than one ulp off, [2]: outputs not equal, [3]:
+ * writes past row M. */
+__global__ void compare_kernel(const int *want, const float *s_a, const float *s_channel, int M,
+                               int N, int guard, const int *acc, const half *y, int *errors) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)(M + guard) * N) return;
+    int m = i / N;
+    int n = i % N;
+    if (m >= M) {
+        if (__half_as_ushort(y[i]) != 0xffff || (acc && acc[i] != -1)) atomicAdd(errors + 3, 1);
+        return;
+    }
+    half right = __float2half_rn(((float)want[i] * s_a[m]) * s_channel[n]);
+    if (acc && acc[i] != want[i]) atomicAdd(errors, 1);
+    int ulps = __half_as_ushort(y[i]) == 0xffff ? 99 : abs(half_order(y[i]) - half_order(right));
+    if (ulps > 1) atomicAdd(errors + 1, 1);
+    if (ulps > 0) atomicAdd(errors + 2, 1);
+}
+
+constexpr int GUARD = 8; // rows after the output that must stay as they were
+
+struct Case {
+    int N, K, max_M;
+    GpuLinear l;
+    int8_t *a;                        // [max_M][K]
+    float *s_a;                       // [max_M]
+    float *s_channel;                 // [N]
+    uint8_t *qweight, *s_group;       // the file's
+    int *want;                        // [max_M][N]
+    int *acc;                         // [max_M + GUARD][N]
+    half *y;                          // [max_M + GUARD][N]
+    int *errors;                      // [4]
+};
+
+static int *workspace;
+
+static Case make_case(const Weights &w, int max_M, Kind kind) {
+    Case c = {};
+    c.N = w.N;
+    c.K = w.K;
+    c.max_M = max_M;
+    c.l = create(w);
+    std::vector<int8_t> a((size_t)max_M * w.K);
+    fill_random(a.data(), a.size());
+    if (kind != RANDOM) memset(a.data(), -128, a.size());
+    std::vector<float> s_a(max_M);
+    for (float &s : s_a) s = (random_bits() % 1000 + 1) * 1e-5f;
+    c.a = upload(a);
+    c.s_a = upload(s_a);
+    c.s_channel = upload(w.s_channel);
+    c.qweight = upload(w.qweight);
+    c.s_group = w.s_group.empty() ? NULL : upload(w.s_group);
+    c.want = device<int>((size_t)max_M * w.N);
+    c.acc = device<int>((size_t)(max_M + GUARD) * w.N);
+    c.y = device<half>((size_t)(max_M + GUARD) * w.N);
+    c.errors = device<int>(4);
+    reference_kernel<<<dim3((w.N + 31) / 32, (max_M + 7) / 8), dim3(32, 8)>>>(
+        c.qweight, c.s_group, c.a, max_M, w.N, w.K, c.want);
+    gpu(cudaGetLastError());
+    return c;
+}
+
+static void free_case(Case &c) {
+    gpu_linear_free(&c.l);
+    void *all[] = {c.a, c.s_a, c.s_channel, c.qweight, c.s_group, c.want, c.acc, c.y, c.errors};
+    for (void *p : all) gpu(cudaFree(p));
+}
+
+static void poison(const Case &c, int M) {
+    gpu(cudaMemset(c.acc, 0xff, (size_t)(M + GUARD) * c.N * sizeof(int)));
+    gpu(cudaMemset(c.y, 0xff, (size_t)(M + GUARD) * c.N * sizeof(half)));
+}
+
+static void compare(const Case &c, int M, bool sums) {
+    gpu(cudaMemset(c.errors, 0, 4 * sizeof(int)));
+    size_t n = (size_t)(M + GUARD) * c.N;
+    compare_kernel<<<(n + 255) / 256, 256>>>(c.want, c.s_a, c.s_channel, M, c.N, GUARD,
+                                             sums ? c.acc : NULL, c.y, c.errors);
+    gpu(cudaGetLastError());
+    std::vector<int> e = download(c.errors, 4);
+    check(!e[0] && !e[1] && !e[2] && !e[3],
+          "M=%d N=%d K=%d %s: %d sums wrong, %d outputs off, %d not equal, %d past the end", M, c.N,
+          c.K, c.s_group ? "g128" : "channel", e[0], e[1], e[2], e[3]);
+}
+
+static void run_case(const Case &c, int M) {
+    poison(c, M);
+    gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, c.acc, workspace, 0);
+    compare(c, M, true);
+    poison(c, M);
+    gpu_gemm_portable = true;
+    gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, NULL, workspace, 0);
+    gpu_gemm_portable = false;
+    compare(c, M, false);
+}
+
+/* ---- the tests ------------------------------------------------------------------------------ */
+
+static void test_reference(bool groups) {
+    Weights w = make_weights(64, 256, groups, RANDOM);
+    Case c = make_case(w, 9, RANDOM);
+    std::vector<int> want(9 * 64);
+    reference_c(w, download(c.a, 9 * 256).data(), 9, want.data());
+    check(download(c.want, 9 * 64) == want, "the reference kernel differs from plain C");
+    run_case(c, 9);
+    free_case(c);
+}
+
+static void test_layout(bool groups) {
+    Weights w[3] = {make_weights(128, 384, groups, RANDOM), make_weights(64, 384, groups, RANDOM),
+                    make_weights(192, 384, groups, RANDOM)};
+    Linear parts[3];
+    Weights all = {};
+    all.K = 384;
+    for (int i = 0; i < 3; i++) {
+        parts[i] = linear(w[i]);
+        all.N += w[i].N;
+        all.qweight.insert(all.qweight.end(), w[i].qweight.begin(), w[i].qweight.end());
+        all.s_group.insert(all.s_group.end(), w[i].s_group.begin(), w[i].s_group.end());
+        all.s_channel.insert(all.s_channel.end(), w[i].s_channel.begin(), w[i].s_channel.end());
+    }
+    GpuLinear l = gpu_linear_create(parts, 3);
+    check(l.N == all.N && l.K == all.K, "stacked shape");
+    Weights back = all;
+    std::fill(back.qweight.begin(), back.qweight.end(), 0);
+    std::fill(back.s_group.begin(), back.s_group.end(), 0);
+    std::fill(back.s_channel.begin(), back.s_channel.end(), 0);
+    gpu_linear_restore(&l, back.qweight.data(), back.s_channel.data(),
+                       groups ? back.s_group.data() : NULL);
+    check(back.qweight == all.qweight, "qweight differs after layout and restore");
+    check(back.s_group == all.s_group, "s_group differs after layout and restore");
+    check(back.s_channel == all.s_channel, "s_channel differs after layout and restore");
+    gpu_linear_free(&l);
+    Case c = make_case(all, 5, RANDOM);
+    run_case(c, 5);
+    free_case(c);
+}
+
+static void test_shape(int N, int K, bool groups, Kind kind, bool quick) {
+    Case c = make_case(make_weights(N, K, groups, kind), quick ? 300 : 1000, kind);
+    if (quick) {
+        for (int M : {1, 3, 16, 17, 64, 129, 300}) run_case(c, M);
+    } else {
+        for (int M = 1; M <= 40; M++) run_case(c, M);
+        for (int M : {63, 64, 65, 127, 128, 129, 256, 1000}) run_case(c, M);
+    }
+    free_case(c);
+}
+
+static void test_repeated(bool groups) {
+    Case c = make_case(make_weights(1536, 4096, groups, RANDOM), 200, RANDOM);
+    for (int M : {1, 16, 32, 64, 200}) {
+        poison(c, M);
+        for (int i = 0; i < 50; i++) {
+            gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, c.acc, workspace, 0);
+        }
+        compare(c, M, true);
+    }
+    free_case(c);
+}
+
+/* A graph of the quantizer and two GEMMs, the second fed by a copy of the same input: replays must
+ * give what plain launches give, with every kernel's start overlapping the one before. */
+static void test_graph(bool groups) {
+    Case c = make_case(make_weights(1536, 4096, groups, RANDOM), 200, RANDOM);
+    cudaStream_t stream;
+    gpu(cudaStreamCreate(&stream));
+    for (int M : {1, 16, 64, 200}) {
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        gpu(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        for (int i = 0; i < 5; i++) {
+            gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, c.acc, workspace, stream);
+        }
+        gpu(cudaStreamEndCapture(stream, &graph));
+        gpu(cudaGraphInstantiate(&exec, graph, 0));
+        poison(c, M);
+        gpu(cudaDeviceSynchronize());
+        for (int i = 0; i < 5; i++) gpu(cudaGraphLaunch(exec, stream));
+        gpu(cudaStreamSynchronize(stream));
+        compare(c, M, true);
+        gpu(cudaGraphExecDestroy(exec));
+        gpu(cudaGraphDestroy(graph));
+    }
+    gpu(cudaStreamDestroy(stream));
+    free_case(c);
+}
+
+/* quantize_row() of qqq.c on the same values. */
+static void test_quantize() {
+    for (int K : {64, 448, 4096, 14336, 21760}) {
+        const int M = 12;
+        std::vector<half> x((size_t)M * K);
+        for (int m = 0; m < M; m++) {
+            float scale = exp2f((float)m * 3 - 24);
+            for (int k = 0; k < K; k++) {
+                float f = ((float)(random_bits() % 2001) / 1000 - 1) * scale;
+                x[(size_t)m * K + k] = __float2half(m == 0 ? 0 : m == 1 ? 6e-8f * (k % 3) : f);
+            }
+        }
+        x[(size_t)9 * K + 17] = __ushort_as_half(0x7e00);  // NaN
+        x[(size_t)10 * K + 5] = __ushort_as_half(0xfc00);  // -infinity
+        x[(size_t)11 * K + K - 1] = __float2half(65504.0f); // the largest half
+        half *x_gpu = upload(x);
+        int8_t *a = device<int8_t>((size_t)M * K);
+        float *s_a = device<float>(M);
+        gpu(cudaMemset(a, 0x55, (size_t)M * K));
+        gpu_quantize(x_gpu, M, K, a, s_a, 0);
+        std::vector<int8_t> got = download(a, (size_t)M * K);
+        std::vector<float> got_s = download(s_a, M);
+        std::vector<float> row(K);
+        std::vector<int8_t> want(K);
+        for (int m = 0; m < M; m++) {
+            for (int k = 0; k < K; k++) row[k] = __half2float(x[(size_t)m * K + k]);
+            float s = quantize_row(row.data(), K, want.data());
+            check(isnan(s) ? isnan(got_s[m]) : s == got_s[m], "K=%d row %d: s_a %g, want %g", K, m,
+                  got_s[m], s);
+            check(memcmp(want.data(), &got[(size_t)m * K], K) == 0, "K=%d row %d: a differs", K, m);
+        }
+        gpu(cudaFree(x_gpu));
+        gpu(cudaFree(a));
+        gpu(cudaFree(s_a));
+    }
+}
+
+int main(int argc, char **argv) {
+    bool quick = argc > 1 && strcmp(argv[1], "quick") == 0;
+    workspace = gpu_gemm_workspace();
+    test_begin("quantizer equals plain C");
+    test_quantize();
+    for (bool groups : {false, true}) {
+        const char *kind = groups ? "g128" : "channel";
+        static char names[64][80];
+        static int n_names;
+        auto begin = [&](const char *format, int N, int K) {
+            char *name = names[n_names++];
+            int n = snprintf(name, 80, format, N, K);
+            snprintf(name + n, 80 - n, ", %s", kind);
+            test_begin(name);
+        };
+        begin("reference kernel equals plain C", 0, 0);
+        test_reference(groups);
+        begin("layout and its inverse, three parts stacked", 0, 0);
+        test_layout(groups);
+        for (int N : {64, 192}) {
+            for (int K : {64, 128, 448, 21760}) {
+                if (groups && K % GROUP) continue;
+                begin("random, N=%d K=%d", N, K);
+                test_shape(N, K, groups, RANDOM, quick);
+            }
+        }
+        begin("lowest weights, N=%d K=%d", 192, 21760);
+        test_shape(192, 21760, groups, LOWEST, quick);
+        begin("highest weights, N=%d K=%d", 192, 21760);
+        test_shape(192, 21760, groups, HIGHEST, quick);
+        begin("repeated runs", 0, 0);
+        test_repeated(groups);
+        begin("in a CUDA graph", 0, 0);
+        test_graph(groups);
+        if (quick) continue;
+        const int shapes[5][2] = {
+            {8192, 21760}, {6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}};
+        for (const int *s : shapes) {
+            begin("random, N=%d K=%d", s[0], s[1]);
+            test_shape(s[0], s[1], groups, RANDOM, false);
+        }
+    }
+    test_end();
+    gpu(cudaDeviceSynchronize());
+    gpu(cudaFree(workspace));
+    printf("%d passed, %d failed\n", n_passed, n_failed);
+    return n_failed > 0;
+}
