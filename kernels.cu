@@ -147,6 +147,7 @@ struct GemmArgs {
     int tiles_m, tiles_n;
     int chunks;
     int split_tiles;
+    int band;
 };
 
 /* Where a block is in its list of work. */
@@ -156,11 +157,11 @@ struct Work {
 };
 
 __device__ __forceinline__ void place_tile(Work &work, const GemmArgs &p) {
-    int per_band = 8 * p.tiles_n;
+    int per_band = p.band * p.tiles_n;
     int band = work.tile / per_band;
-    int rows = min(8, p.tiles_m - band * 8);
+    int rows = min(p.band, p.tiles_m - band * p.band);
     int local = work.tile - band * per_band;
-    work.m = band * 8 + local % rows;
+    work.m = band * p.band + local % rows;
     work.n = local / rows;
 }
 
@@ -191,7 +192,7 @@ __device__ __forceinline__ void next_work(Work &work, const GemmArgs &p, int sto
     } else if ((work.tile + 1) * p.chunks < stop) {
         work.tile++;
         work.end = min(p.chunks, stop - work.tile * p.chunks);
-    } else if (work.tile * p.chunks + work.end <= stop) {
+    } else {
         work.tile = p.split_tiles + blockIdx.x;
     }
     place_tile(work, p);
@@ -211,9 +212,11 @@ __device__ __forceinline__ void load_4(uint32_t &to, const uint32_t *from, bool 
                  : "l"(from), "r"((int)valid));
 }
 
-__device__ __forceinline__ void copy_async_16(uint32_t to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
-                 "r"(valid ? 16 : 0)
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void *from, bool nonzero,
+                                              bool valid) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
+                 "@p cp.async.cg.shared.global [%0], [%1], 16, %2; }\n" ::"r"(to), "l"(from),
+                 "r"(nonzero ? 16 : 0), "r"((int)valid)
                  : "memory");
 }
 
@@ -305,20 +308,31 @@ __device__ __forceinline__ void multiply(int (&acc)[2][N_TILES][4], const uint32
     }
 }
 
-template <int TOKENS, int K_WARPS, int DEPTH> struct Shape {
-    static constexpr int N_WARPS = WARPS / K_WARPS;
-    static constexpr int CHANNELS = N_WARPS * STRIP;
-    static constexpr int CHUNK_UNITS = K_WARPS * DEPTH;
-    static constexpr int CHUNK = CHUNK_UNITS * UNIT; // k, and bytes of one token's activations
-    static constexpr int STAGE = TOKENS * CHUNK;     // bytes
-    static constexpr int SUMS = (WARPS - N_WARPS) * 32 * TOKENS;
+/* Waits for the warps of one team. */
+template <int TEAM_WARPS> __device__ __forceinline__ void team_barrier(int team) {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(team + 1), "n"(TEAM_WARPS * 32) : "memory");
+}
+
+__device__ __forceinline__ void add4(int (&c)[4], int4 x) {
+    c[0] += x.x;
+    c[1] += x.y;
+    c[2] += x.z;
+    c[3] += x.w;
+}
+
+template <int TOKENS, int TEAMS, int DEPTH> struct Shape {
+    static constexpr int TEAM_WARPS = WARPS / TEAMS;
+    static constexpr int CHANNELS = TEAM_WARPS * STRIP;
+    static constexpr int CHUNK = TEAMS * DEPTH; // units
+    static constexpr int TEAM_STAGE = TOKENS * DEPTH * UNIT; // bytes of activations
+    static constexpr int SUMS = (WARPS - TEAM_WARPS) * 32 * TOKENS; // int32
     static constexpr int TILE = CHANNELS * TOKENS;
 };
 
-template <int TOKENS, int K_WARPS, int DEPTH, bool GROUPS, bool HOPPER>
-__global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
+template <int TOKENS, int TEAMS, int DEPTH, bool GROUPS, bool HOPPER>
+__global__ void __launch_bounds__(THREADS, TOKENS * DEPTH <= 128 ? 2 : 1)
     gemm_w4a8_kernel(const __grid_constant__ GemmArgs p) {
-    using S = Shape<TOKENS, K_WARPS, DEPTH>;
+    using S = Shape<TOKENS, TEAMS, DEPTH>;
     constexpr bool WGMMA = HOPPER && HAVE_WGMMA;
     constexpr int STAGES = HOPPER ? 3 : 2;
     constexpr int N_TILES = TOKENS / 8;
@@ -326,12 +340,12 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     __shared__ bool last;
 
     const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-    const int warp_n = warp % S::N_WARPS;
-    const int warp_k = warp / S::N_WARPS;
+    const int team = threadIdx.x / 32 / S::TEAM_WARPS;
+    const int warp = threadIdx.x / 32 % S::TEAM_WARPS;
     const int units = p.K / UNIT;
     const int tiles = p.tiles_m * p.tiles_n;
-    const uint32_t stage0 = (uint32_t)__cvta_generic_to_shared(smem);
+    const uint32_t stage0 =
+        (uint32_t)__cvta_generic_to_shared(smem) + team * STAGES * S::TEAM_STAGE;
 
     uint4 w[DEPTH][2] = {};
     uint32_t sg[DEPTH] = {};
@@ -339,8 +353,8 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     const uint32_t *from_sg = p.s_group;
     int valid = 0;
     auto aim = [&](const Work &work) {
-        int strip = work.n * S::N_WARPS + warp_n;
-        int unit = work.chunk * S::CHUNK_UNITS + warp_k;
+        int strip = work.n * S::TEAM_WARPS + warp;
+        int unit = work.chunk * S::CHUNK + team;
         from_w = p.w + ((size_t)strip * units + unit) * 64 + lane;
         if (GROUPS) {
             from_sg = p.s_group + ((size_t)strip * (units / 2) + unit / 2) * 8 + lane / 4;
@@ -348,23 +362,25 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
         valid = work.tile < tiles && strip < p.N / STRIP ? units - unit : 0;
     };
     auto load_weights = [&](int u) {
-        load_16(w[u][0], from_w + u * K_WARPS * 64, u * K_WARPS < valid);
-        load_16(w[u][1], from_w + u * K_WARPS * 64 + 32, u * K_WARPS < valid);
-        if (GROUPS) load_4(sg[u], from_sg + u * K_WARPS / 2 * 8, u * K_WARPS < valid);
+        load_16(w[u][0], from_w + u * TEAMS * 64, u * TEAMS < valid);
+        load_16(w[u][1], from_w + u * TEAMS * 64 + 32, u * TEAMS < valid);
+        if (GROUPS) load_4(sg[u], from_sg + u * TEAMS / 2 * 8, u * TEAMS < valid);
     };
-    auto load_activations = [&](const Work &work, uint32_t stage) {
-        constexpr int PIECES = S::CHUNK / 16;
-        constexpr int ROWS = THREADS / PIECES;
-        int column = threadIdx.x % PIECES;
-        int k = work.chunk * S::CHUNK + column * 16;
-        int rows = work.tile < tiles ? min(TOKENS, p.M - work.m * TOKENS) : 0;
-        int row = threadIdx.x / PIECES;
+    auto load_activations = [&](const Work &work, uint32_t stage, int part) {
+        constexpr int PIECES = DEPTH * UNIT / 16;
+        constexpr int ROWS = S::TEAM_WARPS * 32 / PIECES;
+        int thread = threadIdx.x % (S::TEAM_WARPS * 32);
+        int column = thread % PIECES;
+        int k = (work.chunk * S::CHUNK + column / 4 * TEAMS + team) * UNIT + column % 4 * 16;
+        int rows = work.tile < tiles ? min((part + 1) * TOKENS / 2, p.M - work.m * TOKENS) : 0;
+        int row = part * TOKENS / 2 + thread / PIECES;
         const int8_t *from = p.a + (size_t)(work.m * TOKENS + row) * p.K + k;
-#pragma unroll 1
-        for (; row < rows; row += ROWS) {
+#pragma unroll
+        for (int i = 0; i < (TOKENS / 2 + ROWS - 1) / ROWS; i++) {
             uint32_t to = (column / 8 * TOKENS + row) * 128 + (column % 8 ^ row % 8) * 16;
-            copy_async_16(stage + to, k < p.K ? from : p.a, k < p.K);
-            from += (size_t)ROWS * p.K;
+            copy_async_16(stage + to, from, k < p.K, row < rows);
+            row += ROWS;
+            from += ROWS * p.K;
         }
     };
 
@@ -375,12 +391,13 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     for (int u = 0; u < DEPTH; u++) load_weights(u);
     launch_dependents();
     wait_for_previous_kernel();
-    load_activations(next, stage0);
+    load_activations(next, stage0, 0);
+    load_activations(next, stage0, 1);
 
     uint32_t stage = stage0;
     const uint32_t b_row = lane / 16 * 1024 + lane % 8 * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
     while (next.tile < tiles) {
-        const Work now = next;
+        Work now = next;
         int acc[2][N_TILES][4] = {};
         uint32_t a[2][2][4];
         for (int chunk = now.chunk; chunk < now.end; chunk++) {
@@ -388,16 +405,14 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
             aim(next);
             copy_async_wait();
             if (WGMMA) asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-            __syncthreads();
+            team_barrier<S::TEAM_WARPS>(team);
             const uint32_t current = stage;
-            stage += S::STAGE;
-            if (stage == stage0 + STAGES * S::STAGE) stage = stage0;
-            load_activations(next, stage);
+            stage += S::TEAM_STAGE;
+            if (stage == stage0 + STAGES * S::TEAM_STAGE) stage = stage0;
 
 #pragma unroll
             for (int u = 0; u < DEPTH; u++) {
-                const int panel = (u * K_WARPS + warp_k) / 2;
-                const int half64 = (u * K_WARPS + warp_k) % 2;
+                if (!WGMMA && u < 2) load_activations(next, stage, u);
                 const uint32_t scales = sg[u];
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
@@ -413,74 +428,87 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
                         }
                     }
                     if (step == 1) load_weights(u);
-                    const uint32_t from = current + panel * TOKENS * 128;
+                    const uint32_t from = current + u / 2 * TOKENS * 128;
+                    const int column = (u % 2 * 2 + step) * 32;
                     if constexpr (WGMMA) {
                         uint64_t b = (uint64_t)1 << 62 | (uint64_t)64 << 32 | (uint64_t)1 << 16 |
-                                     (from + half64 * 64 + step * 32) >> 4;
+                                     (from + column) >> 4;
                         wgmma_fence();
                         wgmma(acc[0], a[buffer][0], b);
                         wgmma(acc[1], a[buffer][1], b);
                         wgmma_commit();
+                        if (step == 0 && u < 2) load_activations(next, stage, u);
                         wgmma_wait<1>();
                     } else {
-                        multiply<N_TILES>(acc, a[buffer], from + (b_row ^ (half64 * 64 + step * 32)));
+                        multiply<N_TILES>(acc, a[buffer], from + (b_row ^ column));
                     }
                 }
             }
         }
         if constexpr (WGMMA) wgmma_wait<0>();
 
-        bool writer = true;
-        if (K_WARPS > 1) {
-            int *sums = (int *)(smem + STAGES * S::STAGE);
-            if (warp_k > 0) {
-                int *to = sums + ((warp_k - 1) * S::N_WARPS + warp_n) * N_TILES * 8 * 32 + lane;
+        if (TEAMS > 1) {
+            int4 *sums = (int4 *)(smem + TEAMS * STAGES * S::TEAM_STAGE) + threadIdx.x;
+            constexpr int STRIDE = S::TEAM_WARPS * 32;
+            sums -= STRIDE;
+            if (team > 0) {
 #pragma unroll
-                for (int i = 0; i < N_TILES * 8; i++) {
-                    to[i * 32] = acc[i / 4 / N_TILES][i / 4 % N_TILES][i % 4];
+                for (int i = 0; i < 2 * N_TILES; i++) {
+                    const int *c = acc[i % 2][i / 2];
+                    sums[i * (TEAMS - 1) * STRIDE] = make_int4(c[0], c[1], c[2], c[3]);
                 }
             }
             __syncthreads();
-            writer = warp_k == 0;
-            if (writer) {
-                for (int k = 1; k < K_WARPS; k++) {
-                    const int *from =
-                        sums + ((k - 1) * S::N_WARPS + warp_n) * N_TILES * 8 * 32 + lane;
+            if (team == 0) {
+                for (int t = 1; t < TEAMS; t++) {
 #pragma unroll
-                    for (int i = 0; i < N_TILES * 8; i++) {
-                        acc[i / 4 / N_TILES][i / 4 % N_TILES][i % 4] += from[i * 32];
+                    for (int i = 0; i < 2 * N_TILES; i++) {
+                        add4(acc[i % 2][i / 2], sums[(i * (TEAMS - 1) + t) * STRIDE]);
                     }
                 }
             }
         }
         int done = now.end - now.chunk;
         if (done < p.chunks) {
-            int *slot = p.partial + (size_t)now.tile * S::TILE + warp_n * N_TILES * 8 * 32 + lane;
-            if (writer) {
+            auto slot = [&](int block, bool starts_tile) {
+                return (int4 *)p.partial + (size_t)(2 * block + starts_tile) * S::TILE / 4 +
+                       threadIdx.x;
+            };
+            constexpr int STRIDE = S::TEAM_WARPS * 32;
+            if (team == 0) {
+                int4 *to = slot(blockIdx.x, now.chunk == 0);
 #pragma unroll
-                for (int i = 0; i < N_TILES * 8; i++) {
-                    atomicAdd(slot + i * 32, acc[i / 4 / N_TILES][i / 4 % N_TILES][i % 4]);
+                for (int i = 0; i < 2 * N_TILES; i++) {
+                    const int *c = acc[i % 2][i / 2];
+                    __stcg(to + i * STRIDE, make_int4(c[0], c[1], c[2], c[3]));
                 }
-                __threadfence();
             }
             __syncthreads();
             if (threadIdx.x == 0) {
+                __threadfence();
                 last = atomicAdd(p.arrived + now.tile, done) + done == p.chunks;
                 if (last) p.arrived[now.tile] = 0;
                 __threadfence();
             }
             __syncthreads();
             if (!last) continue;
-            if (writer) {
+            if (team == 0) {
+                int shared = p.split_tiles * p.chunks;
+                int first = ((now.tile * p.chunks + 1) * (int)gridDim.x - 1) / shared;
+                int final = ((now.tile + 1) * p.chunks * (int)gridDim.x - 1) / shared;
+                for (int block = first; block <= final; block++) {
+                    if (block == (int)blockIdx.x) continue;
+                    const int4 *from = slot(block, block == first);
 #pragma unroll
-                for (int i = 0; i < N_TILES * 8; i++) {
-                    acc[i / 4 / N_TILES][i / 4 % N_TILES][i % 4] = __ldcg(slot + i * 32);
-                    __stcg(slot + i * 32, 0);
+                    for (int i = 0; i < 2 * N_TILES; i++) {
+                        add4(acc[i % 2][i / 2], __ldcg(from + i * STRIDE));
+                    }
                 }
             }
         }
-        int n0 = (now.n * S::N_WARPS + warp_n) * STRIP;
-        if (!writer || n0 >= p.N) continue;
+        place_tile(now, p);
+        int n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
+        if (team > 0 || n0 >= p.N) continue;
         float s_n[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -532,7 +560,7 @@ constexpr int TILE_MAX = 256 * 128; // outputs of the largest tile
 
 int *gpu_gemm_workspace() {
     int *workspace;
-    size_t bytes = (size_t)2 * multiprocessors() * (TILE_MAX + 1) * sizeof(int);
+    size_t bytes = (size_t)2 * multiprocessors() * (TILE_MAX + 2) * sizeof(int);
     cuda_check(cudaMalloc(&workspace, bytes), "GEMM workspace");
     cuda_check(cudaMemset(workspace, 0, bytes), "GEMM workspace");
     return workspace;
@@ -556,11 +584,11 @@ static void launch_overlapped(void (*kernel)(Parameters...), int grid, int share
 
 /* resident > 0: whole tiles only, at most `resident` blocks. resident < 0: stream-K over -resident
  * blocks. */
-template <int TOKENS, int K_WARPS, int DEPTH, bool GROUPS, bool WGMMA>
+template <int TOKENS, int TEAMS, int DEPTH, bool GROUPS, bool WGMMA>
 static void launch_gemm(GemmArgs p, int resident, cudaStream_t stream) {
-    using S = Shape<TOKENS, K_WARPS, DEPTH>;
-    auto kernel = gemm_w4a8_kernel<TOKENS, K_WARPS, DEPTH, GROUPS, WGMMA>;
-    const int shared = (WGMMA ? 3 : 2) * S::STAGE + S::SUMS * 4;
+    using S = Shape<TOKENS, TEAMS, DEPTH>;
+    auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, DEPTH, GROUPS, WGMMA>;
+    const int shared = TEAMS * (WGMMA ? 3 : 2) * S::TEAM_STAGE + S::SUMS * 4;
     static bool ready = false;
     if (!ready) {
         cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -570,7 +598,7 @@ static void launch_gemm(GemmArgs p, int resident, cudaStream_t stream) {
     }
     p.tiles_m = (p.M + TOKENS - 1) / TOKENS;
     p.tiles_n = (p.N + S::CHANNELS - 1) / S::CHANNELS;
-    p.chunks = (p.K + S::CHUNK - 1) / S::CHUNK;
+    p.chunks = (p.K / UNIT + S::CHUNK - 1) / S::CHUNK;
     int tiles = p.tiles_m * p.tiles_n;
     int grid;
     if (resident > 0) {
@@ -617,6 +645,7 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
     p.s_a = s_a;
     p.y = y;
     p.acc = acc;
+    p.band = 8;
     p.partial = workspace;
     p.arrived = workspace + (size_t)2 * multiprocessors() * TILE_MAX;
     if (l->s_group) {

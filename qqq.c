@@ -91,6 +91,56 @@ double seconds(void) {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
+char *beside_program(const char *name) {
+    char program[4096];
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (n < 0) die("/proc/self/exe: %s", strerror(errno));
+    program[n] = 0;
+    *strrchr(program, '/') = 0;
+    return format_text("%s/%s", program, name);
+}
+
+double parse_number(char flag, const char *value, double min, double max) {
+    char *end;
+    double x = strtod(value, &end);
+    if (end == value || *end || !(x >= min && x <= max))
+        die_usage("-%c %s: expected a number from %g to %g", flag, value, min, max);
+    return x;
+}
+
+long long parse_integer(char flag, const char *value, long long min, long long max) {
+    char *end;
+    errno = 0;
+    long long x = strtoll(value, &end, 10);
+    if (end == value || *end || errno || x < min || x > max)
+        die_usage("-%c %s: expected a whole number from %lld to %lld", flag, value, min, max);
+    return x;
+}
+
+bool parse_choice(char flag, const char *value, const char *first, const char *second) {
+    bool is_second = !strcmp(value, second);
+    if (!is_second && strcmp(value, first))
+        die_usage("-%c %s: expected %s or %s", flag, value, first, second);
+    return is_second;
+}
+
+void show_progress(const char *what, int done, int total, double seconds_left) {
+    char left[64] = "";
+    if (seconds_left >= 0) snprintf(left, sizeof left, ", %.0f s left  ", seconds_left);
+    if (isatty(STDERR_FILENO)) {
+        int width = 40 * done / total;
+        fprintf(stderr, "\r[%.*s%*s] %d of %d %s%s%s", width,
+                "########################################", 40 - width, "", done, total, what, left,
+                done == total ? "\n" : "");
+    } else if (done && 4 * done / total > 4 * (done - 1) / total) {
+        fprintf(stderr, "%d of %d %s%s\n", done, total, what, left);
+    }
+}
+
+void show_windows(int done, int total) {
+    show_progress("windows", done, total, -1);
+}
+
 struct Json {
     const char *name, *text;
     jsmntok_t *tokens; // [n] in the order of the text; a key is the parent of its value
@@ -343,6 +393,23 @@ char *read_text(const char *path, size_t *bytes) {
     munmap((void *)m.data, m.bytes);
     free(m.path);
     return text;
+}
+
+int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n) {
+    if (!c->tokenizer) die("%s: it has no tokenizer.json", c->path);
+    Tokenizer *tokenizer = tokenizer_load(c->path, c->tokenizer, c->tokenizer_bytes);
+    size_t bytes;
+    char *text = read_text(path, &bytes);
+    int *ids = tokenizer_encode(tokenizer, text, bytes, true, n);
+    if (bos >= 0) {
+        ids = realloc(ids, (*n + 1) * sizeof *ids);
+        if (!ids) die("out of memory");
+        memmove(ids + 1, ids, (*n)++ * sizeof *ids);
+        ids[0] = bos;
+    }
+    free(text);
+    tokenizer_free(tokenizer);
+    return ids;
 }
 
 /* A whole number in [0, max] or -1. */
@@ -960,6 +1027,37 @@ void model_free(Model *m) {
     free(m);
 }
 
+Linear float_copy(const Linear *l, const char *name) {
+    size_t n = (size_t)l->N * l->K;
+    float *w = allocate(n, sizeof *w);
+    floats(l->w, l->dtype, 0, n, w);
+    uint32_t max_bits = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t magnitude = float_to_bits(w[i]) & 0x7fffffff;
+        max_bits = magnitude > max_bits ? magnitude : max_bits;
+    }
+    if (max_bits >= 0x7f800000) die("tensor %s.weight holds NaN or infinity", name);
+    return (Linear){.N = l->N, .K = l->K, .dtype = F32, .w = w};
+}
+
+Layer layer_float_copy(const Config *c, const Layer *layer, int index) {
+    Layer copy;
+    float *norms = allocate(2 * (size_t)c->dim, sizeof *norms);
+    copy.attention_norm = memcpy(norms, layer->attention_norm, c->dim * sizeof *norms);
+    copy.ffn_norm = memcpy(norms + c->dim, layer->ffn_norm, c->dim * sizeof *norms);
+    for (int k = 0; k < N_LINEARS; k++) {
+        char name[128];
+        snprintf(name, sizeof name, "model.layers.%d.%s", index, linear_names[k]);
+        copy.linears[k] = float_copy(&layer->linears[k], name);
+    }
+    return copy;
+}
+
+void layer_float_free(Layer *copy) {
+    for (int k = 0; k < N_LINEARS; k++) free((void *)copy->linears[k].w);
+    free(copy->attention_norm);
+}
+
 static size_t linear_bytes(const Linear *l) {
     size_t N = l->N, K = l->K;
     if (!l->qweight) return N * K * dtypes[l->dtype].size;
@@ -1037,6 +1135,160 @@ void dequantize_row(const Linear *l, int n, float *w) {
     }
 }
 
+/* ---- weights ---- */
+
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+
+/* sum_i x_i y_i, in a fixed order. */
+static float dot(const float *x, const float *y, int n) {
+    Vector sum[4] = {0};
+    int i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int v = 0; v < 4; v++)
+            sum[v] += *(const Vector *)(x + i + v * LANES) * *(const Vector *)(y + i + v * LANES);
+    Vector total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    float rest = 0.0f;
+    for (; i < n; i++) rest += x[i] * y[i];
+    for (int v = 0; v < LANES; v++) rest += total[v];
+    return rest;
+}
+
+/* ---- how the scales of a weight row are chosen
+ *
+ *   range = max|w|,  or the range p max|w| that minimizes  sum_k H_kk (w_k - q_k scale)^2,
+ *
+ * H_kk the mean square of input channel k on the calibration tokens: the error that the rounding
+ * of w_k alone adds to the output. ---- */
+
+static float clamp(float x, float low, float high) {
+    return x < low ? low : x > high ? high : x;
+}
+
+/* The code of w under a scale, in low..7; groups have -8, channels do not. */
+static float nearest_code(float w, float scale, float low) {
+    return clamp(rintf(w / scale), low, 7.0f);
+}
+
+/* sum_k importance_k (w_k - q_k scale)^2 over n <= GROUP weights. */
+static float rounding_error(const float *w, const float *importance, int n, float scale,
+                            float low) {
+    float squares[GROUP];
+    for (int k = 0; k < n; k++) {
+        float e = w[k] - nearest_code(w[k], scale, low) * scale;
+        squares[k] = e * e;
+    }
+    return dot(squares, importance, n);
+}
+
+static float max_magnitude(const float *w, int n) {
+    float max = 0.0f;
+    for (int k = 0; k < n; k++) max = fabsf(w[k]) > max ? fabsf(w[k]) : max;
+    return max;
+}
+
+/* s_channel of a row without groups: range / 7, range = p max|w|, p = 1, .99 .. .21. */
+static float search_channel_scale(const float *w, const float *importance, int K) {
+    float max = max_magnitude(w, K), best_scale = max / 7;
+    float least = INFINITY;
+    for (int i = 0; i < 80; i++) {
+        float scale = (1.0f - i / 100.0f) * max / 7, error = 0.0f;
+        for (int k = 0; k < K; k += GROUP)
+            error +=
+                rounding_error(w + k, importance + k, K - k < GROUP ? K - k : GROUP, scale, -7);
+        if (error < least) least = error, best_scale = scale;
+    }
+    return best_scale;
+}
+
+/* s_channel of a row with groups: p max|w| 2/225, p = 1, 39/40 .. 17/40, each with the best s_group
+ * [K/128]; of equals the larger p and the smaller s_group. */
+static float search_group_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
+    float max = max_magnitude(w, K), best_scale = 0.0f, least = INFINITY;
+    uint8_t candidate[K / GROUP];
+    for (int i = 0; i < 24; i++) {
+        float scale = (1.0f - i / 40.0f) * max * 2 / 225, total = 0.0f;
+        for (int g = 0; g < K / GROUP; g++) {
+            float group_least = INFINITY;
+            for (int s = 1; s <= 15; s++) {
+                float error =
+                    rounding_error(w + g * GROUP, importance + g * GROUP, GROUP, s * scale, -8);
+                if (error < group_least) group_least = error, candidate[g] = s;
+            }
+            total += group_least;
+        }
+        if (total < least) {
+            least = total;
+            best_scale = scale;
+            memcpy(s_group, candidate, sizeof candidate);
+        }
+    }
+    return best_scale;
+}
+
+float choose_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
+    float max = max_magnitude(w, K);
+    if (max == 0.0f) {
+        if (s_group) memset(s_group, 1, K / GROUP);
+        return 1.0f;
+    }
+    if (importance && s_group) return search_group_scales(w, importance, K, s_group);
+    if (importance) return search_channel_scale(w, importance, K);
+    if (!s_group) return max / 7;
+    float scale = max * 2 / 225;
+    for (int g = 0; g < K / GROUP; g++)
+        s_group[g] = clamp(rintf(max_magnitude(w + g * GROUP, GROUP) * 2 / 15 / scale), 1, 15);
+    return scale;
+}
+
+Linear quantized_new(int N, int K, int group_size) {
+    Linear l = {.N = N, .K = K, .dtype = U8};
+    l.qweight = allocate((size_t)N * K / 2, 1);
+    l.s_channel = allocate(N, sizeof *l.s_channel);
+    if (group_size > 0) l.s_group = allocate((size_t)N * K / group_size, 1);
+    return l;
+}
+
+void quantized_free(Linear *l) {
+    free((void *)l->qweight);
+    free((void *)l->s_channel);
+    free((void *)l->s_group);
+    *l = (Linear){0};
+}
+
+/* Where row n of a quantized_new() is written. */
+static uint8_t *codes_of(const Linear *l, size_t n) {
+    return (uint8_t *)l->qweight + n * l->K / 2;
+}
+
+static uint8_t *groups_of(const Linear *l, size_t n) {
+    return l->s_group ? (uint8_t *)l->s_group + n * (l->K / GROUP) : NULL;
+}
+
+static float lowest_code(const Linear *l) {
+    return l->s_group ? -8.0f : -7.0f;
+}
+
+Linear round_to_nearest(const float *w, const float *importance, int N, int K, int group_size) {
+    Linear l = quantized_new(N, K, group_size);
+#pragma omp parallel for schedule(dynamic)
+    for (size_t n = 0; n < (size_t)N; n++) {
+        int8_t q[K];
+        uint8_t *s_group = groups_of(&l, n);
+        float s_channel = choose_scales(w + n * K, importance, K, s_group);
+        for (int k = 0; k < K; k++)
+            q[k] = nearest_code(w[n * K + k], s_channel * (s_group ? s_group[k / GROUP] : 1),
+                                lowest_code(&l));
+        pack_row(q, K, codes_of(&l, n));
+        ((float *)l.s_channel)[n] = s_channel;
+    }
+    return l;
+}
+
 /* ============================================================================================
  * 3  The forward pass
  *
@@ -1050,13 +1302,6 @@ void dequantize_row(const Linear *l, int n, float *w) {
  * ============================================================================================ */
 
 /* ---- 3a  y = x W^T in float32 ---- */
-
-#ifdef __AVX512F__
-enum { LANES = 16 };
-#else
-enum { LANES = 8 };
-#endif
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 
 // A tile of y is ROWS x COLUMNS accumulators in registers; its part of W goes through the cache as
 // a panel of DEPTH x COLUMNS floats.
@@ -1127,19 +1372,6 @@ static void multiply(int M, int N, int K, const float *x, size_t ldx, View w, fl
                      size_t ldy) {
     for (int n = 0; n < N; n += COLUMNS)
         multiply_panel(M, K, x, ldx, w, n, N - n < COLUMNS ? N - n : COLUMNS, y + n, ldy);
-}
-
-static float dot(const float *x, const float *y, int n) {
-    Vector sum[4] = {0};
-    int i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int v = 0; v < 4; v++)
-            sum[v] += *(const Vector *)(x + i + v * LANES) * *(const Vector *)(y + i + v * LANES);
-    Vector total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    float rest = 0.0f;
-    for (; i < n; i++) rest += x[i] * y[i];
-    for (int v = 0; v < LANES; v++) rest += total[v];
-    return rest;
 }
 
 static void float_linear(const Linear *w, const float *x, int T, float *y) {
@@ -1490,10 +1722,6 @@ static void swiglu(float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
-static void add(float *x, const float *y, size_t n) {
-    for (size_t i = 0; i < n; i++) x[i] += y[i];
-}
-
 /* ---- 3d  the whole ---- */
 
 State *state_new(const Config *c, int context, int max_T) {
@@ -1525,35 +1753,37 @@ void state_free(State *s) {
     free(s);
 }
 
-static void tap(const State *s, int layer, TapPoint point, const float *x, int T) {
-    if (s->tap) s->tap(s->user, layer, point, x, T);
-}
-
-void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
-    size_t dim = c->dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim;
+void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
+    size_t kv_dim = (size_t)c->n_kv_heads * c->head_dim;
     float *k = s->keys + ((size_t)l * s->context + pos) * kv_dim; // straight into the cache
     float *v = s->values + ((size_t)l * s->context + pos) * kv_dim;
-
-    rmsnorm(s->x, layer->attention_norm, T, dim, c->norm_eps, s->xb);
-    tap(s, l, QKV_INPUT, s->xb, T);
     linear(&layer->q, s->xb, T, s->q);
     linear(&layer->k, s->xb, T, k);
     linear(&layer->v, s->xb, T, v);
     rope(s, s->q, T, c->n_heads, c->head_dim, pos);
     rope(s, k, T, c->n_kv_heads, c->head_dim, pos);
     attention(c, s, l, T, pos);
-    tap(s, l, O_INPUT, s->att, T);
-    linear(&layer->o, s->att, T, s->xb);
-    add(s->x, s->xb, T * dim);
+}
 
-    rmsnorm(s->x, layer->ffn_norm, T, dim, c->norm_eps, s->xb);
-    tap(s, l, GATE_UP_INPUT, s->xb, T);
+void ffn_block(const Config *c, const Layer *layer, State *s, int T) {
     linear(&layer->gate, s->xb, T, s->gate);
     linear(&layer->up, s->xb, T, s->up);
     swiglu(s->gate, s->up, (size_t)T * c->hidden_dim);
-    tap(s, l, DOWN_INPUT, s->gate, T);
-    linear(&layer->down, s->gate, T, s->xb);
-    add(s->x, s->xb, T * dim);
+}
+
+void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x) {
+    linear(w, in, T, buffer);
+    for (size_t i = 0; i < (size_t)T * w->N; i++) x[i] += buffer[i];
+}
+
+void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
+    rmsnorm(s->x, layer->attention_norm, T, c->dim, c->norm_eps, s->xb);
+    attention_block(c, layer, s, l, T, pos);
+    add_linear(&layer->o, s->att, T, s->xb, s->x);
+
+    rmsnorm(s->x, layer->ffn_norm, T, c->dim, c->norm_eps, s->xb);
+    ffn_block(c, layer, s, T);
+    add_linear(&layer->down, s->gate, T, s->xb, s->x);
 }
 
 void forward(const Model *m, State *s, const int *tokens, int T, int pos) {
@@ -1610,4 +1840,480 @@ double perplexity(const Model *m, const int *tokens, int n, int length, int max_
     state_free(s);
     *windows = total;
     return exp(sum / total);
+}
+
+/* ============================================================================================
+ * 4  Rotation
+ *
+ *   R = diag(signs) H_D / sqrt(D),  H_D the Hadamard matrix of dim D,  H_d of head_dim
+ *   E <- E R,   W <- W diag(norm) R for q, k, v, gate, up and lm_head,  norm <- 1,
+ *   W <- R^T W for o and down,   W_v,h <- H_d^T W_v,h,   W_o,h <- W_o,h H_d
+ *
+ * The residual stream is x R instead of x. R is orthogonal, so RMSNorm without its weights commutes
+ * with it, and the model computes the same; but an outlying channel is now spread over all.
+ * QuaRot, arXiv 2404.00456.
+ * ============================================================================================ */
+
+void hadamard(double *x, int n) {
+    for (int half = 1; half < n; half *= 2)
+        for (int i = 0; i < n; i += 2 * half)
+            for (int j = i; j < i + half; j++) {
+                double a = x[j], b = x[j + half];
+                x[j] = a + b;
+                x[j + half] = a - b;
+            }
+    double scale = 1 / sqrt(n);
+    for (int i = 0; i < n; i++) x[i] *= scale;
+}
+
+void random_signs(uint64_t seed, int n, int8_t *signs) {
+    for (int i = 0; i < n; i++) { // splitmix64
+        uint64_t z = seed += 0x9e3779b97f4a7c15;
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+        z = (z ^ z >> 27) * 0x94d049bb133111eb;
+        signs[i] = z >> 63 ? -1 : 1;
+    }
+}
+
+/* Each vector of n elements, `stride` floats apart, times diag(signs) H / sqrt(n). */
+static void rotate_vector(float *x, size_t stride, int n, const int8_t *signs, double *buffer) {
+    for (int i = 0; i < n; i++)
+        buffer[i] = signs ? signs[i] * (double)x[i * stride] : x[i * stride];
+    hadamard(buffer, n);
+    for (int i = 0; i < n; i++) x[i * stride] = buffer[i];
+}
+
+void rotate_inputs(float *w, int N, int K, int n, const int8_t *signs) {
+#pragma omp parallel
+    {
+        double *buffer = allocate(n, sizeof *buffer);
+#pragma omp for
+        for (size_t row = 0; row < (size_t)N; row++)
+            for (int k = 0; k < K; k += n) rotate_vector(w + row * K + k, 1, n, signs, buffer);
+        free(buffer);
+    }
+}
+
+void rotate_outputs(float *w, int N, int K, int n, const int8_t *signs) {
+#pragma omp parallel
+    {
+        double *buffer = allocate(n, sizeof *buffer);
+#pragma omp for
+        for (int k = 0; k < K; k++)
+            for (size_t row = 0; row < (size_t)N; row += n)
+                rotate_vector(w + row * K + k, K, n, signs, buffer);
+        free(buffer);
+    }
+}
+
+static bool power_of_two(int n) {
+    return (n & (n - 1)) == 0;
+}
+
+void check_rotation(const Config *c) {
+    if (!power_of_two(c->dim) || !power_of_two(c->head_dim))
+        die("rotation needs powers of two, but hidden_size is %d and head_dim %d (-r 0 leaves it "
+            "out)",
+            c->dim, c->head_dim);
+}
+
+void scale_inputs(float *w, int N, int K, const float *s) {
+#pragma omp parallel for
+    for (size_t n = 0; n < (size_t)N; n++)
+        for (size_t k = 0; k < (size_t)K; k++) w[n * K + k] *= s[k];
+}
+
+static float *weights(Linear *w) {
+    return (float *)w->w;
+}
+
+static void rotate_input(Linear *w, const float *norm, const int8_t *signs) {
+    if (norm) scale_inputs(weights(w), w->N, w->K, norm);
+    rotate_inputs(weights(w), w->N, w->K, w->K, signs);
+}
+
+void rotate_layer(const Config *c, Layer *l, const int8_t *signs) {
+    for (int i = 0; i < 3; i++) rotate_input(&l->linears[i], l->attention_norm, signs);
+    rotate_input(&l->gate, l->ffn_norm, signs);
+    rotate_input(&l->up, l->ffn_norm, signs);
+    for (int i = 0; i < c->dim; i++) l->attention_norm[i] = l->ffn_norm[i] = 1.0f;
+    rotate_outputs(weights(&l->v), l->v.N, l->v.K, c->head_dim, NULL);
+    rotate_inputs(weights(&l->o), l->o.N, l->o.K, c->head_dim, NULL);
+    rotate_outputs(weights(&l->o), l->o.N, l->o.K, c->dim, signs);
+    rotate_outputs(weights(&l->down), l->down.N, l->down.K, c->dim, signs);
+}
+
+void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs) {
+    rotate_input(embedding, NULL, signs);
+    rotate_input(lm_head, norm, signs);
+    for (int i = 0; i < lm_head->K; i++) norm[i] = 1.0f;
+}
+
+/* ============================================================================================
+ * 5  Adaptive smoothing
+ *
+ *   s_j = max(1, max|X_j| / t),   X <- X diag(s)^-1,   W <- W diag(s)
+ *
+ * X W^T stays the same, but the channels of X that stand out above the threshold t no longer
+ * coarsen the int8 steps of a whole token. t is searched: the one with which the quantized output
+ * is nearest to the float output. QQQ, arXiv 2406.09904, section 3.1.
+ * ============================================================================================ */
+
+void smoothing_scales(const float *max, int K, float t, float *s) {
+    for (int k = 0; k < K; k++) s[k] = max[k] > t ? max[k] / t : 1.0f;
+}
+
+void smooth_layer(Layer *l, const float *s_qkv, const float *s_gate_up, const float *s_down) {
+    int dim = l->q.K, hidden_dim = l->down.K;
+    for (int i = 0; i < dim; i++) {
+        l->attention_norm[i] /= s_qkv[i];
+        l->ffn_norm[i] /= s_gate_up[i];
+    }
+    for (int i = 0; i < 3; i++) scale_inputs(weights(&l->linears[i]), l->linears[i].N, dim, s_qkv);
+    scale_inputs(weights(&l->gate), hidden_dim, dim, s_gate_up);
+    scale_inputs(weights(&l->up), hidden_dim, dim, s_gate_up);
+    for (size_t n = 0; n < (size_t)hidden_dim; n++)
+        for (int k = 0; k < dim; k++) weights(&l->up)[n * dim + k] /= s_down[n];
+    scale_inputs(weights(&l->down), l->down.N, hidden_dim, s_down);
+}
+
+/* W diag(s), rounded to nearest. */
+static Linear quantize_smoothed(const Linear *w, const float *s, const float *importance,
+                                int group_size) {
+    float *smoothed = allocate((size_t)w->N * w->K, sizeof *smoothed);
+    floats(w->w, w->dtype, 0, (size_t)w->N * w->K, smoothed);
+    scale_inputs(smoothed, w->N, w->K, s);
+    Linear l = round_to_nearest(smoothed, importance, w->N, w->K, group_size);
+    free(smoothed);
+    return l;
+}
+
+static double squared_distance(const float *x, const float *y, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
+    return sum;
+}
+
+static float largest(const float *x, int n) {
+    float max = 0.0f;
+    for (int i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
+    return max;
+}
+
+static void divide(const float *x, const float *s, size_t T, size_t K, float *y) {
+    for (size_t i = 0; i < T * K; i++) y[i] = x[i] / s[i % K];
+}
+
+float search_smoothing(const Linear *w, int n_linears, const float *x, int T, const float *max,
+                       int group_size, float *s) {
+    size_t K = w->K, N = 0;
+    for (int i = 0; i < n_linears; i++) N += w[i].N;
+    float *mean_square = allocate(K, sizeof *s), *importance = allocate(K, sizeof *s);
+    for (size_t i = 0; i < T * K; i++) mean_square[i % K] += x[i] * x[i] / T;
+    float *target = allocate(T * N, sizeof *target), *output = allocate(T * N, sizeof *output);
+    float *smoothed = allocate(T * K, sizeof *smoothed), *end = target;
+    for (int i = 0; i < n_linears; end += (size_t)T * w[i++].N) linear(&w[i], x, T, end);
+
+    float best_t = largest(max, K);
+    double least = INFINITY;
+    for (float t = best_t; t > 0.1f; t *= 0.8f) {
+        smoothing_scales(max, K, t, s);
+        divide(x, s, T, K, smoothed);
+        for (size_t k = 0; k < K; k++) importance[k] = mean_square[k] / (s[k] * s[k]);
+        end = output;
+        for (int i = 0; i < n_linears; end += (size_t)T * w[i++].N) {
+            Linear candidate = quantize_smoothed(&w[i], s, importance, group_size);
+            linear(&candidate, smoothed, T, end);
+            quantized_free(&candidate);
+        }
+        double distance = squared_distance(output, target, T * N);
+        if (distance < least) least = distance, best_t = t;
+    }
+    smoothing_scales(max, K, best_t, s);
+    free(mean_square);
+    free(importance);
+    free(target);
+    free(output);
+    free(smoothed);
+    return best_t;
+}
+
+/* The output that the published search compares; from s->xb, or s->gate for down. */
+static const float *block_output(const Config *c, const Layer *layer, State *s, SmoothedInput which,
+                                 int T) {
+    switch (which) {
+    case SMOOTH_QKV:
+        attention_block(c, layer, s, 0, T, 0);
+        return s->att;
+    case SMOOTH_GATE_UP:
+        ffn_block(c, layer, s, T);
+        return s->gate;
+    default:
+        linear(&layer->down, s->gate, T, s->x);
+        return s->x;
+    }
+}
+
+float search_smoothing_published(const Config *c, const Layer *layer, State *state,
+                                 SmoothedInput which, const float *x, int windows, int length,
+                                 const float *max, int group_size, float *s) {
+    const int first[] = {0, 4, 6}, count[] = {3, 2, 1}; // which of layer->linears
+    const int outputs[] = {layer->o.K, layer->down.K, c->dim};
+    const Linear *w = &layer->linears[first[which]];
+    int K = w->K;
+    size_t n_in = (size_t)length * K, n_out = (size_t)length * outputs[which];
+    float *in = which == SMOOTH_DOWN ? state->gate : state->xb;
+    float *target = allocate(windows * n_out, sizeof *target);
+    for (int i = 0; i < windows; i++) {
+        memcpy(in, x + i * n_in, n_in * sizeof *x);
+        memcpy(target + i * n_out, block_output(c, layer, state, which, length),
+               n_out * sizeof *target);
+    }
+    float highest = largest(max, K), lowest = 0.1f, best_t = highest;
+    int steps = highest / 0.5f > 100 ? highest / 0.5f : 100;
+    double least = INFINITY;
+    for (int i = 0; i < steps; i++) {
+        float t = highest - (highest - lowest) * i / (steps - 1);
+        Layer candidate = *layer;
+        smoothing_scales(max, K, t, s);
+        for (int j = 0; j < count[which]; j++)
+            candidate.linears[first[which] + j] = quantize_smoothed(w + j, s, NULL, group_size);
+        double distance = 0;
+        for (int j = 0; j < windows; j++) {
+            divide(x + j * n_in, s, length, K, in);
+            distance += squared_distance(block_output(c, &candidate, state, which, length),
+                                         target + j * n_out, n_out);
+        }
+        for (int j = 0; j < count[which]; j++) quantized_free(&candidate.linears[first[which] + j]);
+        if (distance < least) least = distance, best_t = t;
+    }
+    smoothing_scales(max, K, best_t, s);
+    free(target);
+    return best_t;
+}
+
+/* ============================================================================================
+ * 6  GPTQ
+ *
+ *   H = X^T X over the calibration tokens, H <- H + 0.01 mean(diag H) I,
+ *   H^-1 = U^T U, U upper triangular;   for column i:  e = (w_i - q_i) / U_ii,
+ *   w_j <- w_j - e U_ij for j > i
+ *
+ * After each rounding the columns that are still free move to make up for its effect on the
+ * output. GPTQ, arXiv 2210.17323, where H is 2 X X^T; no factor changes the result.
+ * ============================================================================================ */
+
+static const double DAMPING = 0.01;   // of the mean of diag H
+static const double CORRECTION = 0.5; // how far to go towards the float path's output
+
+void add_moments(double *M, const float *a, int N, const float *b, int K, int T) {
+    float *a_t = allocate((size_t)N * T, sizeof *a_t); // [N][T]
+#pragma omp parallel for
+    for (size_t n = 0; n < (size_t)N; n++)
+        for (size_t t = 0; t < (size_t)T; t++) a_t[n * T + t] = a[t * N + n];
+#pragma omp parallel
+    {
+        float *product = allocate((size_t)N * COLUMNS, sizeof *product);
+#pragma omp for schedule(dynamic)
+        for (int k0 = 0; k0 < K; k0 += COLUMNS) {
+            int columns = K - k0 < COLUMNS ? K - k0 : COLUMNS;
+            multiply_panel(N, T, a_t, T, (View){b, F32, 1, K}, k0, columns, product, COLUMNS);
+            for (size_t n = 0; n < (size_t)N; n++)
+                for (int k = 0; k < columns; k++) M[n * K + k0 + k] += product[n * COLUMNS + k];
+        }
+        free(product);
+    }
+    free(a_t);
+}
+
+static double dot_double(const double *x, const double *y, int n) {
+    enum { L = LANES / 2 };
+    double sum[L] = {0}, total = 0;
+    int i = 0;
+    for (; i + L <= n; i += L)
+        for (int v = 0; v < L; v++) sum[v] += x[i + v] * y[i + v];
+    for (; i < n; i++) total += x[i] * y[i];
+    for (int v = 0; v < L; v++) total += sum[v];
+    return total;
+}
+
+/* H = V V^T, V upper triangular, from the last row up: V_ii = sqrt(H_ii - sum_(k>i) V_ik^2),
+ * V_ji = (H_ji - sum_(k>i) V_jk V_ik) / V_ii. V [K][K] holds H before; below the diagonal nothing
+ * is read or written. False if H is not positive definite. */
+static bool factor(double *V, size_t K) {
+    for (size_t i = K; i-- > 0;) {
+        double *Vi = V + i * K;
+        double pivot = Vi[i] - dot_double(Vi + i + 1, Vi + i + 1, K - 1 - i);
+        if (!(pivot > 0 && pivot < INFINITY)) return false;
+        Vi[i] = sqrt(pivot);
+#pragma omp parallel for if (K > 512)
+        for (size_t j = 0; j < i; j++) {
+            double *Vj = V + j * K;
+            Vj[i] = (Vj[i] - dot_double(Vj + i + 1, Vi + i + 1, K - 1 - i)) / Vi[i];
+        }
+    }
+    return true;
+}
+
+/* U = V^-1 [K][K], upper triangular: U_i = (1_i - sum_(k>i) V_ik U_k) / V_ii. As H = V V^T, it is
+ * the U of H^-1 = U^T U. */
+static void invert(const double *V, size_t K, double *U) {
+    enum { BLOCK = 64 }; // columns that one thread computes
+#pragma omp parallel for schedule(dynamic)
+    for (size_t j0 = 0; j0 < K; j0 += BLOCK) {
+        size_t end = j0 + BLOCK < K ? j0 + BLOCK : K;
+        for (size_t i = end; i-- > 0;) {
+            double row[BLOCK] = {0};
+            if (i >= j0) row[i - j0] = 1;
+            for (size_t k = i + 1; k < end; k++)
+                for (size_t j = j0; j < end; j++) row[j - j0] -= V[i * K + k] * U[k * K + j];
+            for (size_t j = j0; j < end; j++) U[i * K + j] = row[j - j0] / V[i * K + i];
+        }
+    }
+}
+
+/* The columns' order: by falling diag H, equal ones as they stand. */
+static int *column_order(const double *H, size_t K, bool act_order) {
+    int *order = allocate(K, sizeof *order);
+    for (size_t i = 0; i < K; i++) { // insertion from the right place, found by bisection
+        size_t low = 0, high = act_order ? i : 0;
+        while (low < high) {
+            size_t middle = (low + high) / 2;
+            if (H[order[middle] * (K + 1)] >= H[i * (K + 1)])
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        if (!act_order) low = i;
+        memmove(order + low + 1, order + low, (i - low) * sizeof *order);
+        order[low] = i;
+    }
+    return order;
+}
+
+enum { SIDE = 16 }; // rows that go through GPTQ side by side, each in a lane of its own
+
+/* The column loop. w [K][SIDE], columns in the order of U, is used up; scale [groups][SIDE], group
+ * [K] the group of each column; q [K][SIDE]. */
+static void gptq_columns(double *w, const double *U, size_t K, const float *scale, const int *group,
+                         float low, int8_t *q) {
+    for (size_t i = 0; i < K; i++) {
+        double e[SIDE];
+        for (int r = 0; r < SIDE; r++) {
+            float s = scale[group[i] * SIDE + r];
+            float code = nearest_code(w[i * SIDE + r], s, low);
+            q[i * SIDE + r] = code;
+            e[r] = (w[i * SIDE + r] - (double)code * s) / U[i * K + i];
+        }
+        for (size_t j = i + 1; j < K; j++)
+            for (int r = 0; r < SIDE; r++) w[j * SIDE + r] -= e[r] * U[i * K + j];
+    }
+}
+
+Inverse hessian_inverse(const double *H, int K, bool act_order) {
+    size_t n = K;
+    double mean = 0, *V = allocate(n * n, sizeof *V);
+    for (size_t i = 0; i < n; i++) mean += H[i * (n + 1)] / n;
+    Inverse inverse = {K, column_order(H, n, act_order), allocate(n * n, sizeof *V)};
+    for (size_t i = 0; i < n; i++) {
+        const double *row = H + inverse.order[i] * n;
+        for (size_t j = i; j < n; j++) V[i * n + j] = row[inverse.order[j]];
+        if (V[i * (n + 1)] == 0) V[i * (n + 1)] = mean > 0 ? mean : 1; // a dead column
+        V[i * (n + 1)] += DAMPING * mean;
+    }
+    if (!factor(V, n)) die("a Hessian is not positive definite: NaN or infinity in activations?");
+    invert(V, n, inverse.U);
+    free(V);
+    return inverse;
+}
+
+void inverse_free(Inverse *inverse) {
+    free(inverse->order);
+    free(inverse->U);
+}
+
+Linear gptq(const float *w, int n_rows, const Inverse *inverse, const float *importance,
+            int group_size) {
+    size_t N = n_rows, K = inverse->K;
+    const int *order = inverse->order;
+    Linear l = quantized_new(N, K, group_size);
+    int groups = l.s_group ? K / GROUP : 1, *group = allocate(K, sizeof *group);
+    for (size_t i = 0; i < K; i++) group[i] = l.s_group ? order[i] / GROUP : 0;
+#pragma omp parallel for schedule(dynamic)
+    for (size_t n0 = 0; n0 < N; n0 += SIDE) {
+        size_t rows = N - n0 < SIDE ? N - n0 : SIDE;
+        double *lanes = allocate(K * SIDE, sizeof *lanes);
+        int8_t *q = allocate(K * SIDE, sizeof *q), *row = allocate(K, sizeof *row);
+        float *scale = allocate((size_t)groups * SIDE, sizeof *scale);
+        for (size_t i = 0; i < (size_t)groups * SIDE; i++) scale[i] = 1.0f; // of unused lanes
+        for (size_t r = 0; r < rows; r++) {
+            const float *w_row = w + (n0 + r) * K;
+            uint8_t *s_group = groups_of(&l, n0 + r);
+            float s_channel = choose_scales(w_row, importance, K, s_group);
+            ((float *)l.s_channel)[n0 + r] = s_channel;
+            for (int g = 0; g < groups; g++)
+                scale[g * SIDE + r] = s_channel * (s_group ? s_group[g] : 1);
+            for (size_t i = 0; i < K; i++) lanes[i * SIDE + r] = w_row[order[i]];
+        }
+        gptq_columns(lanes, inverse->U, K, scale, group, lowest_code(&l), q);
+        for (size_t r = 0; r < rows; r++) {
+            for (size_t i = 0; i < K; i++) row[order[i]] = q[i * SIDE + r];
+            pack_row(row, K, codes_of(&l, n0 + r));
+        }
+        free(lanes);
+        free(q);
+        free(row);
+        free(scale);
+    }
+    free(group);
+    return l;
+}
+
+void corrected_target(const float *w, int n_rows, const Inverse *inverse, const double *C,
+                      const double *R, float *target) {
+    size_t N = n_rows, K = inverse->K;
+    const int *order = inverse->order;
+#pragma omp parallel
+    {
+        double *m = allocate(K, sizeof *m), *p = allocate(K, sizeof *p);
+#pragma omp for
+        for (size_t n = 0; n < N; n++) {
+            for (size_t j = 0; j < K; j++) m[j] = R ? R[n * K + j] : 0;
+            for (size_t k = 0; k < K; k++)
+                for (size_t j = 0; j < K; j++) m[j] += w[n * K + k] * C[k * K + j];
+            // m (H + damping)^-1 = (m U^T) U, in the order of U
+            for (size_t j = 0; j < K; j++) p[j] = m[order[j]];
+            for (size_t i = 0; i < K; i++) m[i] = dot_double(inverse->U + i * K + i, p + i, K - i);
+            memset(p, 0, K * sizeof *p);
+            for (size_t i = 0; i < K; i++)
+                for (size_t j = i; j < K; j++) p[j] += m[i] * inverse->U[i * K + j];
+            for (size_t j = 0; j < K; j++)
+                target[n * K + order[j]] = w[n * K + order[j]] + CORRECTION * p[j];
+        }
+        free(m);
+        free(p);
+    }
+}
+
+double relative_error(const float *w, const Linear *quantized, const double *H) {
+    size_t N = quantized->N, K = quantized->K;
+    double error = 0, total = 0;
+    float *rows = allocate(2 * N * K, sizeof *rows), *products = allocate(2 * N * K, sizeof *rows);
+    float *h = allocate(K * K, sizeof *h); // symmetric: H^T = H
+    for (size_t i = 0; i < K * K; i++) h[i] = H[i];
+    memcpy(rows, w, N * K * sizeof *rows);
+    for (size_t n = 0; n < N; n++) {
+        float *e = rows + (N + n) * K;
+        dequantize_row(quantized, n, e);
+        for (size_t k = 0; k < K; k++) e[k] -= w[n * K + k];
+    }
+    linear(&(Linear){.N = K, .K = K, .dtype = F32, .w = h}, rows, 2 * N, products);
+    for (size_t i = 0; i < N * K; i++) {
+        total += (double)rows[i] * products[i];
+        error += (double)rows[N * K + i] * products[N * K + i];
+    }
+    free(rows);
+    free(products);
+    free(h);
+    return total > 0 ? sqrt(error / total) : 0;
 }

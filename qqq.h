@@ -39,6 +39,20 @@ void *allocate(size_t count, size_t size);
 /* Seconds of a monotonic clock. */
 double seconds(void);
 
+/* The path of a file that comes with the program: `name` in the directory of the executable. */
+char *beside_program(const char *name);
+
+/* The value of an option -flag, checked; anything else ends the program with status 2 and a line
+ * that says what was expected. parse_choice() tells whether it is the second of two words. */
+double parse_number(char flag, const char *value, double min, double max);
+long long parse_integer(char flag, const char *value, long long min, long long max);
+bool parse_choice(char flag, const char *value, const char *first, const char *second);
+
+/* Long work, on stderr: a bar on a terminal, in a pipe a line at each quarter; seconds_left < 0:
+ * not known. show_windows() is the progress of perplexity(). */
+void show_progress(const char *what, int done, int total, double seconds_left);
+void show_windows(int done, int total);
+
 /* A JSON text, parsed by jsmn. A node is a number: 0 is the root, -1 stands for "none" and may be
  * passed wherever a node may: it is of no type and has no children. */
 typedef struct Json Json;
@@ -116,6 +130,13 @@ void checkpoint_close(Checkpoint *c);
 
 /* The tensor of that name, or NULL. */
 const Tensor *checkpoint_find(const Checkpoint *c, const char *name);
+
+/* Reads a whole text file, malloc'ed with a NUL behind. */
+char *read_text(const char *path, size_t *bytes);
+
+/* Token ids [*n] of a text file by the checkpoint's tokenizer, special tokens parsed; `bos` stands
+ * in front unless it is -1. malloc'ed. */
+int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n);
 
 /* A model.bin being written, tensor by tensor, in a temporary file beside its target. */
 typedef struct Writer Writer;
@@ -204,6 +225,12 @@ Config config_parse(const char *path, const char *config, const char *generation
 Model *model_load(const Checkpoint *c);
 void model_free(Model *m);
 
+/* A copy of float weights as F32, to be changed; free((void *)copy.w) releases it. NaN or infinity
+ * ends the program with `name`. The same for a whole layer (number `index`), norms included. */
+Linear float_copy(const Linear *l, const char *name);
+Layer layer_float_copy(const Config *c, const Layer *layer, int index);
+void layer_float_free(Layer *copy);
+
 /* Bytes of all weights that one token reads (an embedding row counts as one). */
 size_t model_bytes(const Model *m);
 
@@ -220,13 +247,19 @@ void unpack_row(const uint8_t *qweight, int K, int8_t *q);
 /* The float weights w [K] that row n of a quantized linear stands for. */
 void dequantize_row(const Linear *l, int n, float *w);
 
+/* Scales of one row of weights w [K]: returns s_channel and sets s_group [K/128] (NULL: per
+ * channel). importance [K] weighs the squared errors of the range search; NULL: the plain range
+ * max|w|. A row of zeros has scales of 1. */
+float choose_scales(const float *w, const float *importance, int K, uint8_t *s_group);
+
+/* An empty quantized linear, to be released with quantized_free(). */
+Linear quantized_new(int N, int K, int group_size);
+void quantized_free(Linear *l);
+
+/* w [N][K] with each weight rounded to the nearest code under the scales of choose_scales(). */
+Linear round_to_nearest(const float *w, const float *importance, int N, int K, int group_size);
+
 /* ---- qqq.c 3: the forward pass ------------------------------------------------------------- */
-
-/* What the forward pass hands to a Tap: the input of these linears. */
-typedef enum { QKV_INPUT, O_INPUT, GATE_UP_INPUT, DOWN_INPUT } TapPoint;
-
-/* Called with the input x [T][K] of a linear (or of several that share it), before it is used. */
-typedef void Tap(void *user, int layer, TapPoint point, const float *x, int T);
 
 /* Buffers of one sequence. All float32. */
 typedef struct {
@@ -242,8 +275,6 @@ typedef struct {
     float *values; // the same
     float *rope;   // [context][head_dim / 2][2] cos and sin
     float *logits; // [LOGIT_ROWS][vocab_size]
-    Tap *tap;      // NULL, or called for each linear's input
-    void *user;
 } State;
 
 enum { LOGIT_ROWS = 64 };
@@ -261,9 +292,18 @@ void forward(const Model *m, State *s, const int *tokens, int T, int pos);
  * in s->logits until the next call. */
 const float *logits(const Model *m, State *s, int first, int n);
 
-/* One layer of forward(): x [T][dim] in s->x is replaced by the layer's output. `l` is the layer's
- * index in the KV cache. */
+/* One layer of forward(): s->x [T][dim] is replaced by the layer's output; `l` is its index in the
+ * KV cache. It consists of the three parts below, each after an rmsnorm() from s->x to s->xb. */
 void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, int pos);
+
+/* q, k, v of s->xb, RoPE, KV cache and attention: leaves the input of o in s->att. */
+void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos);
+
+/* silu(gate) * up of s->xb: leaves the input of down in s->gate. */
+void ffn_block(const Config *c, const Layer *layer, State *s, int T);
+
+/* x [T][N] += in [T][K] W^T, by way of buffer [T][N]. */
+void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x);
 
 /* y [T][N] = x [T][K] W^T; a quantized layer quantizes x per token first (section 2). */
 void linear(const Linear *w, const float *x, int T, float *y);
@@ -295,8 +335,90 @@ void rope_angles(const Config *c, int pos, float *cos_sin);
 double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
                   int *windows, void (*progress)(int done, int total));
 
-/* Reads a whole text file, malloc'ed with a NUL behind. */
-char *read_text(const char *path, size_t *bytes);
+/* ---- qqq.c 4: rotation --------------------------------------------------------------------- */
+
+/* x [n] <- x H_n / sqrt(n), the Hadamard transform; n a power of two. */
+void hadamard(double *x, int n);
+
+/* signs [n] of +1 and -1 from a seed (splitmix64). */
+void random_signs(uint64_t seed, int n, int8_t *signs);
+
+/* w [N][K]: each block of n input channels (output channels) becomes w_block diag(signs) H_n /
+ * sqrt(n) (its transpose times w_block); signs NULL: all +1. */
+void rotate_inputs(float *w, int N, int K, int n, const int8_t *signs);
+void rotate_outputs(float *w, int N, int K, int n, const int8_t *signs);
+
+/* w [N][K] with column k times s[k]. */
+void scale_inputs(float *w, int N, int K, const float *s);
+
+/* Rotates a layer_float_copy(), or the F32 embedding and lm_head with the final norm between them:
+ * norms move into the weights and become 1. signs [dim]. The model's output stays the same once all
+ * its parts are rotated. */
+void rotate_layer(const Config *c, Layer *l, const int8_t *signs);
+void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs);
+
+/* Ends the program if dim or head_dim is no power of two. */
+void check_rotation(const Config *c);
+
+/* ---- qqq.c 5: adaptive smoothing ----------------------------------------------------------- */
+
+/* s_k = max(1, max_k / t), all [K]. */
+void smoothing_scales(const float *max, int K, float t, float *s);
+
+/* Folds scales into a layer_float_copy(): norms and rows of up are divided, columns multiplied. The
+ * layer computes the same. s_qkv, s_gate_up [dim], s_down [hidden_dim]. */
+void smooth_layer(Layer *l, const float *s_qkv, const float *s_gate_up, const float *s_down);
+
+/* Searches t for linears w [n_linears] (float weights) that share their input x [T][K]; max [K] is
+ * max|x| per channel, over more tokens than the sample x if need be. t falls from the largest max
+ * to 0.1 by a factor of 0.8; the score is the squared distance between the linears' float output
+ * and their W4A8 output, weights to nearest under searched ranges. Sets s [K] and returns t. */
+float search_smoothing(const Linear *w, int n_linears, const float *x, int T, const float *max,
+                       int group_size, float *s);
+
+/* The inputs that can be smoothed (that of o cannot: one v serves several query heads). */
+typedef enum { SMOOTH_QKV, SMOOTH_GATE_UP, SMOOTH_DOWN } SmoothedInput;
+
+/* The search of the published code, 30 to 40 times the work: x [windows][length][K] whole windows;
+ * max(100, max|x| / 0.5) equal steps; plain ranges; the score is taken at the output of the block:
+ * attention for qkv, silu(gate) up for gate and up, the linear itself for down. `state` needs one
+ * layer and `length` positions; its buffers are overwritten. */
+float search_smoothing_published(const Config *c, const Layer *layer, State *state,
+                                 SmoothedInput which, const float *x, int windows, int length,
+                                 const float *max, int group_size, float *s);
+
+/* ---- qqq.c 6: GPTQ ------------------------------------------------------------------------- */
+
+/* M [N][K] += a^T b for a [T][N], b [T][K]: with a = b the Hessian X^T X. */
+void add_moments(double *M, const float *a, int N, const float *b, int K, int T);
+
+/* U [K][K], upper triangular, with (H + 0.01 mean(diag H) I)^-1 = U^T U, rows and columns in the
+ * order order [K]: by falling diag H with act_order, else as they stand. */
+typedef struct {
+    int K;
+    int *order;
+    double *U;
+} Inverse;
+
+/* H [K][K], symmetric. Dead columns (H_kk = 0) get the mean of the diagonal. */
+Inverse hessian_inverse(const double *H, int K, bool act_order);
+void inverse_free(Inverse *inverse);
+
+/* GPTQ: w [N][K] quantized column by column in the order of `inverse`; scales as choose_scales().
+ */
+Linear gptq(const float *w, int N, const Inverse *inverse, const float *importance, int group_size);
+
+/* What GPTQ should aim at when its inputs X are no longer the float model's inputs F:
+ *     target = w + 1/2 (w C + R) (X^T X + damping)^-1,   C = (F - X)^T X [K][K],  R [N][K] = D^T X,
+ * D [T][N] the residual stream's distance to the float model's, which o and down can make up for;
+ * R may be NULL. The whole step (1 instead of 1/2) would be least squares, as in GPTAQ
+ * (arXiv 2504.02692); half of it generalizes better. */
+void corrected_target(const float *w, int N, const Inverse *inverse, const double *C,
+                      const double *R, float *target);
+
+/* sqrt(tr(E H E^T) / tr(W H W^T)), E the quantized minus the float weights w [N][K]: the relative
+ * error of the output on the inputs that H [K][K] sums up. */
+double relative_error(const float *w, const Linear *quantized, const double *H);
 
 /* ---- tokenizer.c: LLaMA 3's byte-level BPE ------------------------------------------------- */
 

@@ -1,6 +1,6 @@
 /* run: a LLaMA 3.1 model at work, 16-bit or W4A8. Top to bottom:
  *
- *   1 options · 2 the model and its tokens · 3 sampling · 4 generate · 5 chat · 6 perplexity and
+ *   1 options · 2 sampling · 3 the model and its tokens · 4 generate · 5 chat · 6 perplexity and
  *   token ids · 7 benchmark · main
  *
  * Text goes to stdout, everything else to stderr. */
@@ -87,12 +87,12 @@ static bool parse_choice(char flag, const char *value, const char *first, const 
     return is_second;
 }
 
-/* data/tiny beside this program, wherever it is called from. */
-static char *embedded_model(const char *argv0) {
+/* data/tiny beside this program, wherever it is called from; without /proc, below the working
+ * directory. */
+static char *embedded_model(void) {
     char program[PATH_MAX];
     ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
-    if (n < 0) n = snprintf(program, sizeof program, "%s", argv0);
-    program[n] = 0;
+    program[n < 0 ? 0 : n] = 0;
     char *slash = strrchr(program, '/');
     int directory = slash ? slash - program + 1 : 0; // bytes of it, with its slash
     char *model = allocate(directory + sizeof "data/tiny", 1);
@@ -143,120 +143,11 @@ static Options parse_options(int argc, char **argv) {
     if (o.system && !chat) die_usage("-y: a system prompt needs -m chat");
     if (chat) o.task = CHAT;
     if (o.n_tokens < 0) o.n_tokens = chat ? 0 : 256;
-    if (!o.model) o.model = embedded_model(argv[0]);
+    if (!o.model) o.model = embedded_model();
     return o;
 }
 
-/* ---- 2: the model and its tokens ----------------------------------------------------------- */
-
-typedef struct {
-    int *ids; // [n]
-    int n;
-} Tokens;
-
-static void push(Tokens *t, const int *ids, int n) {
-    t->ids = realloc(t->ids, (t->n + n + 1) * sizeof *ids); // + 1: never of size 0
-    if (!t->ids) die("no memory for %d tokens", t->n + n);
-    if (n) memcpy(t->ids + t->n, ids, n * sizeof *ids);
-    t->n += n;
-}
-
-static void push_text(Tokens *t, const Tokenizer *tokenizer, const char *text, size_t bytes,
-                      bool special) {
-    int n, *ids = tokenizer_encode(tokenizer, text, bytes, special, &n);
-    push(t, ids, n);
-    free(ids);
-}
-
-/* A sequence that runs: the model, its KV cache and what comes next. */
-typedef struct {
-    const char *path;
-    Checkpoint *checkpoint;
-    Model *model;
-    Tokenizer *tokenizer; // NULL for -b
-    State *state;         // NULL for -e, which has its own
-    int pos;              // tokens in the KV cache
-    Tokens queue;         // tokens that follow them, not yet fed
-    int stop[17];         // [n_stop] token ids that end a text
-    int n_stop;
-    Utf8Stream out; // stdout, cut at characters
-} Session;
-
-static const char *weights_kind(const Model *m) {
-    if (m->group_size == 0) return dtype_name(m->layers[0].q.dtype);
-    return m->group_size < 0 ? "W4A8 per channel" : "W4A8 g128";
-}
-
-/* Says which model it is and, if it is quantized, with which options it was made. */
-static void print_model(const Session *s) {
-    const Config *c = &s->model->config;
-    double bytes = 0;
-    for (int i = 0; i < s->checkpoint->n_tensors; i++) bytes += s->checkpoint->tensors[i].bytes;
-    fprintf(stderr, "%s: LLaMA 3.1, dim %d, ffn %d, %d layers, %d/%d heads of %d, vocabulary %d\n",
-            s->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim,
-            c->vocab_size);
-    fprintf(stderr, "weights %s, %.1f MB\n", weights_kind(s->model), bytes / 1e6);
-    if (!s->checkpoint->quantization) return;
-    fputs("made with ", stderr);
-    for (const char *p = s->checkpoint->quantization; *p; p++)
-        fputc(iscntrl((unsigned char)*p) ? ' ' : *p, stderr); // one line, whatever it holds
-    fputc('\n', stderr);
-}
-
-static Session open_session(const Options *o) {
-    Session s = {.path = o->model};
-    s.checkpoint = checkpoint_open(o->model);
-    s.model = model_load(s.checkpoint);
-    const Config *c = &s.model->config;
-    if (o->length > c->max_context)
-        die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
-    memcpy(s.stop, c->eos, sizeof c->eos);
-    s.n_stop = c->n_eos;
-    if (o->task == BENCHMARK) return s;
-    if (!s.checkpoint->tokenizer) die("%s: it has no tokenizer.json", o->model);
-    s.tokenizer = tokenizer_load(o->model, s.checkpoint->tokenizer, s.checkpoint->tokenizer_bytes);
-    if (tokenizer_size(s.tokenizer) > c->vocab_size)
-        die("%s: its tokenizer has %d tokens, its embedding only %d rows", o->model,
-            tokenizer_size(s.tokenizer), c->vocab_size);
-    return s;
-}
-
-static void close_session(Session *s) {
-    if (s->state) state_free(s->state);
-    if (s->tokenizer) tokenizer_free(s->tokenizer);
-    free(s->queue.ids);
-    model_free(s->model);
-    checkpoint_close(s->checkpoint);
-}
-
-static void new_state(Session *s, int length) {
-    int most = s->model->config.max_context;
-    int context = length ? length : most < 8192 ? most : 8192;
-    s->state =
-        state_new(&s->model->config, context, context < PROMPT_CHUNK ? context : PROMPT_CHUNK);
-}
-
-/* Runs the queued tokens through the model and empties the queue. Returns the logits [vocab_size]
- * after the last of them. */
-static const float *feed(Session *s) {
-    int T = 0;
-    for (int i = 0; i < s->queue.n; i += T) {
-        T = s->queue.n - i < s->state->max_T ? s->queue.n - i : s->state->max_T;
-        forward(s->model, s->state, s->queue.ids + i, T, s->pos);
-        s->pos += T;
-    }
-    s->queue.n = 0;
-    return logits(s->model, s->state, T - 1, 1);
-}
-
-static void print_token(Session *s, int id) {
-    size_t bytes;
-    const char *text = tokenizer_decode(s->tokenizer, id, &bytes);
-    utf8_write(&s->out, text, bytes, false, stdout);
-    fflush(stdout);
-}
-
-/* ---- 3: sampling --------------------------------------------------------------------------- */
+/* ---- 2: sampling --------------------------------------------------------------------------- */
 
 typedef struct {
     float weight; // its probability times a constant
@@ -337,8 +228,28 @@ static int sample(Sampler *s, const float *logits, int n) {
     return c[i].id;
 }
 
-/* ---- 4: generate --------------------------------------------------------------------------- */
+/* ---- 3: the model and its tokens ----------------------------------------------------------- */
 
+typedef struct {
+    int *ids; // [n]
+    int n;
+} Tokens;
+
+static void push(Tokens *t, const int *ids, int n) {
+    t->ids = realloc(t->ids, (t->n + n + 1) * sizeof *ids); // + 1: never of size 0
+    if (!t->ids) die("no memory for %d tokens", t->n + n);
+    if (n) memcpy(t->ids + t->n, ids, n * sizeof *ids);
+    t->n += n;
+}
+
+static void push_text(Tokens *t, const Tokenizer *tokenizer, const char *text, size_t bytes,
+                      bool special) {
+    int n, *ids = tokenizer_encode(tokenizer, text, bytes, special, &n);
+    push(t, ids, n);
+    free(ids);
+}
+
+/* How long the tokens took. */
 typedef struct {
     int prompt_tokens;
     double prompt_seconds;
@@ -347,6 +258,103 @@ typedef struct {
     double step_seconds;
 } Speed;
 
+/* A sequence that runs: the model, its KV cache and what comes next. */
+typedef struct {
+    const char *path;
+    Checkpoint *checkpoint;
+    Model *model;
+    Tokenizer *tokenizer; // NULL for -b
+    State *state;         // NULL for -e, which has its own
+    int pos;              // tokens in the KV cache
+    Tokens queue;         // tokens that follow them, not yet fed
+    int stop[17];         // [n_stop] token ids that end a text
+    int n_stop;
+    Utf8Stream out; // stdout, cut at characters
+    Sampler sampler;
+    Speed speed;
+} Session;
+
+static const char *weights_kind(const Model *m) {
+    if (m->group_size == 0) return dtype_name(m->layers[0].q.dtype);
+    return m->group_size < 0 ? "W4A8 per channel" : "W4A8 g128";
+}
+
+/* Says which model it is and, if it is quantized, with which options it was made. */
+static void print_model(const Session *s) {
+    const Config *c = &s->model->config;
+    double bytes = 0;
+    for (int i = 0; i < s->checkpoint->n_tensors; i++) bytes += s->checkpoint->tensors[i].bytes;
+    fprintf(stderr, "%s: LLaMA 3.1, dim %d, ffn %d, %d layers, %d/%d heads of %d, vocabulary %d\n",
+            s->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim,
+            c->vocab_size);
+    fprintf(stderr, "weights %s, %.1f MB\n", weights_kind(s->model), bytes / 1e6);
+    if (!s->checkpoint->quantization) return;
+    fputs("made with ", stderr);
+    for (const char *p = s->checkpoint->quantization; *p; p++)
+        fputc(iscntrl((unsigned char)*p) ? ' ' : *p, stderr); // one line, whatever it holds
+    fputc('\n', stderr);
+}
+
+static Tokenizer *load_tokenizer(const Checkpoint *c) {
+    if (!c->tokenizer) die("%s: it has no tokenizer.json", c->path);
+    return tokenizer_load(c->path, c->tokenizer, c->tokenizer_bytes);
+}
+
+static Session open_session(const Options *o) {
+    Session s = {.path = o->model};
+    s.checkpoint = checkpoint_open(o->model);
+    s.model = model_load(s.checkpoint);
+    const Config *c = &s.model->config;
+    if (o->length > c->max_context)
+        die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
+    memcpy(s.stop, c->eos, sizeof c->eos);
+    s.n_stop = c->n_eos;
+    if (o->task == BENCHMARK) return s;
+    s.tokenizer = load_tokenizer(s.checkpoint);
+    if (tokenizer_size(s.tokenizer) > c->vocab_size)
+        die("%s: its tokenizer has %d tokens, its embedding only %d rows", o->model,
+            tokenizer_size(s.tokenizer), c->vocab_size);
+    return s;
+}
+
+static void close_session(Session *s) {
+    if (s->state) state_free(s->state);
+    if (s->tokenizer) tokenizer_free(s->tokenizer);
+    free(s->sampler.candidates);
+    free(s->queue.ids);
+    model_free(s->model);
+    checkpoint_close(s->checkpoint);
+}
+
+static void new_state(Session *s, int length) {
+    int most = s->model->config.max_context;
+    int context = length ? length : most < 8192 ? most : 8192;
+    s->state =
+        state_new(&s->model->config, context, context < PROMPT_CHUNK ? context : PROMPT_CHUNK);
+}
+
+/* Runs the queued tokens through the model and empties the queue. Returns the logits [vocab_size]
+ * after the last of them. */
+static const float *feed(Session *s) {
+    int T = 0;
+    for (int i = 0; i < s->queue.n; i += T) {
+        T = s->queue.n - i < s->state->max_T ? s->queue.n - i : s->state->max_T;
+        forward(s->model, s->state, s->queue.ids + i, T, s->pos);
+        s->pos += T;
+    }
+    s->queue.n = 0;
+    return logits(s->model, s->state, T - 1, 1);
+}
+
+static void print_token(Session *s, int id) {
+    size_t bytes;
+    const char *text = tokenizer_decode(s->tokenizer, id, &bytes);
+    utf8_write(&s->out, text, bytes, false, stdout);
+    fflush(stdout);
+}
+
+/* ---- 4: generate --------------------------------------------------------------------------- */
+
 static bool is_stop(const Session *s, int id) {
     for (int i = 0; i < s->n_stop; i++)
         if (s->stop[i] == id) return true;
@@ -354,37 +362,33 @@ static bool is_stop(const Session *s, int id) {
 }
 
 /* Feeds the queue and then token by token what is sampled and printed, until a stop token, `limit`
- * tokens (0: no limit) or the end of the context, when it returns false. The last token printed
- * stays in the queue. */
-static bool generate_text(Session *s, Sampler *sampler, int limit, Speed *speed) {
+ * tokens (0: no limit) or the end of the context, when it says so and returns false. The last token
+ * printed stays in the queue. */
+static bool generate_text(Session *s, int limit) {
+    bool room = true;
     for (int n = 0; limit == 0 || n < limit; n++) {
         int queued = s->queue.n;
-        if (s->pos + queued > s->state->context) {
-            fprintf(stderr, "\nthe context of %d tokens is full\n", s->state->context);
-            return false;
-        }
+        room = s->pos + queued <= s->state->context;
+        if (!room) break;
         double start = seconds();
-        int token = sample(sampler, feed(s), s->model->config.vocab_size);
+        int token = sample(&s->sampler, feed(s), s->model->config.vocab_size);
         if (n == 0) {
-            speed->prompt_tokens += queued;
-            speed->prompt_seconds += seconds() - start;
+            s->speed.prompt_tokens += queued;
+            s->speed.prompt_seconds += seconds() - start;
         } else {
-            speed->steps += queued;
-            speed->step_seconds += seconds() - start;
+            s->speed.steps++;
+            s->speed.step_seconds += seconds() - start;
         }
         if (is_stop(s, token)) break;
         push(&s->queue, &token, 1);
         print_token(s, token);
-        speed->generated++;
+        s->speed.generated++;
     }
-    return true;
-}
-
-/* Ends the line of text on stdout. */
-static void end_text(Session *s) {
     utf8_write(&s->out, "", 0, true, stdout);
     putchar('\n');
     fflush(stdout);
+    if (!room) fprintf(stderr, "the context of %d tokens is full\n", s->state->context);
+    return room;
 }
 
 static double per_second(double tokens, double time) {
@@ -407,13 +411,10 @@ static void generate(Session *s, const Options *o) {
         die("the prompt has %d tokens, the context only %d (-l sets it)", prompt->n,
             s->state->context);
     print_model(s);
-    Sampler sampler = new_sampler(o, s->model->config.vocab_size);
-    Speed speed = {0};
+    s->sampler = new_sampler(o, s->model->config.vocab_size);
     for (int i = 0; i < prompt->n; i++) print_token(s, prompt->ids[i]);
-    generate_text(s, &sampler, o->n_tokens, &speed);
-    end_text(s);
-    print_speed(&speed);
-    free(sampler.candidates);
+    generate_text(s, o->n_tokens);
+    print_speed(&s->speed);
 }
 
 /* ---- 5: chat ------------------------------------------------------------------------------- */
@@ -432,8 +433,8 @@ static int special_token(const Session *s, const char *name) {
 
 /* Queues a message's header and text, in which special tokens are plain text. */
 static void push_message(Session *s, const char *role, const char *text, size_t bytes) {
-    int start = special_token(s, "<|start_header_id|>"),
-        end = special_token(s, "<|end_header_id|>");
+    int start = special_token(s, "<|start_header_id|>");
+    int end = special_token(s, "<|end_header_id|>");
     push(&s->queue, &start, 1);
     push_text(&s->queue, s->tokenizer, role, strlen(role), false);
     push(&s->queue, &end, 1);
@@ -451,43 +452,47 @@ static const char *trim(const char *text, size_t *bytes) {
     return text;
 }
 
+/* One message and its answer. Returns false when the context is full. */
+static bool chat_turn(Session *s, int eot, const char *text, size_t bytes, int limit) {
+    text = trim(text, &bytes);
+    if (bytes == 0) return true;
+    push_message(s, "user", text, bytes);
+    push(&s->queue, &eot, 1);
+    push_message(s, "assistant", "", 0);
+    if (s->pos + s->queue.n > s->state->context)
+        die("the message makes the chat %d tokens long, the context is only %d (-l sets it)",
+            s->pos + s->queue.n, s->state->context);
+    bool room = generate_text(s, limit);
+    push(&s->queue, &eot, 1);
+    return room;
+}
+
 static void chat(Session *s, const Options *o) {
     int bos = special_token(s, "<|begin_of_text|>"), eot = special_token(s, "<|eot_id|>");
     s->stop[s->n_stop++] = eot;
     new_state(s, o->length);
-    print_model(s);
-    Sampler sampler = new_sampler(o, s->model->config.vocab_size);
-    Speed speed = {0};
     push(&s->queue, &bos, 1);
     if (o->system) {
-        push_message(s, "system", o->system, strlen(o->system));
+        size_t bytes = strlen(o->system);
+        const char *text = trim(o->system, &bytes);
+        push_message(s, "system", text, bytes);
         push(&s->queue, &eot, 1);
     }
-    char *line = o->prompt ? strdup(o->prompt) : NULL; // the first message, then lines of stdin
+    print_model(s);
+    s->sampler = new_sampler(o, s->model->config.vocab_size);
+    bool room = !o->prompt || chat_turn(s, eot, o->prompt, strlen(o->prompt), o->n_tokens);
+    bool terminal = isatty(STDIN_FILENO);
+    char *line = NULL;
     size_t size = 0;
-    for (bool first = o->prompt != NULL;; first = false) {
-        ssize_t n = first ? (ssize_t)strlen(line) : 0;
-        if (!first) {
-            if (isatty(STDIN_FILENO)) fputs("> ", stderr);
-            if ((n = getline(&line, &size, stdin)) < 0) break;
-        }
-        size_t bytes = (size_t)n;
-        const char *message = trim(line, &bytes);
-        if (bytes == 0) continue;
-        push_message(s, "user", message, bytes);
-        push(&s->queue, &eot, 1);
-        push_message(s, "assistant", "", 0);
-        if (s->pos + s->queue.n > s->state->context)
-            die("the message makes the chat %d tokens long, the context is only %d (-l sets it)",
-                s->pos + s->queue.n, s->state->context);
-        bool room = generate_text(s, &sampler, o->n_tokens, &speed);
-        end_text(s);
-        if (!room) break;
-        push(&s->queue, &eot, 1);
+    while (room) {
+        if (terminal) fputs("> ", stderr);
+        ssize_t bytes = getline(&line, &size, stdin);
+        if (bytes < 0) break;
+        room = chat_turn(s, eot, line, bytes, o->n_tokens);
     }
-    print_speed(&speed);
     free(line);
-    free(sampler.candidates);
+    if (terminal && room) fputc('\n', stderr);
+    print_speed(&s->speed);
 }
 
 /* ---- 6: perplexity and token ids ----------------------------------------------------------- */
@@ -533,8 +538,7 @@ static void print_token_ids(const Options *o) {
         free(path);
     } else {
         Checkpoint *c = checkpoint_open(o->model);
-        if (!c->tokenizer) die("%s: it has no tokenizer.json", o->model);
-        tokenizer = tokenizer_load(o->model, c->tokenizer, c->tokenizer_bytes);
+        tokenizer = load_tokenizer(c);
         checkpoint_close(c);
     }
     size_t bytes;
@@ -575,7 +579,7 @@ static double memory_bandwidth(void) {
 static void benchmark(Session *s, const Options *o) {
     const Config *c = &s->model->config;
     int limit = o->length ? o->length : c->max_context, context = limit < 1280 ? limit : 1280;
-    int prefill = context - (context + 4) / 5, probe = prefill < 32 ? prefill : 32;
+    int prefill = context - context / 5, probe = prefill < 32 ? prefill : 32;
     new_state(s, context);
     print_model(s);
     for (int i = 0; i < prefill; i++) push(&s->queue, &(int){(int)(i * 7919ll % c->vocab_size)}, 1);
@@ -591,8 +595,8 @@ static void benchmark(Session *s, const Options *o) {
     const float *l = feed(s);
     double prefill_time = seconds() - start;
 
-    double kv = 2.0 * c->n_layers * c->n_kv_heads * c->head_dim * sizeof(float), bytes = 0,
-           time = 0;
+    double kv = 2.0 * c->n_layers * c->n_kv_heads * c->head_dim * sizeof(float);
+    double bytes = 0, time = 0;
     int decoded = 0;
     for (start = seconds(); s->pos < context && time < 10; time = seconds() - start) {
         push(&s->queue, &(int){argmax(l, c->vocab_size)}, 1);

@@ -96,7 +96,7 @@ typedef struct {
 /* Standard deviations of the codes q = u - 8 and the mean of s_group that fill() draws. */
 static const float code_deviation = 2.5f, mean_group = 11.5f;
 
-static void add(Plan *p, const char *name, DType dtype, int64_t N, int64_t K, Fill fill) {
+static void plan_tensor(Plan *p, const char *name, DType dtype, int64_t N, int64_t K, Fill fill) {
     p->tensors = realloc(p->tensors, (size_t)(p->n + 1) * sizeof *p->tensors);
     p->fills = realloc(p->fills, (size_t)(p->n + 1) * sizeof *p->fills);
     if (!p->tensors || !p->fills) die("no memory");
@@ -108,20 +108,21 @@ static void add(Plan *p, const char *name, DType dtype, int64_t N, int64_t K, Fi
                                   .bytes = (size_t)(N * (K ? K : 1)) * dtype_size(dtype)};
 }
 
-static void add_linear(Plan *p, const Options *o, const char *name, int N, int K, float deviation) {
+static void plan_linear(Plan *p, const Options *o, const char *name, int N, int K,
+                        float deviation) {
     char full[128];
     if (!o->w4a8) {
         snprintf(full, sizeof full, "%s.weight", name);
-        add(p, full, BF16, N, K, (Fill){NORMAL, 0, deviation});
+        plan_tensor(p, full, BF16, N, K, (Fill){NORMAL, 0, deviation});
         return;
     }
     snprintf(full, sizeof full, "%s.qweight", name);
-    add(p, full, U8, N, K / 2, (Fill){.kind = CODES});
+    plan_tensor(p, full, U8, N, K / 2, (Fill){.kind = CODES});
     float scale = deviation / code_deviation / (o->w4a8 > 0 ? mean_group : 1);
     snprintf(full, sizeof full, "%s.s_channel", name);
-    add(p, full, F32, N, 0, (Fill){SCALES, scale, 0});
+    plan_tensor(p, full, F32, N, 0, (Fill){SCALES, scale, 0});
     snprintf(full, sizeof full, "%s.s_group", name);
-    if (o->w4a8 > 0) add(p, full, U8, N, K / 128, (Fill){.kind = GROUPS});
+    if (o->w4a8 > 0) plan_tensor(p, full, U8, N, K / 128, (Fill){.kind = GROUPS});
 }
 
 static Plan make_plan(const Options *o) {
@@ -129,7 +130,7 @@ static Plan make_plan(const Options *o) {
     const Fill norm = {NORMAL, 1, 0.05f};
     int q = o->heads * o->head_dim, kv = o->kv_heads * o->head_dim;
     float add_up = 1 / sqrtf(2.0f * (float)o->layers); // for o and down
-    add(&p, "model.embed_tokens.weight", BF16, o->vocab, o->dim, (Fill){NORMAL, 0, 1});
+    plan_tensor(&p, "model.embed_tokens.weight", BF16, o->vocab, o->dim, (Fill){NORMAL, 0, 1});
     for (int l = 0; l < o->layers; l++) {
         const struct {
             const char *name;
@@ -143,16 +144,17 @@ static Plan make_plan(const Options *o) {
         char name[96];
         for (int i = 0; i < 7; i++) {
             snprintf(name, sizeof name, "model.layers.%d.%s", l, linears[i].name);
-            add_linear(&p, o, name, linears[i].N, linears[i].K,
-                       linears[i].scale / sqrtf((float)linears[i].K));
+            plan_linear(&p, o, name, linears[i].N, linears[i].K,
+                        linears[i].scale / sqrtf((float)linears[i].K));
         }
         snprintf(name, sizeof name, "model.layers.%d.input_layernorm.weight", l);
-        add(&p, name, BF16, o->dim, 0, norm);
+        plan_tensor(&p, name, BF16, o->dim, 0, norm);
         snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm.weight", l);
-        add(&p, name, BF16, o->dim, 0, norm);
+        plan_tensor(&p, name, BF16, o->dim, 0, norm);
     }
-    add(&p, "model.norm.weight", BF16, o->dim, 0, norm);
-    add(&p, "lm_head.weight", BF16, o->vocab, o->dim, (Fill){NORMAL, 0, 2 / sqrtf((float)o->dim)});
+    plan_tensor(&p, "model.norm.weight", BF16, o->dim, 0, norm);
+    plan_tensor(&p, "lm_head.weight", BF16, o->vocab, o->dim,
+                (Fill){NORMAL, 0, 2 / sqrtf((float)o->dim)});
     return p;
 }
 
@@ -341,9 +343,9 @@ int main(int argc, char **argv) {
     char *tokenizer = read_text(o.tokenizer, &c.tokenizer_bytes);
     Tokenizer *t = tokenizer_load(o.tokenizer, tokenizer, c.tokenizer_bytes);
     int bos = tokenizer_id(t, "<|begin_of_text|>"), eos = tokenizer_id(t, "<|end_of_text|>");
-    if (tokenizer_size(t) > o.vocab)
-        die_usage("--vocab %d: the tokenizer has %d tokens", o.vocab, tokenizer_size(t));
+    int size = tokenizer_size(t);
     tokenizer_free(t);
+    if (size > o.vocab) die_usage("--vocab %d: the tokenizer has %d tokens", o.vocab, size);
     c.tokenizer = tokenizer;
     c.config = make_config(&o, bos, eos);
     make_quantiles();
