@@ -1,34 +1,96 @@
 # make help lists the targets. CPPFLAGS and LDFLAGS may name other places for jsmn and utf8proc.
 
 CC ?= cc
-NVCC ?= $(shell command -v nvcc 2>/dev/null)
 CFLAGS ?= -O3 -march=native
-OPENMP ?= -fopenmp
+NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
+NVCCFLAGS ?= -O3 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
+BUILD ?= build
+BIN ?= .
 
-# -ffp-contract=fast: fused multiply-adds, which ISO C leaves out unless asked.
-override CFLAGS += -std=c11 -ffp-contract=fast $(OPENMP) -Wall -Wextra -Werror
-LDLIBS = -lutf8proc -lm
+# -ffp-contract=fast: fused multiply-adds, which gcc leaves out under -std=c11 unless asked.
+FLAGS = -std=c11 -ffp-contract=fast -fopenmp -Wall -Wextra $(WERROR) $(CPPFLAGS) $(CFLAGS)
+LIBS = $(LDFLAGS) -lutf8proc -lm
+OBJECTS = $(BUILD)/qqq.o $(BUILD)/tokenizer.o
+TESTS = $(patsubst %.c,$(BUILD)/%.o,$(sort $(wildcard test/test*.c)))
+SOURCES = $(wildcard *.h *.c *.cu test/*.h test/*.c test/*.cu)
 
-TESTS = $(wildcard test/test*.c)
-OBJECTS = build/qqq.o build/tokenizer.o
+.PHONY: all demo test test-slow test-gpu bench lint format fuzz clean help
+.DELETE_ON_ERROR:
 
-all: run quantize
+all: $(BIN)/run $(BIN)/quantize
 
-run: build/run.o $(OBJECTS)
-	$(CC) $(CFLAGS) $(LDFLAGS) $^ -o $@ $(LDLIBS)
+help:
+	@echo 'make            build ./run and ./quantize'
+	@echo 'make demo       quantize the embedded model, measure it, let it tell a story'
+	@echo 'make test       all quick tests'
+	@echo 'make test-slow  quality on the whole evaluation text; models in ../shared, if there'
+	@echo 'make test-gpu   the kernels against their C twins (needs nvcc and a GPU)'
+	@echo 'make bench      speed of the kernels against cuBLAS (needs nvcc and a GPU)'
+	@echo 'make lint       all warnings as errors, gcc and clang; clang-format; cppcheck'
+	@echo 'make format     clang-format everything'
+	@echo 'make fuzz       the quick tests and damaged files, under ASan and UBSan'
+	@echo 'make clean      remove what was built'
 
-quantize: build/quantize.o $(OBJECTS)
-	$(CC) $(CFLAGS) $(LDFLAGS) $^ -o $@ $(LDLIBS)
-
-build/test: $(TESTS:%.c=build/%.o) $(OBJECTS)
-	$(CC) $(CFLAGS) $(LDFLAGS) $^ -o $@ $(LDLIBS)
-
-build/synthetic: build/test/synthetic.o $(OBJECTS)
-	$(CC) $(CFLAGS) $(LDFLAGS) $^ -o $@ $(LDLIBS)
-
-build/%.o: %.c qqq.h Makefile
+$(BUILD)/%.o: %.c qqq.h test/test.h Makefile
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) -c $< -o $@
+	$(CC) $(FLAGS) -c $< -o $@
+
+$(BIN)/run $(BIN)/quantize: $(BIN)/%: $(BUILD)/%.o $(OBJECTS)
+	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
+
+$(BUILD)/tests: $(TESTS) $(OBJECTS)
+	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
+
+$(BUILD)/synthetic: $(BUILD)/test/synthetic.o $(OBJECTS)
+	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
+
+DEMO = $(BUILD)/tiny-w4a8.bin
+demo: all
+	./quantize data/tiny $(DEMO) -n 16 -l 1024 -e data/eval.txt
+	./run $(DEMO) -s 1 -n 120 -i 'Once upon a time there lived a king who'
+
+# Without the variable idle threads spin, which slows everything down where cores are shared.
+test test-slow fuzz: export OMP_WAIT_POLICY = passive
+
+test: all $(BUILD)/tests $(BUILD)/synthetic
+	$(BUILD)/tests
+
+test-slow: all $(BUILD)/tests $(BUILD)/synthetic
+	$(BUILD)/tests slow
+
+$(BUILD)/%.cu.o: %.cu qqq.h Makefile
+	@mkdir -p $(@D)
+	$(if $(NVCC),,$(error nvcc was not found; NVCC=... names it))
+	$(NVCC) $(NVCCFLAGS) $(CPPFLAGS) -Xcompiler -Wall,-Wextra -c $< -o $@
+
+$(BUILD)/test_kernels $(BUILD)/bench_gemm: $(BUILD)/%: $(BUILD)/test/%.cu.o $(BUILD)/kernels.cu.o $(OBJECTS)
+	$(NVCC) $^ -o $@ $(LIBS) -lgomp -lcublas
+
+test-gpu: $(BUILD)/test_kernels
+	$(BUILD)/test_kernels
+
+bench: $(BUILD)/bench_gemm
+	$(BUILD)/bench_gemm
+
+lint:
+	clang-format --dry-run -Werror $(SOURCES)
+	for cc in gcc clang; do $(MAKE) -B CC=$$cc WERROR=-Werror BUILD=$(BUILD)/lint-$$cc \
+		BIN=$(BUILD)/lint-$$cc all $(BUILD)/lint-$$cc/tests $(BUILD)/lint-$$cc/synthetic || exit 1; done
+	cppcheck --quiet --error-exitcode=1 --std=c11 --enable=warning,portability \
+		--inline-suppr --suppress=missingIncludeSystem *.c test/*.c
+
+format:
+	clang-format -i $(SOURCES)
+
+# build/san is a root directory of its own: the tests there run the programs built there.
+SAN = $(BUILD)/san
+fuzz:
+	$(MAKE) BUILD=$(SAN)/build BIN=$(SAN) \
+		CFLAGS='-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover' \
+		$(SAN)/run $(SAN)/quantize $(SAN)/build/tests $(SAN)/build/synthetic
+	ln -sfn $(CURDIR)/data $(SAN)/data
+	ln -sfn $(CURDIR)/test $(SAN)/test
+	cd $(SAN) && build/tests
 
 clean:
-	rm -rf build run quantize
+	rm -rf $(BUILD) run quantize

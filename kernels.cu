@@ -65,6 +65,7 @@ constexpr bool HAVE_WGMMA = false;
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
+constexpr int BAND = 8;
 constexpr int STRIP = 32; // channels of a warp's tile: two m16 tiles of mma.m16n8k32
 constexpr int UNIT = 64;  // k of the 32 x 64 weights that a warp loads at once, 32 bytes a lane
 
@@ -144,10 +145,11 @@ struct GemmArgs {
     int *acc;
     int *partial;
     int *arrived;
-    int tiles_m, tiles_n;
+    int tiles_m, tiles_n, tiles;
+    int units;
     int chunks;
     int split_tiles;
-    int band;
+    int share, longer;
 };
 
 /* Where a block is in its list of work. */
@@ -157,34 +159,41 @@ struct Work {
 };
 
 __device__ __forceinline__ void place_tile(Work &work, const GemmArgs &p) {
-    int per_band = p.band * p.tiles_n;
-    int band = work.tile / per_band;
-    int rows = min(p.band, p.tiles_m - band * p.band);
-    int local = work.tile - band * per_band;
-    work.m = band * p.band + local % rows;
+    work.m = 0;
+    work.n = work.tile;
+    if (p.tiles_m == 1) return;
+    int band = work.tile / (BAND * p.tiles_n);
+    int rows = min(BAND, p.tiles_m - band * BAND);
+    int local = work.tile - band * BAND * p.tiles_n;
+    work.m = band * BAND + local % rows;
     work.n = local / rows;
 }
 
-__device__ __forceinline__ Work first_work(const GemmArgs &p, int &stop) {
-    int shared = p.split_tiles * p.chunks;
-    int start = (long long)shared * blockIdx.x / gridDim.x;
-    stop = (long long)shared * (blockIdx.x + 1) / gridDim.x;
-    Work work;
+__device__ __forceinline__ int share_start(const GemmArgs &p, int block) {
+    return block * p.share + min(block, p.longer);
+}
+
+__device__ __forceinline__ int share_owner(const GemmArgs &p, int chunk) {
+    int in_longer = p.longer * (p.share + 1);
+    return chunk < in_longer ? chunk / (p.share + 1) : p.longer + (chunk - in_longer) / p.share;
+}
+
+__device__ __forceinline__ Work first_work(const GemmArgs &p) {
+    int start = share_start(p, blockIdx.x);
+    int stop = share_start(p, blockIdx.x + 1);
+    Work work = {p.split_tiles + (int)blockIdx.x, 0, p.chunks, 0, 0};
     if (start < stop) {
         work.tile = start / p.chunks;
         work.chunk = start - work.tile * p.chunks;
         work.end = min(p.chunks, stop - work.tile * p.chunks);
-    } else {
-        work.tile = p.split_tiles + blockIdx.x;
-        work.chunk = 0;
-        work.end = p.chunks;
     }
     place_tile(work, p);
     return work;
 }
 
-__device__ __forceinline__ void next_work(Work &work, const GemmArgs &p, int stop) {
+__device__ __forceinline__ void next_work(Work &work, const GemmArgs &p) {
     if (++work.chunk < work.end) return;
+    int stop = share_start(p, blockIdx.x + 1);
     work.chunk = 0;
     work.end = p.chunks;
     if (work.tile >= p.split_tiles) {
@@ -210,6 +219,12 @@ __device__ __forceinline__ void load_4(uint32_t &to, const uint32_t *from, bool 
                  "@p ld.global.nc.u32 %0, [%1]; }\n"
                  : "+r"(to)
                  : "l"(from), "r"((int)valid));
+}
+
+__device__ __forceinline__ void prefetch(const void *from, bool valid) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %1, 0;\n"
+                 "@p prefetch.global.L2 [%0]; }\n" ::"l"(from),
+                 "r"((int)valid));
 }
 
 __device__ __forceinline__ void copy_async_16(uint32_t to, const void *from, bool nonzero,
@@ -310,7 +325,13 @@ __device__ __forceinline__ void multiply(int (&acc)[2][N_TILES][4], const uint32
 
 /* Waits for the warps of one team. */
 template <int TEAM_WARPS> __device__ __forceinline__ void team_barrier(int team) {
-    asm volatile("bar.sync %0, %1;\n" ::"r"(team + 1), "n"(TEAM_WARPS * 32) : "memory");
+    if (TEAM_WARPS == 1) {
+        __syncwarp();
+    } else if (TEAM_WARPS == WARPS) {
+        __syncthreads();
+    } else {
+        asm volatile("bar.sync %0, %1;\n" ::"r"(team + 1), "n"(TEAM_WARPS * 32) : "memory");
+    }
 }
 
 __device__ __forceinline__ void add4(int (&c)[4], int4 x) {
@@ -330,7 +351,7 @@ template <int TOKENS, int TEAMS, int DEPTH> struct Shape {
 };
 
 template <int TOKENS, int TEAMS, int DEPTH, bool GROUPS, bool HOPPER>
-__global__ void __launch_bounds__(THREADS, TOKENS * DEPTH <= 128 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, TOKENS <= 8 ? 3 : TOKENS <= 32 ? 2 : 1)
     gemm_w4a8_kernel(const __grid_constant__ GemmArgs p) {
     using S = Shape<TOKENS, TEAMS, DEPTH>;
     constexpr bool WGMMA = HOPPER && HAVE_WGMMA;
@@ -342,40 +363,42 @@ __global__ void __launch_bounds__(THREADS, TOKENS * DEPTH <= 128 ? 2 : 1)
     const int lane = threadIdx.x % 32;
     const int team = threadIdx.x / 32 / S::TEAM_WARPS;
     const int warp = threadIdx.x / 32 % S::TEAM_WARPS;
-    const int units = p.K / UNIT;
-    const int tiles = p.tiles_m * p.tiles_n;
     const uint32_t stage0 =
         (uint32_t)__cvta_generic_to_shared(smem) + team * STAGES * S::TEAM_STAGE;
 
     uint4 w[DEPTH][2] = {};
-    uint32_t sg[DEPTH] = {};
+    uint32_t sg[DEPTH / 2] = {};
     const uint4 *from_w = p.w;
     const uint32_t *from_sg = p.s_group;
     int valid = 0;
     auto aim = [&](const Work &work) {
         int strip = work.n * S::TEAM_WARPS + warp;
-        int unit = work.chunk * S::CHUNK + team;
-        from_w = p.w + ((size_t)strip * units + unit) * 64 + lane;
+        int unit = work.chunk * S::CHUNK + team * 2;
+        from_w = p.w + ((size_t)strip * p.units + unit) * 64 + lane;
         if (GROUPS) {
-            from_sg = p.s_group + ((size_t)strip * (units / 2) + unit / 2) * 8 + lane / 4;
+            from_sg = p.s_group + ((size_t)strip * (p.units / 2) + unit / 2) * 8 + lane / 4;
         }
-        valid = work.tile < tiles && strip < p.N / STRIP ? units - unit : 0;
+        valid = work.tile < p.tiles && strip < p.N / STRIP ? p.units - unit : 0;
     };
     auto load_weights = [&](int u) {
-        load_16(w[u][0], from_w + u * TEAMS * 64, u * TEAMS < valid);
-        load_16(w[u][1], from_w + u * TEAMS * 64 + 32, u * TEAMS < valid);
-        if (GROUPS) load_4(sg[u], from_sg + u * TEAMS / 2 * 8, u * TEAMS < valid);
+        const int unit = u / 2 * TEAMS * 2 + u % 2;
+        load_16(w[u][0], from_w + unit * 64, unit < valid);
+        load_16(w[u][1], from_w + unit * 64 + 32, unit < valid);
+        if (GROUPS && u % 2 == 1) load_4(sg[u / 2], from_sg + u / 2 * TEAMS * 8, unit < valid);
+        if (TOKENS == 128) {
+            prefetch(from_w + (S::CHUNK + unit) * 64 + lane, S::CHUNK + unit < valid);
+        }
     };
     auto load_activations = [&](const Work &work, uint32_t stage, int part) {
         constexpr int PIECES = DEPTH * UNIT / 16;
         constexpr int ROWS = S::TEAM_WARPS * 32 / PIECES;
         int thread = threadIdx.x % (S::TEAM_WARPS * 32);
         int column = thread % PIECES;
-        int k = (work.chunk * S::CHUNK + column / 4 * TEAMS + team) * UNIT + column % 4 * 16;
-        int rows = work.tile < tiles ? min((part + 1) * TOKENS / 2, p.M - work.m * TOKENS) : 0;
+        int k = (work.chunk * S::CHUNK + (column / 8 * TEAMS + team) * 2) * UNIT + column % 8 * 16;
+        int rows = work.tile < p.tiles ? min((part + 1) * TOKENS / 2, p.M - work.m * TOKENS) : 0;
         int row = part * TOKENS / 2 + thread / PIECES;
         const int8_t *from = p.a + (size_t)(work.m * TOKENS + row) * p.K + k;
-#pragma unroll
+#pragma unroll(TOKENS <= 32 ? 1 : 8)
         for (int i = 0; i < (TOKENS / 2 + ROWS - 1) / ROWS; i++) {
             uint32_t to = (column / 8 * TOKENS + row) * 128 + (column % 8 ^ row % 8) * 16;
             copy_async_16(stage + to, from, k < p.K, row < rows);
@@ -384,8 +407,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS * DEPTH <= 128 ? 2 : 1)
         }
     };
 
-    int stop;
-    Work next = first_work(p, stop);
+    Work next = first_work(p);
     aim(next);
 #pragma unroll
     for (int u = 0; u < DEPTH; u++) load_weights(u);
@@ -396,12 +418,12 @@ __global__ void __launch_bounds__(THREADS, TOKENS * DEPTH <= 128 ? 2 : 1)
 
     uint32_t stage = stage0;
     const uint32_t b_row = lane / 16 * 1024 + lane % 8 * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
-    while (next.tile < tiles) {
+    while (next.tile < p.tiles) {
         Work now = next;
         int acc[2][N_TILES][4] = {};
         uint32_t a[2][2][4];
         for (int chunk = now.chunk; chunk < now.end; chunk++) {
-            next_work(next, p, stop);
+            next_work(next, p);
             aim(next);
             copy_async_wait();
             if (WGMMA) asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
@@ -413,7 +435,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS * DEPTH <= 128 ? 2 : 1)
 #pragma unroll
             for (int u = 0; u < DEPTH; u++) {
                 if (!WGMMA && u < 2) load_activations(next, stage, u);
-                const uint32_t scales = sg[u];
+                const uint32_t scales = sg[u / 2];
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
                     const int buffer = WGMMA ? step : 0;
@@ -425,6 +447,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS * DEPTH <= 128 ? 2 : 1)
                             uint32_t s = __byte_perm(scales, 0, 0x4440 + 2 * i + r % 2);
                             a[buffer][i][r] = dequantize<GROUPS>(words[r], step, s,
                                                                  0x80808080 - s * 0x08080808);
+                            asm volatile("" : "+r"(a[buffer][i][r]));
                         }
                     }
                     if (step == 1) load_weights(u);
@@ -493,9 +516,8 @@ __global__ void __launch_bounds__(THREADS, TOKENS * DEPTH <= 128 ? 2 : 1)
             __syncthreads();
             if (!last) continue;
             if (team == 0) {
-                int shared = p.split_tiles * p.chunks;
-                int first = ((now.tile * p.chunks + 1) * (int)gridDim.x - 1) / shared;
-                int final = ((now.tile + 1) * p.chunks * (int)gridDim.x - 1) / shared;
+                int first = share_owner(p, now.tile * p.chunks);
+                int final = share_owner(p, (now.tile + 1) * p.chunks - 1);
                 for (int block = first; block <= final; block++) {
                     if (block == (int)blockIdx.x) continue;
                     const int4 *from = slot(block, block == first);
@@ -599,7 +621,9 @@ static void launch_gemm(GemmArgs p, int resident, cudaStream_t stream) {
     p.tiles_m = (p.M + TOKENS - 1) / TOKENS;
     p.tiles_n = (p.N + S::CHANNELS - 1) / S::CHANNELS;
     p.chunks = (p.K / UNIT + S::CHUNK - 1) / S::CHUNK;
-    int tiles = p.tiles_m * p.tiles_n;
+    p.tiles = p.tiles_m * p.tiles_n;
+    p.units = p.K / UNIT;
+    int tiles = p.tiles;
     int grid;
     if (resident > 0) {
         int each = (tiles + resident - 1) / resident;
@@ -607,30 +631,40 @@ static void launch_gemm(GemmArgs p, int resident, cudaStream_t stream) {
         p.split_tiles = 0;
     } else {
         grid = -resident;
-        p.split_tiles = tiles % grid == 0 ? 0 : tiles < grid ? tiles : tiles % grid + grid;
+        int rest = tiles % grid;
+        p.split_tiles = rest * 10 >= grid * 9 ? 0
+                        : rest * 2 >= grid || tiles < grid || rest == 0 ? rest : rest + grid;
         if (grid > tiles * p.chunks) grid = tiles * p.chunks;
     }
+    p.share = p.split_tiles * p.chunks / grid;
+    p.longer = p.split_tiles * p.chunks % grid;
     launch_overlapped(kernel, grid, shared, stream, p);
 }
 
+bool gpu_gemm_portable = false;
+
 template <bool GROUPS> static void choose_gemm(const GemmArgs &p, cudaStream_t stream) {
     int sms = multiprocessors();
+    int tiles_64 = (p.N + 63) / 64 * ((p.M + 63) / 64);
+    int chunks_128 = (p.N + 255) / 256 * ((p.M + 127) / 128) * ((p.K + 255) / 256);
     if (p.M <= 8) {
         launch_gemm<8, 8, 4, GROUPS, false>(p, 2 * sms, stream);
     } else if (p.M <= 16) {
-        launch_gemm<16, 4, 4, GROUPS, false>(p, -sms, stream);
+        launch_gemm<16, 8, 4, GROUPS, false>(p, 2 * sms, stream);
     } else if (p.M <= 32) {
-        launch_gemm<32, 2, 4, GROUPS, false>(p, -sms, stream);
-    } else if (p.M <= 64) {
-        launch_gemm<64, 1, 4, GROUPS, false>(p, -sms, stream);
+        launch_gemm<32, 2, 4, GROUPS, false>(p, -2 * sms, stream);
+    } else if (p.M <= 64 || chunks_128 < 7 * sms) {
+        if (tiles_64 <= sms) {
+            launch_gemm<64, 4, 4, GROUPS, false>(p, -sms, stream);
+        } else {
+            launch_gemm<64, 2, 4, GROUPS, false>(p, -sms, stream);
+        }
     } else if (gpu_gemm_portable) {
         launch_gemm<128, 1, 4, GROUPS, false>(p, -sms, stream);
     } else {
         launch_gemm<128, 1, 4, GROUPS, true>(p, -sms, stream);
     }
 }
-
-bool gpu_gemm_portable = false;
 
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y, int *acc,
                    int *workspace, cudaStream_t stream) {
@@ -645,7 +679,6 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
     p.s_a = s_a;
     p.y = y;
     p.acc = acc;
-    p.band = 8;
     p.partial = workspace;
     p.arrived = workspace + (size_t)2 * multiprocessors() * TILE_MAX;
     if (l->s_group) {

@@ -17,6 +17,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -37,11 +38,14 @@
 static char temporary[4096];
 
 static void end_with(int status, const char *format, va_list args) {
-    fprintf(stderr, "error: ");
-    vfprintf(stderr, format, args);
-    fprintf(stderr, "\n");
+    char *text;
+    if (vasprintf(&text, format, args) < 0) _exit(status);
+    for (char *s = text; *s; s++) // a name from a file may hold anything; it stays one line
+        if ((unsigned char)*s < ' ' || *s == 0x7f) *s = '?';
+    fprintf(stderr, "error: %s\n", text);
     if (temporary[0]) unlink(temporary);
-    exit(status);
+    fflush(NULL);
+    _exit(status); // what is still allocated goes with the process
 }
 
 void die(const char *format, ...) {
@@ -59,13 +63,9 @@ void die_usage(const char *format, ...) {
 }
 
 void *allocate(size_t count, size_t size) {
-    size_t bytes;
-    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX - 64)
-        die("out of memory: %zu x %zu bytes were asked for", count, size);
-    bytes = (bytes + 63) / 64 * 64; // aligned_alloc asks for a multiple
-    void *p = aligned_alloc(64, bytes ? bytes : 64);
-    if (!p) die("out of memory: %.1f GB were asked for", bytes / 1e9);
-    return memset(p, 0, bytes);
+    void *p = calloc(count ? count : 1, size);
+    if (!p) die("out of memory: %zu x %zu bytes were asked for", count, size);
+    return p;
 }
 
 static char *copy_text(const char *text, size_t bytes) {
@@ -159,7 +159,21 @@ static bool well_formed(const Json *j, int i) {
     return (parent->type == JSMN_ARRAY || in_key) && (holds_values || t->size == 0);
 }
 
+/* Whether brackets nest deeper than any file at hand needs: jsmn's time grows with the square. */
+static bool too_deep(const char *text, size_t bytes) {
+    int depth = 0;
+    bool in_string = false;
+    for (size_t i = 0; i < bytes && depth <= 128; i++) {
+        char c = text[i];
+        if (c == '"') in_string = !in_string;
+        if (in_string && c == '\\') i++;
+        if (!in_string) depth += (c == '[' || c == '{') - (c == ']' || c == '}');
+    }
+    return depth > 128;
+}
+
 Json *json_parse(const char *name, const char *text, size_t bytes) {
+    if (too_deep(text, bytes)) die("%s: JSON nested more than 128 deep", name);
     jsmn_parser parser;
     jsmn_init(&parser);
     int n = bytes < INT32_MAX ? jsmn_parse(&parser, text, bytes, NULL, 0) : JSMN_ERROR_NOMEM;
@@ -198,10 +212,9 @@ int json_first(const Json *j, int node) {
 }
 
 int json_next(const Json *j, int node, int child) {
-    bool key = json_type(j, node) == '{';
-    int end = j->tokens[key ? child + 1 : child].end;
-    int i = child + 1;
-    while (i < j->n && j->tokens[i].start < end) i++; // over what the child holds
+    int last = json_type(j, node) == '{' ? child + 1 : child; // a key: its value
+    int i = last + 1;
+    while (i < j->n && j->tokens[i].start < j->tokens[last].end) i++; // over what it holds
     return i < j->n && j->tokens[i].start < j->tokens[node].end ? i : -1;
 }
 
@@ -374,7 +387,7 @@ static bool is_directory(const char *path) {
 
 /* Maps a file read-only. An absent file is an error, or {0} where it is optional. */
 static Mapping map_file(char *path, bool optional) {
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK);
     if (fd < 0 && optional && errno == ENOENT) return free(path), (Mapping){0};
     struct stat st;
     if (fd < 0 || fstat(fd, &st)) die("%s: %s", path, strerror(errno));
@@ -445,7 +458,7 @@ static Tensor parse_tensor(const Json *j, int key, const char *path, const char 
     int offsets = json_get(j, key + 1, "data_offsets"), first = json_first(j, offsets);
     int second = first < 0 ? -1 : json_next(j, offsets, first);
     int64_t begin = json_integer(j, first, 0x1p53), end = json_integer(j, second, 0x1p53);
-    if (json_type(j, offsets) != '[' || begin < 0 || end < begin)
+    if (json_type(j, offsets) != '[' || j->tokens[offsets].size != 2 || begin < 0 || end < begin)
         die("%s: tensor %s has no valid data_offsets", path, t.name);
     if ((size_t)end > bytes)
         die("%s: tensor %s ends at byte %lld of the data, but the file has only %zu (truncated?)",
@@ -497,9 +510,9 @@ static Json *add_safetensors(Checkpoint *c, const Mapping m) {
         c->tensors[c->n_tensors++] =
             parse_tensor(j, key, m.path, m.data + 8 + length, m.bytes - 8 - length);
     }
-    Tensor *t = c->tensors + first;
     int n = c->n_tensors - first;
-    qsort(t, n, sizeof *t, by_address);
+    Tensor *t = n ? c->tensors + first : NULL;
+    if (n) qsort(t, n, sizeof *t, by_address);
     for (int i = 1; i < n; i++)
         if ((const char *)t[i - 1].data + t[i - 1].bytes > (const char *)t[i].data)
             die("%s: tensors %s and %s overlap", m.path, t[i - 1].name, t[i].name);
@@ -507,7 +520,7 @@ static Json *add_safetensors(Checkpoint *c, const Mapping m) {
 }
 
 static void sort_tensors(Checkpoint *c) {
-    qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
+    if (c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
     for (int i = 1; i < c->n_tensors; i++)
         if (!by_name(&c->tensors[i - 1], &c->tensors[i]))
             die("%s: tensor %s stands there twice", c->path, c->tensors[i].name);
@@ -521,7 +534,7 @@ static int by_text(const void *a, const void *b) {
 static void add_shards(Checkpoint *c, Mapping index) {
     Json *j = json_parse(index.path, index.data, index.bytes);
     int map = json_get(j, 0, "weight_map"), n = 0;
-    if (json_first(j, map) < 0) die("%s: no weight_map", index.path);
+    if (json_type(j, map) != '{' || json_first(j, map) < 0) die("%s: no weight_map", index.path);
     char **shards = allocate(j->n, sizeof *shards);
     for (int key = json_first(j, map); key >= 0; key = json_next(j, map, key)) {
         size_t bytes;
@@ -698,7 +711,7 @@ static void write_at(Writer *w, const void *data, size_t bytes, size_t offset) {
 
 Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
                     const Tensor *tensors, int n) {
-    // DESIGN's order: whole multiples of 256 bytes, the small rest, the tokenizer.
+    // Whole multiples of 256 bytes keep each other aligned; then the small rest, the tokenizer.
     Tensor *ordered = allocate(n + 1, sizeof *ordered);
     int m = 0;
     for (int rest = 0; rest < 2; rest++)
@@ -734,13 +747,14 @@ Writer *writer_open(const char *path, const Checkpoint *c, const char *quantizat
         die("%s: the name is too long", path);
     }
     signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
+    int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    for (int i = 0; i < 3; i++)
+        if (signal(signals[i], on_signal) == SIG_IGN) signal(signals[i], SIG_IGN); // nohup
     w->fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
     if (w->fd < 0) {
         temporary[0] = 0;
         die("%s: cannot be written: %s", path, strerror(errno));
     }
-    int signals[] = {SIGINT, SIGTERM, SIGHUP};
-    for (int i = 0; i < 3; i++) signal(signals[i], on_signal);
 
     uint8_t prefix[8];
     for (int i = 0; i < 8; i++) prefix[i] = (uint64_t)length >> 8 * i;
@@ -778,7 +792,8 @@ size_t writer_close(Writer *w) {
         die("%s: cannot be written: %s", w->path, strerror(errno));
     temporary[0] = 0;
     int signals[] = {SIGINT, SIGTERM, SIGHUP};
-    for (int i = 0; i < 3; i++) signal(signals[i], SIG_DFL);
+    for (int i = 0; i < 3; i++)
+        if (signal(signals[i], SIG_DFL) == SIG_IGN) signal(signals[i], SIG_IGN);
     size_t bytes = w->bytes;
     free(w->slots);
     free(w->path);
@@ -788,21 +803,29 @@ size_t writer_close(Writer *w) {
 
 /* ---- config.json ---- */
 
+/* The node as it stands in the file, at most 40 bytes of it, for messages. */
+static const char *shown(const Json *j, int node) {
+    static char text[41];
+    if (node < 0) return "missing";
+    int bytes = j->tokens[node].end - j->tokens[node].start;
+    snprintf(text, sizeof text, "%.*s", bytes < 40 ? bytes : 40, j->text + j->tokens[node].start);
+    return text;
+}
+
 static int config_integer(const Json *j, const char *key, int min, int max) {
     int node = json_get(j, 0, key);
-    if (node < 0) die("%s: %s is missing", j->name, key);
     int64_t value = json_integer(j, node, 0x1p53);
     if (value < min || value > max)
-        die("%s: %s must be a whole number from %d to %d", j->name, key, min, max);
+        die("%s: %s is %s, expected a whole number from %d to %d", j->name, key, shown(j, node),
+            min, max);
     return value;
 }
 
 static double config_real(const Json *j, int object, const char *key) {
     double value;
     int node = json_get(j, object, key);
-    if (node < 0) die("%s: %s is missing", j->name, key);
     if (!json_number(j, node, &value) || value <= 0)
-        die("%s: %s must be a number above 0", j->name, key);
+        die("%s: %s is %s, expected a number above 0", j->name, key, shown(j, node));
     return value;
 }
 
@@ -813,10 +836,9 @@ static bool config_true(const Json *j, const char *key) {
 /* LLaMA 3.1 has `want` there; anything else is another architecture. */
 static void config_expect(const Json *j, int object, const char *key, const char *want) {
     int node = json_get(j, object, key);
-    if (json_is(j, node, want)) return;
-    const jsmntok_t *t = node < 0 ? NULL : &j->tokens[node];
-    die("%s: %s is %.*s; only LLaMA 3.1 is supported, where it is %s", j->name, key,
-        t ? t->end - t->start : 7, t ? j->text + t->start : "missing", want);
+    if (!json_is(j, node, want))
+        die("%s: %s is %s; only LLaMA 3.1 is supported, where it is %s", j->name, key,
+            shown(j, node), want);
 }
 
 static void add_eos(Config *c, const Json *j, int node) {
@@ -849,21 +871,26 @@ Config config_parse(const char *path, const char *config, const char *generation
         die("%s: quantization_config: the weights are quantized already, and not by this program",
             name);
 
-    enum { MAX = 1 << 20 };
+    enum { MAX = 1 << 16 }; // channels: beyond it sums of int8 products could overflow int32
     Config c = {0};
     c.dim = config_integer(j, "hidden_size", 1, MAX);
     c.hidden_dim = config_integer(j, "intermediate_size", 1, MAX);
     c.n_layers = config_integer(j, "num_hidden_layers", 1, 4096);
     c.n_heads = config_integer(j, "num_attention_heads", 1, 4096);
-    bool mha = json_get(j, 0, "num_key_value_heads") < 0;
+    int kv = json_get(j, 0, "num_key_value_heads");
+    bool mha = kv < 0 || json_is(j, kv, "null");
     c.n_kv_heads = mha ? c.n_heads : config_integer(j, "num_key_value_heads", 1, 4096);
     if (c.n_heads % c.n_kv_heads)
         die("%s: num_attention_heads %d is no multiple of num_key_value_heads %d", name, c.n_heads,
             c.n_kv_heads);
     int head_dim = json_get(j, 0, "head_dim");
     bool given = head_dim >= 0 && !json_is(j, head_dim, "null");
+    if (!given && c.dim % c.n_heads)
+        die("%s: hidden_size %d is no multiple of num_attention_heads %d", name, c.dim, c.n_heads);
     c.head_dim = given ? config_integer(j, "head_dim", 2, 4096) : c.dim / c.n_heads;
     if (c.head_dim < 2 || c.head_dim % 2) die("%s: head_dim %d is not even", name, c.head_dim);
+    if (c.n_heads * c.head_dim > MAX)
+        die("%s: %d heads of %d, expected at most %d channels", name, c.n_heads, c.head_dim, MAX);
     c.vocab_size = config_integer(j, "vocab_size", 1, 1 << 24);
     c.max_context = config_integer(j, "max_position_embeddings", 1, 1 << 24);
     c.norm_eps = config_real(j, 0, "rms_norm_eps");
@@ -872,6 +899,8 @@ Config config_parse(const char *path, const char *config, const char *generation
     // transformers 5 moved rope_theta and rope_scaling's content into rope_parameters.
     int rope = json_get(j, 0, "rope_parameters");
     if (json_type(j, rope) != '{') rope = json_get(j, 0, "rope_scaling");
+    if (json_type(j, rope) != '{' && rope >= 0 && !json_is(j, rope, "null"))
+        die("%s: rope_scaling is no object", name);
     bool inside = json_get(j, rope, "rope_theta") >= 0;
     c.rope_theta = config_real(j, inside ? rope : 0, "rope_theta");
     if (json_type(j, rope) == '{' && !json_is(j, json_get(j, rope, "rope_type"), "default")) {
@@ -886,6 +915,8 @@ Config config_parse(const char *path, const char *config, const char *generation
     }
 
     c.bos = json_integer(j, json_get(j, 0, "bos_token_id"), INT32_MAX);
+    if (c.bos >= c.vocab_size)
+        die("%s: bos_token_id %d is outside the vocabulary of %d", name, c.bos, c.vocab_size);
     add_all_eos(&c, j);
     json_free(j);
     free(name);
@@ -906,11 +937,14 @@ static const Tensor *need(const Checkpoint *c, const char *name, const char *suf
     char *full = format_text("%s%s", name, suffix);
     const Tensor *t = checkpoint_find(c, full);
     if (!t) die("%s: tensor %s is missing", c->path, full);
-    bool vector = columns == 0;
-    if (t->n_dims != (vector ? 1 : 2) || t->shape[0] != rows ||
-        (!vector && t->shape[1] != columns)) {
-        if (vector) die("%s: tensor %s must have the shape [%d]", t->path, full, rows);
-        die("%s: tensor %s must have the shape [%d, %d]", t->path, full, rows, columns);
+    int n_dims = columns ? 2 : 1, n = 0;
+    if (t->n_dims != n_dims || t->shape[0] != rows || (columns && t->shape[1] != columns)) {
+        char found[96] = "", expected[48];
+        for (int i = 0; i < t->n_dims; i++)
+            n += snprintf(found + n, sizeof found - n, i ? ", %lld" : "%lld",
+                          (long long)t->shape[i]);
+        snprintf(expected, sizeof expected, columns ? "%d, %d" : "%d", rows, columns);
+        die("%s: tensor %s has the shape [%s], expected [%s]", t->path, full, found, expected);
     }
     free(full);
     return t;
@@ -1232,7 +1266,7 @@ static float search_group_scales(const float *w, const float *importance, int K,
 
 float choose_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
     float max = max_magnitude(w, K);
-    if (max == 0.0f) {
+    if (max < FLT_MIN) { // zeros, or so near to it that a scale would underflow
         if (s_group) memset(s_group, 1, K / GROUP);
         return 1.0f;
     }
@@ -1672,12 +1706,12 @@ static void rope(const State *s, float *x, int T, int n_heads, int head_dim, int
 static void softmax(float *row, int n, int n_keys, float scale) {
     float max = row[0];
     for (int i = 1; i < n; i++) max = row[i] > max ? row[i] : max;
-    float sum = 0.0f;
+    double sum = 0; // in float, 8000 terms of one size would lose four digits
     for (int i = 0; i < n; i++) {
         row[i] = expf((row[i] - max) * scale);
         sum += row[i];
     }
-    for (int i = 0; i < n; i++) row[i] /= sum;
+    for (int i = 0; i < n; i++) row[i] /= (float)sum;
     memset(row + n, 0, (n_keys - n) * sizeof *row);
 }
 
@@ -1692,9 +1726,9 @@ static void attention(const Config *c, State *s, int l, int T, int pos) {
     int n_blocks = (T + BLOCK - 1) / BLOCK;
 #pragma omp parallel
     {
-        int most = (pos + T + 15) / 16 * 16;
-        float *scores = allocate((size_t)BLOCK * group * most, sizeof *scores);
-        float *in = allocate((size_t)BLOCK * group * d, sizeof *in); // queries, later the output
+        size_t most_rows = (size_t)(T < BLOCK ? T : BLOCK) * group;
+        float *scores = allocate(most_rows * (pos + T), sizeof *scores);
+        float *in = allocate(most_rows * d, sizeof *in); // queries, later the output
 #pragma omp for schedule(dynamic)
         for (int task = c->n_kv_heads * n_blocks - 1; task >= 0; task--) { // the long ones first
             int h = task % c->n_kv_heads, t0 = task / c->n_kv_heads * BLOCK;

@@ -33,7 +33,7 @@ void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2))
 /* The same with status 2, for a command line that makes no sense. */
 void die_usage(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
-/* count * size bytes, zeroed, aligned to 64 bytes; free() releases them. */
+/* count * size bytes, zeroed; free() releases them. */
 void *allocate(size_t count, size_t size);
 
 /* Seconds of a monotonic clock. */
@@ -141,11 +141,11 @@ int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n);
 /* A model.bin being written, tensor by tensor, in a temporary file beside its target. */
 typedef struct Writer Writer;
 
-/* Starts `path` with the header for tensors [n] (data is not read; their order in the file is
- * DESIGN's: multiples of 256 bytes first, then the small rest, in the order given). The strings of
- * `c` go to __metadata__ and its tokenizer to the U8 tensor "tokenizer.json"; `quantization` may be
- * NULL. If the program ends before writer_close(), also by a signal, the temporary file is removed
- * and what stood at `path` stays. */
+/* Starts `path` with the header for tensors [n], whose data is not read. In the file those of a
+ * multiple of 256 bytes come first, which aligns them, then the small rest, each in the order
+ * given. The strings of `c` go to __metadata__ and its tokenizer to the U8 tensor "tokenizer.json";
+ * `quantization` may be NULL. If the program ends before writer_close(), also by a signal, the
+ * temporary file is removed and what stood at `path` stays. */
 Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
                     const Tensor *tensors, int n);
 

@@ -321,12 +321,15 @@ static void quantize_half(const Calibration *c, const Layer *f, Layer *q, bool f
     bool needs_moments = c->o->gptq || c->o->search_ranges;
 
     Moments in = {0}, out = {0};
-    if (needs_moments) in = moments_new(dim, 0), out = moments_new(outer->K, dim);
+    if (needs_moments) in = moments_new(dim, 0);
     for (int w = 0; w < c->n && needs_moments; w++) {
         for (int i = 0; i < 2; i++) rmsnorm(window(c, x[i], w), norm, T, dim, eps, s[i]->xb);
         moments_add(&in, s[0]->xb, s[1]->xb, NULL, NULL, T, 0);
     }
     quantize_linears(c->o, &in, inner, n_inner, inner_q, errors);
+    moments_free(&in);
+
+    if (needs_moments) out = moments_new(outer->K, dim);
 
     for (int w = 0; w < c->n; w++) {
         float *block[2]; // the input of o or down
@@ -343,6 +346,7 @@ static void quantize_half(const Calibration *c, const Layer *f, Layer *q, bool f
         if (needs_moments) moments_add(&out, block[0], block[1], s[0]->x, s[1]->x, T, dim);
     }
     quantize_linears(c->o, &out, outer, 1, outer_q, errors + n_inner);
+    moments_free(&out);
 
     for (int w = 0; w < c->n; w++) {
         rmsnorm(window(c, x[1], w), norm, T, dim, eps, s[1]->xb);
@@ -352,7 +356,6 @@ static void quantize_half(const Calibration *c, const Layer *f, Layer *q, bool f
             attention_block(c->config, q, s[1], 0, T, 0);
         add_linear(outer_q, ffn ? s[1]->gate : s[1]->att, T, s[1]->xb, window(c, x[1], w));
     }
-    if (needs_moments) moments_free(&in), moments_free(&out);
 }
 
 /* The factor c on the final norm's weight w that brings the quantized model's output nearest to the

@@ -62,44 +62,6 @@ typedef struct {
     const char *file;   // of -e or -x
 } Options;
 
-static double parse_number(char flag, const char *value, double min, double max) {
-    char *end;
-    double x = strtod(value, &end);
-    if (end == value || *end || !(x >= min && x <= max))
-        die_usage("-%c %s: expected a number from %g to %g", flag, value, min, max);
-    return x;
-}
-
-static long long parse_integer(char flag, const char *value, long long min, long long max) {
-    char *end;
-    errno = 0;
-    long long x = strtoll(value, &end, 10);
-    if (end == value || *end || errno || x < min || x > max)
-        die_usage("-%c %s: expected a whole number from %lld to %lld", flag, value, min, max);
-    return x;
-}
-
-/* Whether it is the second of two words; it must be one of them. */
-static bool parse_choice(char flag, const char *value, const char *first, const char *second) {
-    bool is_second = !strcmp(value, second);
-    if (!is_second && strcmp(value, first))
-        die_usage("-%c %s: expected %s or %s", flag, value, first, second);
-    return is_second;
-}
-
-/* data/tiny beside this program, wherever it is called from; without /proc, below the working
- * directory. */
-static char *embedded_model(void) {
-    char program[PATH_MAX];
-    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
-    program[n < 0 ? 0 : n] = 0;
-    char *slash = strrchr(program, '/');
-    int directory = slash ? slash - program + 1 : 0; // bytes of it, with its slash
-    char *model = allocate(directory + sizeof "data/tiny", 1);
-    sprintf(model, "%.*sdata/tiny", directory, program);
-    return model;
-}
-
 static Options parse_options(int argc, char **argv) {
     Options o = {.task = GENERATE, .temperature = 1.0f, .top_p = 0.9f, .n_tokens = -1};
     struct timespec now;
@@ -143,7 +105,7 @@ static Options parse_options(int argc, char **argv) {
     if (o.system && !chat) die_usage("-y: a system prompt needs -m chat");
     if (chat) o.task = CHAT;
     if (o.n_tokens < 0) o.n_tokens = chat ? 0 : 256;
-    if (!o.model) o.model = embedded_model();
+    if (!o.model) o.model = beside_program("data/tiny");
     return o;
 }
 
@@ -305,6 +267,8 @@ static Session open_session(const Options *o) {
     s.checkpoint = checkpoint_open(o->model);
     s.model = model_load(s.checkpoint);
     const Config *c = &s.model->config;
+    if (c->max_context < 2)
+        die("%s: max_position_embeddings is %d, expected 2 or more", o->model, c->max_context);
     if (o->length > c->max_context)
         die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
     memcpy(s.stop, c->eos, sizeof c->eos);
@@ -497,18 +461,6 @@ static void chat(Session *s, const Options *o) {
 
 /* ---- 6: perplexity and token ids ----------------------------------------------------------- */
 
-/* A bar on a terminal; in a pipe a line at each quarter. */
-static void show_progress(int done, int total) {
-    if (isatty(STDERR_FILENO)) {
-        int width = 40 * done / total;
-        fprintf(stderr, "\r[%.*s%*s] %d of %d windows%s", width,
-                "########################################", 40 - width, "", done, total,
-                done == total ? "\n" : "");
-    } else if (4 * done / total > 4 * (done - 1) / total) {
-        fprintf(stderr, "%d of %d windows\n", done, total);
-    }
-}
-
 static void print_perplexity(Session *s, const Options *o) {
     const Config *c = &s->model->config;
     int length = o->length ? o->length : c->max_context < 2048 ? c->max_context : 2048, windows;
@@ -520,7 +472,7 @@ static void print_perplexity(Session *s, const Options *o) {
     if (s->queue.n < length)
         die("%s: it has %d tokens, a window needs %d (-l sets it)", o->file, s->queue.n, length);
     print_model(s);
-    double ppl = perplexity(s->model, s->queue.ids, s->queue.n, length, 0, &windows, show_progress);
+    double ppl = perplexity(s->model, s->queue.ids, s->queue.n, length, 0, &windows, show_windows);
     if (!isfinite(ppl)) die("%s: the perplexity is %f: the weights are damaged", o->model, ppl);
     printf("perplexity %.4f (%d windows of %d)\n", ppl, windows, length);
 }

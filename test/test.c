@@ -131,13 +131,22 @@ float random_float(uint64_t *seed) {
 void test_tokenizer(void);
 void test_files(void);
 void test_forward(void);
+void test_quantize(void);
 void test_run(void);
+void test_slow(void);
+void test_quantize_slow(void);
 
-int main(void) {
+int main(int argc, char **argv) {
     if (system("mkdir -p build/test")) die("build/test: cannot be made");
+    if (argc > 1 && !strcmp(argv[1], "slow")) {
+        test_slow();
+        test_quantize_slow();
+        return test_end();
+    }
     test_tokenizer();
     test_files();
     test_forward();
+    test_quantize();
     test_run();
     return test_end();
 }
