@@ -622,10 +622,8 @@ static void open_model_bin(Checkpoint *c) {
 Checkpoint *checkpoint_open(const char *path) {
     Checkpoint *c = allocate(1, sizeof *c);
     c->path = copy_text(path, strlen(path));
-    if (is_directory(path))
-        open_directory(c);
-    else
-        open_model_bin(c);
+    if (is_directory(path)) open_directory(c);
+    else open_model_bin(c);
     return c;
 }
 
@@ -675,12 +673,9 @@ static void on_signal(int signal_number) {
 static void put_json_string(FILE *out, const char *text) {
     fputc('"', out);
     for (const unsigned char *s = (const unsigned char *)text; *s; s++) {
-        if (*s == '"' || *s == '\\')
-            fprintf(out, "\\%c", *s);
-        else if (*s < ' ')
-            fprintf(out, "\\u%04x", *s);
-        else
-            fputc(*s, out);
+        if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
+        else if (*s < ' ') fprintf(out, "\\u%04x", *s);
+        else fputc(*s, out);
     }
     fputc('"', out);
 }
@@ -1492,8 +1487,7 @@ dot_u4_avx2_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, 
 
 __attribute__((target("avx2"))) static void
 dot_u4_avx2(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T, int32_t *acc) {
-    if (T == MAX_T)
-        dot_u4_avx2_T(w, s_group, a, K, MAX_T, acc);
+    if (T == MAX_T) dot_u4_avx2_T(w, s_group, a, K, MAX_T, acc);
     else
         for (int t = 0; t < T; t++) dot_u4_avx2_T(w, s_group, a + (size_t)t * K, K, 1, acc + t);
 }
@@ -1528,8 +1522,7 @@ dot_u4_vnni_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, 
 
 __attribute__((target("avx512f,avx512bw,avx512vnni"))) static void
 dot_u4_vnni(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T, int32_t *acc) {
-    if (T == MAX_T)
-        dot_u4_vnni_T(w, s_group, a, K, MAX_T, acc);
+    if (T == MAX_T) dot_u4_vnni_T(w, s_group, a, K, MAX_T, acc);
     else
         for (int t = 0; t < T; t++) dot_u4_vnni_T(w, s_group, a + (size_t)t * K, K, 1, acc + t);
 }
@@ -1647,10 +1640,8 @@ void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_
 }
 
 void linear(const Linear *w, const float *x, int T, float *y) {
-    if (w->qweight)
-        w4a8_linear(w, x, T, y);
-    else
-        float_linear(w, x, T, y);
+    if (w->qweight) w4a8_linear(w, x, T, y);
+    else float_linear(w, x, T, y);
 }
 
 /* ---- 3c  the small parts ---- */
@@ -2213,10 +2204,8 @@ static int *column_order(const double *H, size_t K, bool act_order) {
         size_t low = 0, high = act_order ? i : 0;
         while (low < high) {
             size_t middle = (low + high) / 2;
-            if (H[order[middle] * (K + 1)] >= H[i * (K + 1)])
-                low = middle + 1;
-            else
-                high = middle;
+            if (H[order[middle] * (K + 1)] >= H[i * (K + 1)]) low = middle + 1;
+            else high = middle;
         }
         if (!act_order) low = i;
         memmove(order + low + 1, order + low, (i - low) * sizeof *order);
@@ -2255,7 +2244,7 @@ Inverse hessian_inverse(const double *H, int K, bool act_order) {
         if (V[i * (n + 1)] == 0) V[i * (n + 1)] = mean > 0 ? mean : 1; // a dead column
         V[i * (n + 1)] += DAMPING * mean;
     }
-    if (!factor(V, n)) die("a Hessian is not positive definite: NaN or infinity in activations?");
+    if (!factor(V, n)) die("a Hessian is not positive definite: are the activations finite?");
     invert(V, n, inverse.U);
     free(V);
     return inverse;

@@ -72,10 +72,8 @@ static Options parse_options(int argc, char **argv) {
         if (arg[0] != '-') {
             if (o.out) die_usage("%s: MODEL and OUT are given already", arg);
             char *copy = strdup(arg);
-            if (o.model)
-                o.out = copy;
-            else
-                o.model = copy;
+            if (o.model) o.out = copy;
+            else o.model = copy;
             continue;
         }
         char flag = arg[1];
@@ -277,27 +275,40 @@ typedef struct {
     double before, after; // relative output error, rounded to nearest and in the end
 } Errors;
 
-/* Quantizes `count` linears that share their input; `float_linears` become the W4A8 `linears`. */
-static void quantize_linears(const Options *o, const Moments *m, const Linear *float_linears,
-                             int count, Linear *linears, Errors *errors) {
-    float *importance = NULL;
-    if (o->search_ranges) {
-        importance = allocate(m->K, sizeof *importance);
-        for (int k = 0; k < m->K; k++) importance[k] = m->H[k * ((size_t)m->K + 1)];
+/* The diagonal of H, which weighs the columns in the search of ranges; dead columns get the mean.
+ */
+static float *column_importance(const Moments *m, int l, const char *name) {
+    size_t K = m->K;
+    float *importance = allocate(K, sizeof *importance);
+    double mean = 0;
+    for (size_t k = 0; k < K; k++) mean += m->H[k * (K + 1)] / K;
+    if (!(mean < INFINITY)) die("layer %d: the input of %s holds NaN or infinity", l, name);
+    for (size_t k = 0; k < K; k++) {
+        double h = m->H[k * (K + 1)];
+        importance[k] = h > 0 ? h : mean > 0 ? mean : 1;
     }
+    return importance;
+}
+
+/* Quantizes the linears first .. first + count - 1 of layer l, which share their input, from the
+ * float layer f to W4A8 in q. */
+static void quantize_linears(const Options *o, const Moments *m, int l, int first, int count,
+                             const Layer *f, Layer *q, Errors *errors) {
+    float *importance = m->H ? column_importance(m, l, linear_names[first]) : NULL;
+    const float *weighting = o->search_ranges ? importance : NULL;
     Inverse inverse;
     if (o->gptq) inverse = hessian_inverse(m->H, m->K, o->act_order);
-    for (int i = 0; i < count; i++) {
-        const float *w = float_linears[i].w;
-        int N = float_linears[i].N, K = float_linears[i].K;
-        Linear nearest = round_to_nearest(w, importance, N, K, o->group_size);
+    for (int i = first; i < first + count; i++) {
+        const float *w = f->linears[i].w;
+        int N = f->linears[i].N, K = f->linears[i].K;
+        Linear nearest = round_to_nearest(w, weighting, N, K, o->group_size);
         errors[i].before = errors[i].after = m->H ? relative_error(w, &nearest, m->H) : NAN;
-        linears[i] = nearest;
+        q->linears[i] = nearest;
         if (!o->gptq) continue;
         float *target = allocate((size_t)N * K, sizeof *target);
         corrected_target(w, N, &inverse, m->C, m->R, target);
-        linears[i] = gptq(target, N, &inverse, importance, o->group_size);
-        errors[i].after = relative_error(w, &linears[i], m->H);
+        q->linears[i] = gptq(target, N, &inverse, weighting, o->group_size);
+        errors[i].after = relative_error(w, &q->linears[i], m->H);
         quantized_free(&nearest);
         free(target);
     }
@@ -305,56 +316,67 @@ static void quantize_linears(const Options *o, const Moments *m, const Linear *f
     free(importance);
 }
 
-/* The attention half of a layer (q, k, v, then o), or the FFN half (gate, up, then down). Each
- * linear is calibrated on what reaches it through the linears quantized before it. */
-static void quantize_half(const Calibration *c, const Layer *f, Layer *q, bool ffn,
+/* Half a layer: attention (q, k, v inside, o outside) or FFN (gate and up, down). */
+typedef struct {
+    bool ffn;
+    int n_inside;       // linears that read the normed residual stream; one more writes to it
+    const Layer *layer; // with the linears as they are so far, float or quantized
+    const float *norm;  // [dim]
+    const Linear *outside;
+} Half;
+
+static Half half_of(const Layer *layer, bool ffn) {
+    return ffn ? (Half){true, 2, layer, layer->ffn_norm, &layer->down}
+               : (Half){false, 3, layer, layer->attention_norm, &layer->o};
+}
+
+/* Runs half a layer on x [T][dim] up to the input of the outside linear, which is returned. */
+static float *run_inside(const Calibration *c, const Half *h, const float *x, State *s) {
+    rmsnorm(x, h->norm, c->length, c->config->dim, c->config->norm_eps, s->xb);
+    if (h->ffn) ffn_block(c->config, h->layer, s, c->length);
+    else attention_block(c->config, h->layer, s, 0, c->length, 0);
+    return h->ffn ? s->gate : s->att;
+}
+
+/* Quantizes half of layer l: q's linears, float at first, become W4A8; f stays float. Each linear
+ * is calibrated on what reaches it through the linears quantized before it. */
+static void quantize_half(const Calibration *c, int l, const Layer *f, Layer *q, bool ffn,
                           Errors *errors) {
-    int dim = c->config->dim, T = c->length, n_inner = ffn ? 2 : 3;
-    size_t bytes = (size_t)T * dim * sizeof(float);
-    float eps = c->config->norm_eps;
-    const float *norm = ffn ? f->ffn_norm : f->attention_norm;
-    const Linear *inner = ffn ? &f->gate : &f->q, *outer = ffn ? &f->down : &f->o;
-    Linear *inner_q = ffn ? &q->gate : &q->q, *outer_q = ffn ? &q->down : &q->o;
-    State *s[2] = {c->s_float, c->s_quant};
-    float *x[2] = {c->x_float, c->x_quant};
-    const Layer *layers[2] = {f, q};
-    bool needs_moments = c->o->gptq || c->o->search_ranges;
+    int dim = c->config->dim, T = c->length, first = ffn ? 4 : 0;
+    Half half_f = half_of(f, ffn), half_q = half_of(q, ffn);
+    int n_inside = half_f.n_inside, outside = first + n_inside;
+    State *s_f = c->s_float, *s_q = c->s_quant;
+    bool calibrate = c->o->gptq || c->o->search_ranges;
 
-    Moments in = {0}, out = {0};
-    if (needs_moments) in = moments_new(dim, 0);
-    for (int w = 0; w < c->n && needs_moments; w++) {
-        for (int i = 0; i < 2; i++) rmsnorm(window(c, x[i], w), norm, T, dim, eps, s[i]->xb);
-        moments_add(&in, s[0]->xb, s[1]->xb, NULL, NULL, T, 0);
+    // q, k, v or gate, up: their inputs are the normed residual streams.
+    Moments m = calibrate ? moments_new(dim, 0) : (Moments){0};
+    for (int w = 0; calibrate && w < c->n; w++) {
+        rmsnorm(window(c, c->x_float, w), half_f.norm, T, dim, c->config->norm_eps, s_f->xb);
+        rmsnorm(window(c, c->x_quant, w), half_q.norm, T, dim, c->config->norm_eps, s_q->xb);
+        moments_add(&m, s_f->xb, s_q->xb, NULL, NULL, T, 0);
     }
-    quantize_linears(c->o, &in, inner, n_inner, inner_q, errors);
-    moments_free(&in);
+    quantize_linears(c->o, &m, l, first, n_inside, f, q, errors);
+    moments_free(&m);
 
-    if (needs_moments) out = moments_new(outer->K, dim);
-
+    // o or down: its input has passed the linears just quantized.
+    m = calibrate ? moments_new(half_f.outside->K, dim) : (Moments){0};
     for (int w = 0; w < c->n; w++) {
-        float *block[2]; // the input of o or down
-        for (int i = 0; i < 2; i++) {
-            memcpy(s[i]->x, window(c, x[i], w), bytes);
-            rmsnorm(s[i]->x, norm, T, dim, eps, s[i]->xb);
-            if (ffn)
-                ffn_block(c->config, layers[i], s[i], T);
-            else
-                attention_block(c->config, layers[i], s[i], 0, T, 0);
-            block[i] = ffn ? s[i]->gate : s[i]->att;
-        }
-        add_linear(outer, block[0], T, s[0]->xb, window(c, x[0], w));
-        if (needs_moments) moments_add(&out, block[0], block[1], s[0]->x, s[1]->x, T, dim);
+        float *x_f = window(c, c->x_float, w), *x_q = window(c, c->x_quant, w);
+        float *in_f = run_inside(c, &half_f, x_f, s_f);
+        memcpy(s_f->x, x_f, (size_t)T * dim * sizeof *x_f);
+        add_linear(half_f.outside, in_f, T, s_f->xb, x_f); // the float model is done with this half
+        if (!calibrate) continue;
+        float *in_q = run_inside(c, &half_q, x_q, s_q);
+        moments_add(&m, in_f, in_q, s_f->x, x_q, T, dim);
     }
-    quantize_linears(c->o, &out, outer, 1, outer_q, errors + n_inner);
-    moments_free(&out);
+    quantize_linears(c->o, &m, l, outside, 1, f, q, errors);
+    moments_free(&m);
 
+    // The quantized model's residual stream.
     for (int w = 0; w < c->n; w++) {
-        rmsnorm(window(c, x[1], w), norm, T, dim, eps, s[1]->xb);
-        if (ffn)
-            ffn_block(c->config, q, s[1], T);
-        else
-            attention_block(c->config, q, s[1], 0, T, 0);
-        add_linear(outer_q, ffn ? s[1]->gate : s[1]->att, T, s[1]->xb, window(c, x[1], w));
+        float *x_q = window(c, c->x_quant, w);
+        float *in_q = run_inside(c, &half_q, x_q, s_q);
+        add_linear(half_q.outside, in_q, T, s_q->xb, x_q);
     }
 }
 
@@ -384,14 +406,10 @@ static void print_errors(const Options *o, int l, const Smoothing found[3], cons
     for (int k = 0; k < N_LINEARS; k++) {
         int by = o->smooth ? smoothed_by[k] : -1;
         printf("%5d  %-16s", l, linear_names[k]);
-        if (by < 0)
-            printf("  %8s  %9s", "-", "-");
-        else
-            printf("  %8d  %9.4g", found[by].n, found[by].t);
-        if (isnan(errors[k].before))
-            printf("       -       -\n");
-        else
-            printf("  %6.4f  %6.4f\n", errors[k].before, errors[k].after);
+        if (by < 0) printf("  %8s  %9s", "-", "-");
+        else printf("  %8d  %9.4g", found[by].n, found[by].t);
+        if (isnan(errors[k].before)) printf("       -       -\n");
+        else printf("  %6.4f  %6.4f\n", errors[k].before, errors[k].after);
     }
     fflush(stdout);
 }
@@ -437,8 +455,8 @@ static double quantize_layers(const Calibration *c, const Checkpoint *checkpoint
         if (o->smooth) smooth(c, &f, found);
         Layer q = f; // its linears turn W4A8 one after the other
         Errors errors[N_LINEARS];
-        quantize_half(c, &f, &q, false, errors);
-        quantize_half(c, &f, &q, true, errors + 4);
+        quantize_half(c, l, &f, &q, false, errors);
+        quantize_half(c, l, &f, &q, true, errors);
         if (isatty(STDOUT_FILENO)) fprintf(stderr, "\r\033[K"); // the bar makes room
         print_errors(o, l, found, errors);
         char name[128];
@@ -449,8 +467,7 @@ static double quantize_layers(const Calibration *c, const Checkpoint *checkpoint
             if (norms_change(o))
                 writer_put(out, name, i ? f.ffn_norm : f.attention_norm,
                            config->dim * sizeof(float));
-            else
-                put_untouched(out, checkpoint, name);
+            else put_untouched(out, checkpoint, name);
         }
         for (int k = 0; k < N_LINEARS; k++) quantized_free(&q.linears[k]);
         layer_float_free(&f);
@@ -612,8 +629,7 @@ static void quantize(Options *o, const Checkpoint *c) {
     if (o->gptq) printf("final norm times %.4f\n", scale);
     if (o->gptq || o->rotate)
         writer_put(out, "model.norm.weight", norm, config->dim * sizeof *norm);
-    else
-        put_untouched(out, c, "model.norm.weight");
+    else put_untouched(out, c, "model.norm.weight");
     if (o->rotate) {
         put_f16(out, "model.embed_tokens.weight", &embedding);
         put_f16(out, "lm_head.weight", &lm_head);
@@ -650,10 +666,8 @@ int main(int argc, char **argv) {
     Options o = parse_options(argc, argv);
     check_out(&o);
     Checkpoint *c = checkpoint_open(o.model);
-    if (o.convert)
-        convert(&o, c);
-    else
-        quantize(&o, c);
+    if (o.convert) convert(&o, c);
+    else quantize(&o, c);
     checkpoint_close(c);
     free(o.model);
     free(o.out);

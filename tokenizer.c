@@ -515,10 +515,8 @@ static int first_added(const Tokenizer *t, int lo, int hi, int k, int c) {
     while (lo < hi) {
         int mid = lo + (hi - lo) / 2;
         const Added *a = &t->added[mid];
-        if (a->n == k || (uint8_t)a->text[k] < c)
-            lo = mid + 1;
-        else
-            hi = mid;
+        if (a->n == k || (uint8_t)a->text[k] < c) lo = mid + 1;
+        else hi = mid;
     }
     return lo;
 }

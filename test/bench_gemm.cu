@@ -122,9 +122,8 @@ static double mma_tops(int *out) {
     int blocks;
     gpu(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, 0));
     const int rounds = 4000, warps = 8;
-    double us = time_us(20, false, [&](int) {
-        mma_kernel<<<blocks, warps * 32, 0, stream>>>(rounds, out);
-    });
+    double us = time_us(20, false,
+                        [&](int) { mma_kernel<<<blocks, warps * 32, 0, stream>>>(rounds, out); });
     return 2.0 * 16 * 8 * 32 * 8 * rounds * warps * blocks / us / 1e6;
 }
 
@@ -139,10 +138,10 @@ int main(int argc, char **argv) {
     cublasSetStream(cublas, stream);
     cublasSetWorkspace(cublas, device(64 << 20), 64 << 20);
 
-    uint8_t *pool = (uint8_t *)device(POOL);              // weights of either kind
-    uint8_t *scales = (uint8_t *)device(POOL / 64);       // s_group
-    int8_t *a = (int8_t *)device((size_t)MAX_M * 21760);  // int8 activations
-    half *x = (half *)device((size_t)MAX_M * 21760 * 2);  // the same as fp16
+    uint8_t *pool = (uint8_t *)device(POOL);             // weights of either kind
+    uint8_t *scales = (uint8_t *)device(POOL / 64);      // s_group
+    int8_t *a = (int8_t *)device((size_t)MAX_M * 21760); // int8 activations
+    half *x = (half *)device((size_t)MAX_M * 21760 * 2); // the same as fp16
     half *y = (half *)device((size_t)MAX_M * 28672 * 2);
     float *s_a = (float *)device(MAX_M * sizeof(float));
     float *s_channel = (float *)device(28672 * sizeof(float));
@@ -165,13 +164,14 @@ int main(int argc, char **argv) {
     for (bool in_graph : {false, true}) {
         for (const auto &s : shapes) {
             printf("\n%s, N=%d K=%d%s\n", s.name, s.N, s.K, in_graph ? ", in a CUDA graph" : "");
-            printf("    M  cuBLAS f16   channel      g128   ratio       GB/s   %%copy   TOPS   %%mma"
-                   "   portable us     ratio\n");
+            printf(
+                "    M  cuBLAS f16   channel      g128   ratio       GB/s   %%copy   TOPS   %%mma"
+                "   portable us     ratio\n");
             for (int M : tokens) {
                 auto count = [&](size_t bytes) {
                     return (int)std::max(ROTATED / bytes + 1, (size_t)(M > 512 ? 5 : 20));
                 };
-                pause_us = M >= 512 ? 30000 : 0;
+                pause_us = M >= 128 ? 20000 : 0;
                 size_t half_bytes = (size_t)s.N * s.K * 2, bytes = (size_t)s.N * s.K / 2;
                 int half_copies = POOL / half_bytes, copies = POOL / bytes;
                 float one = 1, zero = 0;
@@ -184,13 +184,13 @@ int main(int argc, char **argv) {
                 });
                 double us[2][2]; // [portable][groups]
                 for (bool portable : {false, true}) {
-                    gpu_gemm_portable = portable;
                     for (bool groups : {false, true}) {
                         us[portable][groups] = time_us(count(bytes), in_graph, [&](int i) {
                             int copy = i % copies;
                             GpuLinear l = {s.N, s.K, (uint32_t *)(pool + copy * bytes),
                                            groups ? scales + copy * (bytes / 64) : NULL, s_channel};
-                            gpu_gemm_w4a8(&l, a, s_a, M, y, NULL, workspace, stream);
+                            gpu_gemm_run(gpu_gemm_choose(&l, M, portable), &l, a, s_a, M, y, NULL,
+                                         workspace, stream);
                         });
                     }
                 }

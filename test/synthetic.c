@@ -355,10 +355,8 @@ int main(int argc, char **argv) {
     for (int i = 0; i < p.n; i++)
         if (p.tensors[i].bytes > largest) largest = p.tensors[i].bytes;
     void *buffer = allocate(largest, 1);
-    if (o.w4a8)
-        write_model_bin(&o, &p, &c, buffer);
-    else
-        write_directory(&o, &p, c.config, tokenizer, c.tokenizer_bytes, buffer);
+    if (o.w4a8) write_model_bin(&o, &p, &c, buffer);
+    else write_directory(&o, &p, c.config, tokenizer, c.tokenizer_bytes, buffer);
 
     for (int i = 0; i < p.n; i++) free(p.tensors[i].name);
     free(p.tensors);

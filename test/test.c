@@ -16,12 +16,9 @@ static int n_passed, n_failed, n_skipped;
 
 static void finish(void) {
     if (!running) return;
-    if (failed)
-        n_failed++, printf("FAIL %s\n", running);
-    else if (skipped)
-        n_skipped++, printf("skip %s: %s\n", running, skipped);
-    else
-        n_passed++, printf("ok   %s\n", running);
+    if (failed) n_failed++, printf("FAIL %s\n", running);
+    else if (skipped) n_skipped++, printf("skip %s: %s\n", running, skipped);
+    else n_passed++, printf("ok   %s\n", running);
     fflush(stdout);
     running = NULL;
 }

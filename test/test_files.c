@@ -209,10 +209,8 @@ static Weights make_weights(const char *config, DType dtype, int group_size) {
             int N, K;
             linear_shape(&c, k, &N, &K);
             char *name = text_of("model.layers.%d.%s", l, linear_names[k]);
-            if (group_size)
-                add_quantized(&w, name, N, K, group_size, &seed);
-            else
-                add_random(&w, text_of("%s.weight", name), dtype, N, K, &seed);
+            if (group_size) add_quantized(&w, name, N, K, group_size, &seed);
+            else add_random(&w, text_of("%s.weight", name), dtype, N, K, &seed);
             free(name);
         }
     }
@@ -254,8 +252,7 @@ static void write_safetensors(const char *path, const char *lead, const Weights 
         char shape[64];
         if (t->n_dims == 2)
             snprintf(shape, sizeof shape, "%d,%d", (int)t->shape[0], (int)t->shape[1]);
-        else
-            snprintf(shape, sizeof shape, "%d", (int)t->shape[0]);
+        else snprintf(shape, sizeof shape, "%d", (int)t->shape[0]);
         const char *comma = header[strlen(header) - 1] == '{' ? "" : ",";
         char *longer =
             text_of("%s%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}",
@@ -911,10 +908,8 @@ static void test_bad_tensors(void) {
 
         begin("wrong number of dimensions: ", needed[i]);
         *t = right;
-        if (t->n_dims == 1)
-            t->n_dims = 2, t->shape[1] = 1;
-        else
-            t->n_dims = 1, t->shape[0] *= t->shape[1];
+        if (t->n_dims == 1) t->n_dims = 2, t->shape[1] = 1;
+        else t->n_dims = 1, t->shape[0] *= t->shape[1];
         write_directory("bad", config, &w);
         refused(open_model, SCRATCH "/bad", needed[i]);
 

@@ -93,10 +93,8 @@ static int nearest_half(double x) {
     if (x >= 65520) return sign | 0x7c00; // half way to 65536, which would be the next one
     while (high - low > 1) {
         int middle = (low + high) / 2;
-        if (half_value(middle) <= x)
-            low = middle;
-        else
-            high = middle;
+        if (half_value(middle) <= x) low = middle;
+        else high = middle;
     }
     double above = high == 0x7c00 ? 65536 : half_value(high);
     double to_low = x - half_value(low), to_high = above - x; // exact: few bits apart
@@ -1114,8 +1112,7 @@ static void test_oracle(void) {
     test_begin("logits and 100 greedy tokens of Hugging Face transformers: small");
     if (exists("../shared/models/small/config.json"))
         check_oracle("../shared/models/small", "test/data/small_oracle.json");
-    else
-        test_skip("../shared/models/small is not there");
+    else test_skip("../shared/models/small is not there");
 }
 
 static void test_chunks(const Loaded *x, const int *tokens) {

@@ -180,17 +180,23 @@ constexpr int GUARD = 8; // rows after the output that must stay as they were
 struct Case {
     int N, K, max_M;
     GpuLinear l;
-    int8_t *a;                        // [max_M][K]
-    float *s_a;                       // [max_M]
-    float *s_channel;                 // [N]
-    uint8_t *qweight, *s_group;       // the file's
-    int *want;                        // [max_M][N]
-    int *acc;                         // [max_M + GUARD][N]
-    half *y;                          // [max_M + GUARD][N]
-    int *errors;                      // [4]
+    int8_t *a;                  // [max_M][K]
+    float *s_a;                 // [max_M]
+    float *s_channel;           // [N]
+    uint8_t *qweight, *s_group; // the file's
+    int *want;                  // [max_M][N]
+    int *acc;                   // [max_M + GUARD][N]
+    half *y;                    // [max_M + GUARD][N]
+    int *errors;                // [4]
 };
 
 static int *workspace;
+
+static void reference(const Case &c, int M) {
+    reference_kernel<<<dim3((c.N + 31) / 32, (M + 7) / 8), dim3(32, 8)>>>(c.qweight, c.s_group, c.a,
+                                                                          M, c.N, c.K, c.want);
+    gpu(cudaGetLastError());
+}
 
 static Case make_case(const Weights &w, int max_M, Kind kind) {
     Case c = {};
@@ -212,9 +218,7 @@ static Case make_case(const Weights &w, int max_M, Kind kind) {
     c.acc = device<int>((size_t)(max_M + GUARD) * w.N);
     c.y = device<half>((size_t)(max_M + GUARD) * w.N);
     c.errors = device<int>(4);
-    reference_kernel<<<dim3((w.N + 31) / 32, (max_M + 7) / 8), dim3(32, 8)>>>(
-        c.qweight, c.s_group, c.a, max_M, w.N, w.K, c.want);
-    gpu(cudaGetLastError());
+    reference(c, max_M);
     return c;
 }
 
@@ -229,7 +233,7 @@ static void poison(const Case &c, int M) {
     gpu(cudaMemset(c.y, 0xff, (size_t)(M + GUARD) * c.N * sizeof(half)));
 }
 
-static void compare(const Case &c, int M, bool sums) {
+static void compare(const Case &c, int M, GemmKernel kernel, bool sums) {
     gpu(cudaMemset(c.errors, 0, 4 * sizeof(int)));
     size_t n = (size_t)(M + GUARD) * c.N;
     compare_kernel<<<(n + 255) / 256, 256>>>(c.want, c.s_a, c.s_channel, M, c.N, GUARD,
@@ -237,19 +241,27 @@ static void compare(const Case &c, int M, bool sums) {
     gpu(cudaGetLastError());
     std::vector<int> e = download(c.errors, 4);
     check(!e[0] && !e[1] && !e[2] && !e[3],
-          "M=%d N=%d K=%d %s: %d sums wrong, %d outputs off, %d not equal, %d past the end", M, c.N,
-          c.K, c.s_group ? "g128" : "channel", e[0], e[1], e[2], e[3]);
+          "M=%d N=%d K=%d %s, kernel %d: %d sums wrong, %d outputs off, %d not equal, %d past the "
+          "end",
+          M, c.N, c.K, c.s_group ? "g128" : "channel", kernel, e[0], e[1], e[2], e[3]);
 }
 
-static void run_case(const Case &c, int M) {
+static void run_kernel(const Case &c, int M, GemmKernel kernel) {
     poison(c, M);
-    gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, c.acc, workspace, 0);
-    compare(c, M, true);
+    gpu_gemm_run(kernel, &c.l, c.a, c.s_a, M, c.y, c.acc, workspace, 0);
+    compare(c, M, kernel, true);
+}
+
+/* What gpu_gemm_w4a8() chooses for M tokens, or every kernel. */
+static void run_case(const Case &c, int M, bool every_kernel) {
+    if (every_kernel) {
+        for (int i = 0; i < N_GEMM_KERNELS; i++) run_kernel(c, M, (GemmKernel)i);
+    } else {
+        run_kernel(c, M, gpu_gemm_choose(&c.l, M, true));
+    }
     poison(c, M);
-    gpu_gemm_portable = true;
-    gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, NULL, workspace, 0);
-    gpu_gemm_portable = false;
-    compare(c, M, false);
+    gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, workspace, 0);
+    compare(c, M, gpu_gemm_choose(&c.l, M, false), false);
 }
 
 /* ---- the tests ------------------------------------------------------------------------------ */
@@ -260,7 +272,7 @@ static void test_reference(bool groups) {
     std::vector<int> want(9 * 64);
     reference_c(w, download(c.a, 9 * 256).data(), 9, want.data());
     check(download(c.want, 9 * 64) == want, "the reference kernel differs from plain C");
-    run_case(c, 9);
+    run_case(c, 9, true);
     free_case(c);
 }
 
@@ -290,57 +302,74 @@ static void test_layout(bool groups) {
     check(back.s_channel == all.s_channel, "s_channel differs after layout and restore");
     gpu_linear_free(&l);
     Case c = make_case(all, 5, RANDOM);
-    run_case(c, 5);
+    run_case(c, 5, true);
     free_case(c);
 }
 
-static void test_shape(int N, int K, bool groups, Kind kind, bool quick) {
-    Case c = make_case(make_weights(N, K, groups, kind), quick ? 300 : 1000, kind);
-    if (quick) {
-        for (int M : {1, 3, 16, 17, 64, 129, 300}) run_case(c, M);
-    } else {
-        for (int M = 1; M <= 40; M++) run_case(c, M);
-        for (int M : {63, 64, 65, 127, 128, 129, 256, 1000}) run_case(c, M);
-    }
+static void test_shape(int N, int K, bool groups, Kind kind, bool every_kernel) {
+    Case c = make_case(make_weights(N, K, groups, kind), 1000, kind);
+    for (int M = 1; M <= 40; M++) run_case(c, M, every_kernel);
+    for (int M : {63, 64, 65, 127, 128, 129, 256, 1000}) run_case(c, M, true);
     free_case(c);
+}
+
+static void test_quick(bool groups) {
+    for (int K : {128, 1152}) {
+        Case c = make_case(make_weights(320, K, groups, RANDOM), 150, RANDOM);
+        for (int M : {1, 19, 150}) run_case(c, M, true);
+        free_case(c);
+    }
 }
 
 static void test_repeated(bool groups) {
     Case c = make_case(make_weights(1536, 4096, groups, RANDOM), 200, RANDOM);
     for (int M : {1, 16, 32, 64, 200}) {
-        poison(c, M);
-        for (int i = 0; i < 50; i++) {
-            gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, c.acc, workspace, 0);
+        for (int kernel = 0; kernel < N_GEMM_KERNELS; kernel++) {
+            poison(c, M);
+            for (int i = 0; i < 20; i++) {
+                gpu_gemm_run((GemmKernel)kernel, &c.l, c.a, c.s_a, M, c.y, c.acc, workspace, 0);
+            }
+            compare(c, M, (GemmKernel)kernel, true);
         }
-        compare(c, M, true);
     }
     free_case(c);
 }
 
-/* A graph of the quantizer and two GEMMs, the second fed by a copy of the same input: replays must
- * give what plain launches give, with every kernel's start overlapping the one before. */
+/* A graph of the quantizer and a GEMM fed by it, several times over: replays must give what plain
+ * launches give, with every kernel's start overlapping the end of the one before. */
 static void test_graph(bool groups) {
-    Case c = make_case(make_weights(1536, 4096, groups, RANDOM), 200, RANDOM);
+    const int N = 1536, K = 4096, max_M = 200;
+    Case c = make_case(make_weights(N, K, groups, RANDOM), max_M, RANDOM);
+    std::vector<half> x((size_t)max_M * K);
+    for (half &h : x) h = __float2half((float)(random_bits() % 255) - 127);
+    half *x_gpu = upload(x);
     cudaStream_t stream;
     gpu(cudaStreamCreate(&stream));
-    for (int M : {1, 16, 64, 200}) {
+    for (int M : {1, 16, 32, 64, 200}) {
+        // The quantizer's output becomes the case's input, and the reference is taken again.
+        gpu_quantize(x_gpu, M, K, c.a, c.s_a, 0);
+        reference(c, M);
         cudaGraph_t graph;
         cudaGraphExec_t exec;
         gpu(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
         for (int i = 0; i < 5; i++) {
-            gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, c.acc, workspace, stream);
+            gpu_quantize(x_gpu, M, K, c.a, c.s_a, stream);
+            gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, workspace, stream);
         }
         gpu(cudaStreamEndCapture(stream, &graph));
         gpu(cudaGraphInstantiate(&exec, graph, 0));
         poison(c, M);
+        gpu(cudaMemset(c.a, 0, (size_t)M * K));
+        gpu(cudaMemset(c.s_a, 0, M * sizeof(float)));
         gpu(cudaDeviceSynchronize());
         for (int i = 0; i < 5; i++) gpu(cudaGraphLaunch(exec, stream));
         gpu(cudaStreamSynchronize(stream));
-        compare(c, M, true);
+        compare(c, M, gpu_gemm_choose(&c.l, M, false), false);
         gpu(cudaGraphExecDestroy(exec));
         gpu(cudaGraphDestroy(graph));
     }
     gpu(cudaStreamDestroy(stream));
+    gpu(cudaFree(x_gpu));
     free_case(c);
 }
 
@@ -356,8 +385,8 @@ static void test_quantize() {
                 x[(size_t)m * K + k] = __float2half(m == 0 ? 0 : m == 1 ? 6e-8f * (k % 3) : f);
             }
         }
-        x[(size_t)9 * K + 17] = __ushort_as_half(0x7e00);  // NaN
-        x[(size_t)10 * K + 5] = __ushort_as_half(0xfc00);  // -infinity
+        x[(size_t)9 * K + 17] = __ushort_as_half(0x7e00);   // NaN
+        x[(size_t)10 * K + 5] = __ushort_as_half(0xfc00);   // -infinity
         x[(size_t)11 * K + K - 1] = __float2half(65504.0f); // the largest half
         half *x_gpu = upload(x);
         int8_t *a = device<int8_t>((size_t)M * K);
@@ -400,22 +429,26 @@ int main(int argc, char **argv) {
         test_reference(groups);
         begin("layout and its inverse, three parts stacked", 0, 0);
         test_layout(groups);
+        if (quick) {
+            begin("random, small shapes", 0, 0);
+            test_quick(groups);
+            continue;
+        }
         for (int N : {64, 192}) {
             for (int K : {64, 128, 448, 21760}) {
                 if (groups && K % GROUP) continue;
                 begin("random, N=%d K=%d", N, K);
-                test_shape(N, K, groups, RANDOM, quick);
+                test_shape(N, K, groups, RANDOM, true);
             }
         }
         begin("lowest weights, N=%d K=%d", 192, 21760);
-        test_shape(192, 21760, groups, LOWEST, quick);
+        test_shape(192, 21760, groups, LOWEST, false);
         begin("highest weights, N=%d K=%d", 192, 21760);
-        test_shape(192, 21760, groups, HIGHEST, quick);
+        test_shape(192, 21760, groups, HIGHEST, false);
         begin("repeated runs", 0, 0);
         test_repeated(groups);
         begin("in a CUDA graph", 0, 0);
         test_graph(groups);
-        if (quick) continue;
         const int shapes[5][2] = {
             {8192, 21760}, {6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}};
         for (const int *s : shapes) {

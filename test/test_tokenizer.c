@@ -41,7 +41,7 @@ static void spell(FILE *f, const char *bytes, size_t n) {
 /* A tokenizer.json with the 256 bytes as tokens 0 to 255, and these parts. malloc'ed. */
 static char *small_json(const char *vocab, const char *merges, const char *ignore_merges,
                         const char *added) {
-    char *text;
+    char *text = NULL;
     size_t bytes;
     FILE *f = open_memstream(&text, &bytes);
     fprintf(
@@ -574,10 +574,8 @@ void test_tokenizer(void) {
     test_begin("cases of the tiny tokenizer");
     check_cases(TINY, TINY_CASES);
     test_begin("cases of LLaMA 3.1's tokenizer");
-    if (exists(REAL) && exists(REAL_CASES))
-        check_cases(REAL, REAL_CASES);
-    else
-        test_skip("../shared/llama3.1 is not there");
+    if (exists(REAL) && exists(REAL_CASES)) check_cases(REAL, REAL_CASES);
+    else test_skip("../shared/llama3.1 is not there");
 
     test_begin("special tokens as text");
     Tokenizer *t = load_file(TINY);
