@@ -3,7 +3,9 @@
 CC ?= cc
 CFLAGS ?= -O3 -march=native
 NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
-NVCCFLAGS ?= -O3 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
+# sm_80 stands for all from Ampere on; sm_90a adds Hopper's own instructions.
+ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_90a,code=sm_90a
+NVCCFLAGS ?= -O3 -std=c++17
 BUILD ?= build
 BIN ?= .
 
@@ -61,7 +63,7 @@ test-slow: all $(BUILD)/tests $(BUILD)/synthetic
 $(BUILD)/%.cu.o: %.cu qqq.h Makefile
 	@mkdir -p $(@D)
 	$(if $(NVCC),,$(error nvcc was not found; NVCC=... names it))
-	$(NVCC) $(NVCCFLAGS) $(CPPFLAGS) -Xcompiler -Wall,-Wextra -c $< -o $@
+	$(NVCC) $(NVCCFLAGS) $(ARCH) $(CPPFLAGS) -Xcompiler -Wall,-Wextra -c $< -o $@
 
 $(BUILD)/test_kernels $(BUILD)/bench_gemm: $(BUILD)/%: $(BUILD)/test/%.cu.o $(BUILD)/kernels.cu.o $(OBJECTS)
 	$(NVCC) $^ -o $@ $(LIBS) -lgomp -lcublas

@@ -4,72 +4,6 @@
  */
 #include "qqq.h"
 
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-/* ---- public declarations, to move into qqq.h's part for kernels.cu ------------------------- */
-
-#ifdef __CUDACC__
-
-/* A quantized linear on the GPU, y = x W^T; or several with the same input, rows one below the
- * other. Device memory, in the order in which the kernel reads it: see fragment_word(). */
-typedef struct {
-    int N, K;
-    uint32_t *w;      // [N/32][K/64][2][32][4] eight 4-bit codes each
-    uint8_t *s_group; // [N/32][K/128][8][4], NULL per channel
-    float *s_channel; // [N], divided by 16 if per channel
-} GpuLinear;
-
-/* Uploads n_parts quantized linears of one K and one kind of scales, stacked: q, k, v become one
- * GEMM. N must be a multiple of 64, K of 64 (of 128 with groups). The parts may lie in a mapped
- * file at any alignment and are not needed afterwards. gpu_linear_free() releases the result. */
-GpuLinear gpu_linear_create(const Linear *parts, int n_parts);
-void gpu_linear_free(GpuLinear *l);
-
-/* The inverse, into host memory, as the file had them: qweight [N][K/2], s_channel [N] and, with
- * groups, s_group [N][K/128]. */
-void gpu_linear_restore(const GpuLinear *l, uint8_t *qweight, float *s_channel, uint8_t *s_group);
-
-/* Device memory through which blocks that share an output tile add up their sums. One for each
- * stream that runs GEMMs; cudaFree() releases it. */
-int *gpu_gemm_workspace(void);
-
-/* y [M][N] = (a [M][K] . w8 [N][K]) * s_a [M] * s_channel [N], any M >= 1. All device memory, a and
- * y 16-byte aligned. Launches one kernel on `stream` and nothing else, so it may be captured into a
- * graph. The kernel starts to read its weights before the kernel ahead of it on the stream has
- * finished (programmatic dependent launch); everything else it reads and writes afterwards. */
-void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
-                   int *workspace, cudaStream_t stream);
-
-/* The kernels that it chooses from: tokens of a tile, and how many teams of warps share K. Each is
- * right for every shape; GEMM_WGMMA is GEMM_128 where the program was built for sm_90a only. */
-typedef enum {
-    GEMM_8X8,
-    GEMM_16X8,
-    GEMM_32X2,
-    GEMM_64X4,
-    GEMM_64X2,
-    GEMM_128,
-    GEMM_WGMMA,
-    N_GEMM_KERNELS
-} GemmKernel;
-
-/* Its choice, with `portable` among those of mma.sync only. */
-GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable);
-
-/* For tests and benchmarks: gpu_gemm_w4a8() with a given kernel. acc, unless NULL, receives the
- * integer sums [M][N]. */
-void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
-                  half *y, int *acc, int *workspace, cudaStream_t stream);
-
-/* quantize_row() for each row of x [M][K]: a [M][K], s_a [M]. K is a multiple of 8, x and a are
- * 16-byte aligned. */
-void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream_t stream);
-
-#endif
-
-/* -------------------------------------------------------------------------------------------- */
-
 static void cuda_check(cudaError_t status, const char *what) {
     if (status != cudaSuccess) die("%s: %s", what, cudaGetErrorString(status));
 }
@@ -86,6 +20,16 @@ static int device_attribute(cudaDeviceAttr attribute) {
     cuda_check(cudaGetDevice(&device), "cudaGetDevice");
     cuda_check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
     return value;
+}
+
+static int multiprocessors() {
+    static const int count = device_attribute(cudaDevAttrMultiProcessorCount);
+    return count;
+}
+
+static int compute_capability() { // 8 Ampere, 9 Hopper
+    static const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
+    return major;
 }
 
 /* ================================================================================================
@@ -446,8 +390,7 @@ __device__ __forceinline__ void wgmma(int (&c)[16][4], const uint32_t (&a)[4], u
 #undef SUMS
 }
 
-/* ---- who does what: tiles, and shares of tiles ------------------------------------------------
- */
+/* ---- who does what: tiles, and shares of tiles ----------------------------------------------- */
 
 /* TOKENS of a tile and TEAMS of a block decide the rest. */
 template <int TOKENS, int TEAMS> struct Shape {
@@ -541,8 +484,7 @@ __device__ __forceinline__ void next_work(Work &work, const GemmArgs &p) {
     place_tile(work, p);
 }
 
-/* ---- activations: from global to shared memory ------------------------------------------------
- */
+/* ---- activations: from global to shared memory ----------------------------------------------- */
 
 /* The place of 16 bytes in a team's stage: `row` is the token, `column` counts along k. Panels of
  * 128 k, each [TOKENS][8] 16-byte pieces. The piece is XORed with the row so that 8 rows of one
@@ -565,7 +507,7 @@ __device__ __forceinline__ void load_activations(const GemmArgs &p, const Work &
     int rows = min((half_of_rows + 1) * TOKENS / 2, p.M - work.m * TOKENS);
     if (work.tile >= p.tiles) rows = 0;
     const int8_t *from = p.a + (size_t)(work.m * TOKENS + row) * p.K + k;
-#pragma unroll(TOKENS <= 32 ? 1 : 8)
+#pragma unroll(TOKENS <= 16 ? 1 : 8)
     for (int i = 0; i < (TOKENS / 2 + ROWS - 1) / ROWS; i++) {
         uint32_t to = stage + activation_place<TOKENS>(row, column);
         copy_async_16(to, from, k < p.K, row < rows);
@@ -585,8 +527,7 @@ template <int TEAM_WARPS> __device__ __forceinline__ void team_barrier(int team)
     }
 }
 
-/* ---- the inner product ------------------------------------------------------------------------
- */
+/* ---- the inner product ----------------------------------------------------------------------- */
 
 /* Four int8 weights from one nibble of each byte of a word, low nibbles for step 0, high ones for
  * step 1.
@@ -622,8 +563,7 @@ __device__ __forceinline__ void multiply(int (&acc)[2][N_TILES][4], const uint32
     }
 }
 
-/* ---- sums of teams and of blocks, and the output ----------------------------------------------
- */
+/* ---- sums of teams and of blocks, and the output --------------------------------------------- */
 
 __device__ __forceinline__ void add(int (&c)[4], int4 x) {
     c[0] += x.x;
@@ -642,6 +582,7 @@ template <int TOKENS, int TEAMS>
 __device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *sums, int team) {
     constexpr int STRIDE = Shape<TOKENS, TEAMS>::TEAM_THREADS;
     sums += threadIdx.x % STRIDE;
+    __syncthreads(); // team 0 is through with the tile before
     if (team > 0) {
 #pragma unroll
         for (int i = 0; i < TOKENS / 4; i++) {
@@ -656,6 +597,17 @@ __device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *su
             add(acc[i % 2][i / 2], sums[(i * (TEAMS - 1) + t) * STRIDE]);
         }
     }
+}
+
+/* Adds to a counter and returns what it was. Writes of this block from before its last barrier are
+ * seen by every block that finds the counter raised: half a fence before, half a fence after. */
+__device__ __forceinline__ int add_in_order(int *counter, int n) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n"
+                 : "=r"(before)
+                 : "l"(counter), "r"(n)
+                 : "memory");
+    return before;
 }
 
 /* For a tile that several blocks share: each leaves its sums in `partial` and counts its chunks;
@@ -681,11 +633,9 @@ __device__ __forceinline__ bool add_blocks(const GemmArgs &p, int (&acc)[2][TOKE
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence(); // the block's sums before its count,
         int mine = now.end - now.chunk;
-        last = atomicAdd(p.arrived + now.tile, mine) + mine == p.chunks;
+        last = add_in_order(p.arrived + now.tile, mine) + mine == p.chunks;
         if (last) p.arrived[now.tile] = 0; // as the next launch wants it
-        __threadfence();                   // and the others' counts before their sums
     }
     __syncthreads();
     if (!last) return false;
@@ -744,8 +694,7 @@ __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2
     }
 }
 
-/* ---- the kernel -------------------------------------------------------------------------------
- */
+/* ---- the kernel ------------------------------------------------------------------------------ */
 
 /* Up to 32 tokens two blocks fit on a multiprocessor: while one waits, the other reads, and the
  * next kernel's blocks find room before this one's are gone. */
@@ -756,6 +705,9 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     constexpr bool WGMMA = HOPPER && HAVE_WGMMA;
     // wgmma still reads the chunk before when the copy of the next one starts, hence a third stage.
     constexpr int STAGES = HOPPER ? 3 : 2;
+    // A weight is to be dequantized before its registers are loaded anew: left to itself the
+    // compiler may do it afterwards, from a copy. Only mma.sync with 128 tokens is faster that way.
+    constexpr bool ORDERED = TOKENS <= 64 || HOPPER;
     extern __shared__ __align__(1024) uint8_t shared[]; // [TEAMS][STAGES][STAGE], team sums
 
     const int lane = threadIdx.x % 32;
@@ -816,12 +768,12 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
             copy_async_wait();
             if constexpr (WGMMA) wgmma_fence_shared();
             team_barrier<S::TEAM_WARPS>(team); // all copies are there, and the next stage is free
+            // From here to the end of the chunk there is no branch and no barrier, so that the
+            // compiler can start loads and dequantize under the products before them.
             const uint32_t current = filling;
             filling += S::STAGE;
             if (filling == stages + STAGES * S::STAGE) filling = stages;
 
-                // From here to the end of the chunk there is no branch and no barrier, so that the
-                // compiler can start loads and dequantize under the products before them.
 #pragma unroll
             for (int u = 0; u < DEPTH; u++) {
                 if (!WGMMA && u < 2) load_activations<TOKENS, TEAMS>(p, next, team, filling, u);
@@ -835,12 +787,10 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
                         for (int r = 0; r < 4; r++) {
                             uint32_t s = __byte_perm(s_group[u / 2], 0, 0x4440 + 2 * i + r % 2);
                             left[i][r] = dequantize<GROUPS>(words[r], step, s);
-                            // Done before the load below, which could else need a second register.
-                            asm volatile("" : "+r"(left[i][r]));
+                            if (ORDERED) asm volatile("" : "+r"(left[i][r]));
                         }
                     }
-                    // As soon as a unit is dequantized its registers take the unit after the next
-                    // three.
+                    // A unit that is dequantized makes room for the same one of the next chunk.
                     if (step == 1) load_weights(u);
                     const uint32_t panel = current + u / 2 * TOKENS * 128;
                     const int column = (u % 2 * 2 + step) * 32; // bytes
@@ -872,10 +822,11 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     }
 }
 
-/* ---- launching --------------------------------------------------------------------------------
- */
+/* ---- launching ------------------------------------------------------------------------------- */
 
-/* A launch that may overlap the end of the kernel before: see launch_dependents(). */
+/* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel
+ * launched so must wait_for_previous_kernel(), whatever it does: the one after it relies on that.
+ */
 template <typename... Parameters, typename... Arguments>
 static void launch(void (*kernel)(Parameters...), int grid, int shared, cudaStream_t stream,
                    Arguments... arguments) {
@@ -888,13 +839,8 @@ static void launch(void (*kernel)(Parameters...), int grid, int shared, cudaStre
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = 1;
+    config.numAttrs = compute_capability() >= 9;
     cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
-}
-
-static int multiprocessors() {
-    static const int count = device_attribute(cudaDevAttrMultiProcessorCount);
-    return count;
 }
 
 /* What the largest kernels need of `partial`: two tiles of 256 x 128 for each multiprocessor (or of
@@ -921,11 +867,14 @@ static void launch_gemm(GemmArgs p, int blocks, bool split, cudaStream_t stream)
     p.units = p.K / UNIT;
     p.chunks = (p.units + S::CHUNK - 1) / S::CHUNK;
     if (split) {
-        // The tiles of the last, incomplete round are split, unless they nearly fill it. Very few
-        // would be split very finely, with more to add than to multiply: then one round more.
+        // Whole tiles, if that keeps the blocks busy for 13/14 of the time. Else the tiles of the
+        // last, incomplete round are split. Very few would be split very finely, with more to add
+        // than to multiply: then one round more.
+        int rounds = (p.tiles + blocks - 1) / blocks;
         int rest = p.tiles % blocks;
-        p.split_tiles = rest * 10 >= blocks * 9 ? 0 : rest;
-        if (rest * 2 < blocks && rest > 0 && p.tiles > blocks) p.split_tiles += blocks;
+        if (p.tiles * 14 < rounds * blocks * 13) {
+            p.split_tiles = rest * 2 < blocks && rounds > 1 ? rest + blocks : rest;
+        }
         blocks = min(blocks, p.tiles * p.chunks);
     } else {
         int each = (p.tiles + blocks - 1) / blocks;
@@ -952,8 +901,8 @@ static void launch_kernel(GemmKernel kernel, const GemmArgs &p, cudaStream_t str
     case GEMM_16X8:
         launch_gemm<16, 8, GROUPS, false>(p, 2 * sms, false, stream);
         break;
-    case GEMM_32X2:
-        launch_gemm<32, 2, GROUPS, false>(p, 2 * sms, true, stream);
+    case GEMM_32X4:
+        launch_gemm<32, 4, GROUPS, false>(p, 2 * sms, true, stream);
         break;
     case GEMM_64X4:
         launch_gemm<64, 4, GROUPS, false>(p, sms, true, stream);
@@ -975,15 +924,15 @@ static void launch_kernel(GemmKernel kernel, const GemmArgs &p, cudaStream_t str
 /* Measured, not derived: build and run `make bench` before changing a number. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     static const int largest_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    static const bool hopper = device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+    const bool wgmma = compute_capability() == 9 && !portable;
     const int sms = multiprocessors();
     auto tiles = [](int x, int tile) { return (x + tile - 1) / tile; };
     if (M <= 8) return GEMM_8X8;
     if (M <= 16) return GEMM_16X8;
-    if (M <= 32) return GEMM_32X2;
+    if (M <= 32) return GEMM_32X4;
     // Large tiles pay if a block gets some chunks for each time that it adds up with others.
     int chunks = tiles(M, 128) * tiles(l->N, 256) * tiles(l->K, DEPTH * UNIT);
-    if (M > 64 && chunks >= 7 * sms) return hopper && !portable ? GEMM_WGMMA : GEMM_128;
+    if (M > 64 && chunks >= 7 * sms) return wgmma ? GEMM_WGMMA : GEMM_128;
     bool fits = largest_shared >= 8 * Shape<64, 4>::STAGE + Shape<64, 4>::TEAM_SUMS;
     return fits && tiles(M, 64) * tiles(l->N, 64) <= sms ? GEMM_64X4 : GEMM_64X2;
 }
@@ -1015,8 +964,7 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
     gpu_gemm_run(gpu_gemm_choose(l, M, false), l, a, s_a, M, y, NULL, workspace, stream);
 }
 
-/* ---- the activation quantizer -----------------------------------------------------------------
- */
+/* ---- the activation quantizer ---------------------------------------------------------------- */
 
 /* s_a = max|x| / 127, a = rint(x / s_a); quantize_row() in qqq.c is the twin. One block a row. */
 __global__ void __launch_bounds__(THREADS)

@@ -1498,8 +1498,8 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"), always_inline)) static inl
 dot_u4_vnni_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
               int32_t *acc) {
     const __m512i low = _mm512_set1_epi8(0x0f);
-    __m512i sum[MAX_T];
-    for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_si512();
+    __m512i sum[2][MAX_T]; // of even and odd columns apart: two chains of additions, half the wait
+    for (int t = 0; t < T; t++) sum[0][t] = sum[1][t] = _mm512_setzero_si512();
     for (int j = 0; j < K / 2; j += 64) {
         int n = K / 2 - j;
         __mmask64 valid = n >= 64 ? ~0ull : (1ull << n) - 1;
@@ -1513,11 +1513,14 @@ dot_u4_vnni_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, 
         }
         for (int t = 0; t < T; t++) {
             const int8_t *a_t = a + (size_t)t * K + j;
-            sum[t] = _mm512_dpbusd_epi32(sum[t], even, _mm512_maskz_loadu_epi8(valid, a_t));
-            sum[t] = _mm512_dpbusd_epi32(sum[t], odd, _mm512_maskz_loadu_epi8(valid, a_t + K / 2));
+            __m512i a_even = _mm512_maskz_loadu_epi8(valid, a_t);
+            __m512i a_odd = _mm512_maskz_loadu_epi8(valid, a_t + K / 2);
+            sum[0][t] = _mm512_dpbusd_epi32(sum[0][t], even, a_even);
+            sum[1][t] = _mm512_dpbusd_epi32(sum[1][t], odd, a_odd);
         }
     }
-    for (int t = 0; t < T; t++) acc[t] = _mm512_reduce_add_epi32(sum[t]);
+    for (int t = 0; t < T; t++)
+        acc[t] = _mm512_reduce_add_epi32(_mm512_add_epi32(sum[0][t], sum[1][t]));
 }
 
 __attribute__((target("avx512f,avx512bw,avx512vnni"))) static void

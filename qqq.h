@@ -6,7 +6,7 @@
  *   qqq.c        0 errors and JSON · 1 files · 2 number formats · 3 forward pass · 4 rotation ·
  *                5 adaptive smoothing · 6 GPTQ
  *   tokenizer.c  byte-level BPE
- *   kernels.cu   the same on the GPU
+ *   kernels.cu   the W4A8 GEMM on the GPU
  *
  * Conventions. Matrices are row-major and a shape stands beside each: w [N][K] has N rows of K.
  * A linear layer is y = x W^T with x [T][K], W [N][K], y [T][N]; T counts tokens, N output
@@ -19,6 +19,10 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -454,6 +458,67 @@ typedef struct {
 /* Writes to `out` the pending bytes and text [bytes], up to the last complete UTF-8 character; with
  * `flush` everything. Invalid bytes pass as they are. */
 void utf8_write(Utf8Stream *s, const char *text, size_t bytes, bool flush, FILE *out);
+
+/* ---- kernels.cu 1: the W4A8 GEMM on the GPU ------------------------------------------------ */
+
+#ifdef __CUDACC__
+
+/* A quantized linear on the GPU, y = x W^T; or several with the same input, rows one below the
+ * other. Device memory, in the order in which the kernel reads it: see fragment_word(). */
+typedef struct {
+    int N, K;
+    uint32_t *w;      // [N/32][K/64][2][32][4] eight 4-bit codes each
+    uint8_t *s_group; // [N/32][K/128][8][4], NULL per channel
+    float *s_channel; // [N], divided by 16 if per channel
+} GpuLinear;
+
+/* Uploads n_parts quantized linears of one K and one kind of scales, stacked: q, k, v become one
+ * GEMM. N must be a multiple of 64, K of 64 (of 128 with groups). The parts may lie in a mapped
+ * file at any alignment and are not needed afterwards. gpu_linear_free() releases the result. */
+GpuLinear gpu_linear_create(const Linear *parts, int n_parts);
+void gpu_linear_free(GpuLinear *l);
+
+/* The inverse, into host memory, as the file had them: qweight [N][K/2], s_channel [N] and, with
+ * groups, s_group [N][K/128]. */
+void gpu_linear_restore(const GpuLinear *l, uint8_t *qweight, float *s_channel, uint8_t *s_group);
+
+/* Device memory through which blocks that share an output tile add up their sums. One for each
+ * stream that runs GEMMs; cudaFree() releases it. */
+int *gpu_gemm_workspace(void);
+
+/* y [M][N] = (a [M][K] . w8 [N][K]) * s_a [M] * s_channel [N], any M >= 1. All device memory, a and
+ * y 16-byte aligned. Launches one kernel on `stream` and nothing else, so it may be captured into a
+ * graph. The kernel starts to read its weights before the kernel ahead of it on the stream has
+ * finished (programmatic dependent launch); everything else it reads and writes afterwards. */
+void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
+                   int *workspace, cudaStream_t stream);
+
+/* The kernels that it chooses from: tokens of a tile, and how many teams of warps share K. Each is
+ * right for every shape; GEMM_WGMMA is GEMM_128 where the program was built for sm_90a only. */
+typedef enum {
+    GEMM_8X8,
+    GEMM_16X8,
+    GEMM_32X4,
+    GEMM_64X4,
+    GEMM_64X2,
+    GEMM_128,
+    GEMM_WGMMA,
+    N_GEMM_KERNELS
+} GemmKernel;
+
+/* Its choice, with `portable` among those of mma.sync only. */
+GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable);
+
+/* For tests and benchmarks: gpu_gemm_w4a8() with a given kernel. acc, unless NULL, receives the
+ * integer sums [M][N]. */
+void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
+                  half *y, int *acc, int *workspace, cudaStream_t stream);
+
+/* quantize_row() for each row of x [M][K]: a [M][K], s_a [M]. K is a multiple of 8, x and a are
+ * 16-byte aligned. */
+void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream_t stream);
+
+#endif
 
 #ifdef __cplusplus
 }

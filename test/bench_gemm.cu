@@ -7,8 +7,7 @@
 
 #include <algorithm>
 #include <cublas_v2.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+
 #include <unistd.h>
 #include <vector>
 

@@ -2,8 +2,6 @@
  * compute-sanitizer. Prints "ok   name" or "FAIL name" for each test and "N passed, N failed". */
 #include "../qqq.h"
 
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -321,6 +319,13 @@ static void test_quick(bool groups) {
     }
 }
 
+/* More tiles than blocks, so that a block does several: whole ones, and parts. */
+static void test_many_tiles(bool groups, int M) {
+    Case c = make_case(make_weights(17088, 128, groups, RANDOM), M, RANDOM);
+    run_case(c, M, true);
+    free_case(c);
+}
+
 static void test_repeated(bool groups) {
     Case c = make_case(make_weights(1536, 4096, groups, RANDOM), 200, RANDOM);
     for (int M : {1, 16, 32, 64, 200}) {
@@ -429,6 +434,8 @@ int main(int argc, char **argv) {
         test_reference(groups);
         begin("layout and its inverse, three parts stacked", 0, 0);
         test_layout(groups);
+        begin("more tiles than blocks", 0, 0);
+        test_many_tiles(groups, quick ? 3 : 150);
         if (quick) {
             begin("random, small shapes", 0, 0);
             test_quick(groups);

@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <float.h>
 #include <math.h>
+#include <omp.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -20,6 +21,19 @@
 #define SCRATCH "build/test/quantize"
 #define OUT SCRATCH "/out/model.bin" // alone in its directory
 
+/* test_begin() with a name made of parts, which stays until the next one is made. */
+static void begin(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+static void begin(const char *format, ...) {
+    static char names[2][160];
+    static int i;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(names[i ^= 1], sizeof names[i], format, args);
+    va_end(args);
+    test_begin(names[i]);
+}
+
 /* ---- numbers ------------------------------------------------------------------------------- */
 
 /* About normal, variance 1. */
@@ -33,6 +47,12 @@ static float *normals(size_t n, uint64_t *seed) {
     float *x = allocate(n, sizeof *x);
     for (size_t i = 0; i < n; i++) x[i] = normal(seed);
     return x;
+}
+
+static float max_of(const float *w, int n) {
+    float max = 0;
+    for (int k = 0; k < n; k++) max = fmaxf(max, fabsf(w[k]));
+    return max;
 }
 
 static float *copy_floats(const float *x, size_t n) {
@@ -563,6 +583,13 @@ static void test_search_smoothing(void) {
             }
             double before = smoothed_error(w, 2, x, T, none, g);
             double after = smoothed_error(w, 2, x, T, s, g);
+            for (float other = max_of(max, K); other > 0.1f; other *= 0.8f) {
+                float s_other[K];
+                smoothing_scales(max, K, other, s_other);
+                double error = smoothed_error(w, 2, x, T, s_other, g);
+                check(after <= error * (1 + 1e-5), "g %d: t %g has the squared error %g, %g has %g",
+                      g, t, after, other, error);
+            }
             check(outliers ? after < before / 4 : after <= before * (1 + 1e-6),
                   "g %d: squared error %g, smoothed %g (t %g)", g, before, after, t);
             free(x);
@@ -649,12 +676,6 @@ static void test_published_search(void) {
 }
 
 /* ---- the choice of scales ------------------------------------------------------------------ */
-
-static float max_of(const float *w, int n) {
-    float max = 0;
-    for (int k = 0; k < n; k++) max = fmaxf(max, fabsf(w[k]));
-    return max;
-}
 
 /* sum importance (w - q scale)^2 in double. */
 static double error_under(const float *w, const float *importance, int n, double scale, int low) {
@@ -745,7 +766,10 @@ static void test_choose_scales(void) {
         }
         check(different >= 3, "only %d different ranges are chosen", different);
         // One large weight of no importance: the smallest range is the best.
-        for (int k = 0; k < K; k++) w[k] = normal(&seed) * 1e-3f, importance[k] = 1;
+        for (int k = 0; k < K; k++) {
+            w[k] = random_float(&seed) * (groups ? 0.02f : 0.15f);
+            importance[k] = 1;
+        }
         w[5] = 1, importance[5] = 0;
         int index = check_search(w, importance, K, groups);
         check(index == (groups ? 23 : 79), "the smallest range is not tried: p number %d", index);
@@ -770,16 +794,14 @@ static void test_choose_scales(void) {
 
 static void test_extreme_rows(void) {
     enum { K = 256 };
-    const float sizes[] = {0,      1e-45f, 4e-45f, 1e-43f, 1e-40f, 1e-38f, 1e-30f,
-                           1e-20f, 1e10f,  1e18f,  1e20f,  1e30f,  1e38f,  3.4e38f};
+    const float sizes[] = {0,      1e-45f, 4e-45f, 1e-43f, 1e-40f, 2e-38f, 1e-30f,
+                           1e-20f, 1e10f,  1e18f,  1e20f,  1e30f,  1e38f,  3e38f};
     uint64_t seed = 12;
     float w[K], importance[K], w8[K];
     for (int groups = 0; groups < 2; groups++)
         for (int searched = 0; searched < 2; searched++) {
-            char name[100];
-            snprintf(name, sizeof name, "round_to_nearest: zeros, tiny and huge rows, %s, %s",
-                     groups ? "per group" : "per channel", searched ? "searched" : "plain");
-            test_begin(name);
+            begin("round_to_nearest: zeros, tiny and huge rows, %s, %s",
+                  groups ? "per group" : "per channel", searched ? "searched" : "plain");
             for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
                 for (int k = 0; k < K; k++) {
                     w[k] = random_float(&seed) * sizes[i];
@@ -788,6 +810,7 @@ static void test_extreme_rows(void) {
                 w[7] = sizes[i];
                 Linear l =
                     round_to_nearest(w, searched ? importance : NULL, 1, K, groups ? 128 : -1);
+                char name[40];
                 snprintf(name, sizeof name, "weights of %g", sizes[i]);
                 valid(&l, name);
                 dequantize_row(&l, 0, w8);
@@ -796,7 +819,7 @@ static void test_extreme_rows(void) {
                     error += pow((double)w8[k] - w[k], 2);
                     total += pow(w[k], 2);
                 }
-                if (sizes[i] >= 1e-38f)
+                if (sizes[i] >= 2e-38f)
                     check(error < 0.03 * total, "%s: relative error %g", name, sqrt(error / total));
                 if (sizes[i] == 0) {
                     check(l.s_channel[0] == 1, "zeros: s_channel %g", l.s_channel[0]);
@@ -1033,7 +1056,8 @@ static void test_gptq_error(void) {
 
 static void invert_nan(void *arg) {
     double H[4] = {1, 0, 0, 1};
-    H[*(int *)arg] = NAN;
+    H[*(int *)arg] = H[*(int *)arg ? 2 : 0] = NAN; // on the diagonal, beside it
+    omp_set_num_threads(1);                        // OpenMP's threads do not survive a fork
     Inverse inverse = hessian_inverse(H, 2, true);
     inverse_free(&inverse);
 }
@@ -1306,6 +1330,7 @@ static void check_file(const char *out, const char *model, bool rounded) {
     for (int i = 0; i < f.c->n_tensors; i++) {
         const Tensor *a = &f.c->tensors[i], *b = checkpoint_find(q.c, a->name);
         bool end = !strcmp(a->name, "lm_head.weight") || strstr(a->name, "embed_tokens");
+        if (!b && strstr(a->name, "model.layers.")) continue; // quantized, or not in `cut`
         if (end || (rounded && strstr(a->name, "norm")))
             check(b && a->dtype == b->dtype && a->bytes == b->bytes &&
                       !memcmp(a->data, b->data, a->bytes),
@@ -1410,12 +1435,12 @@ static void test_quality(void) {
     }
 
     test_begin("quantize: the report");
-    if (quantize("data/tiny " OUT " -c data/calib.txt -n 2 -l 128 -m 0 -e " SCRATCH "/eval.txt")) {
+    if (quantize(SCRATCH "/cut " OUT " -c data/calib.txt -n 4 -l 256 -e " SCRATCH "/eval.txt")) {
         char line[64];
-        const char *paths[] = {"data/tiny", OUT}, *when[] = {"before", "after"};
+        const char *paths[] = {SCRATCH "/cut", OUT}, *when[] = {"before", "after"};
         for (int i = 0; i < 2; i++) {
             snprintf(line, sizeof line, "%s: perplexity %.4f (", when[i],
-                     perplexity_of(paths[i], SCRATCH "/eval.txt", 128, 0));
+                     perplexity_of(paths[i], SCRATCH "/eval.txt", 256, 0));
             check(strstr(output, line) != NULL, "expected \"%s\" in: %s", line, output);
         }
         struct stat info;
@@ -1431,17 +1456,19 @@ static void test_quality(void) {
             if (sscanf(at, "%d %31s %15s %15s %lf %lf", &layer, name, channels, threshold, &a,
                        &b) != 6)
                 continue;
-            check(layer == lines / 7 && !strcmp(name, linear_names[lines % 7]), "line %d", lines);
+            check(layer == 0 && lines < 7 && !strcmp(name, linear_names[lines % 7]), "line %d",
+                  lines);
             check((channels[0] == '-') == (lines % 7 == 3), "%s: smoothed %s", name, channels);
             nearest += a, final += b, lines++;
         }
-        check(lines == 42 && final < nearest && nearest < 42 * 0.2,
+        check(lines == 7 && final < nearest && nearest < 7 * 0.2,
               "%d lines, errors %g, with compensation %g: %s", lines, nearest, final, output);
     }
     unlink(OUT);
 }
 
-/* data/tiny with outliers: channels of both norms times 32, their columns divided by 32. */
+/* data/tiny with outliers: channels of both norms and rows of up times 64, the columns that they
+ * reach divided by 64. */
 static void test_outliers(void) {
     test_begin("quantize: smoothing saves a model with planted outliers");
     const char *path = SCRATCH "/outliers.bin";
@@ -1452,10 +1479,14 @@ static void test_outliers(void) {
     float *s = allocate(dim, sizeof *s);
     for (int l = 0; l < m->config.n_layers; l++) {
         Layer *layer = &m->layers[l];
-        for (int i = 0; i < dim; i++) s[i] = i % 61 == 7 + l ? 1.f / 32 : 1;
+        for (int i = 0; i < dim; i++) s[i] = i % 61 == 7 + l ? 1.f / 64 : 1;
         for (int i = 0; i < dim; i++) layer->attention_norm[i] /= s[i], layer->ffn_norm[i] /= s[i];
         for (int k = 0; k < 6; k++)
             if (k != 3) scale_inputs(weights_of(&layer->linears[k]), layer->linears[k].N, dim, s);
+        for (int i = 100 + l; i < layer->down.K; i += 300) {
+            for (int j = 0; j < dim; j++) weights_of(&layer->up)[i * dim + j] *= 64;
+            for (int j = 0; j < dim; j++) weights_of(&layer->down)[j * layer->down.K + i] /= 64;
+        }
     }
     for (int i = 0; i < o.c->n_tensors; i++) {
         Tensor *new = &t[n++];
@@ -1502,13 +1533,12 @@ static void test_same_bytes(void) {
     for (int i = 0; i < 3; i++) {
         make_model(SCRATCH "/made.bin", made);
         for (int threads = 1; threads <= 3; threads++) {
-            shell("OMP_NUM_THREADS=%d $QUANTIZE " SCRATCH "/made.bin " SCRATCH
-                  "/threads%d.bin -c data/calib.txt -n 3 -l 100 %s",
-                  threads, threads, options[i]);
-            check(same_files(SCRATCH "/threads1.bin", "build/test/quantize/threads1.bin") &&
-                      (threads == 1 ||
-                       same_files(SCRATCH "/threads1.bin", threads == 2 ? SCRATCH "/threads2.bin"
-                                                                        : SCRATCH "/threads3.bin")),
+            char path[64];
+            snprintf(path, sizeof path, SCRATCH "/threads%d.bin", threads);
+            int status = shell("OMP_NUM_THREADS=%d $QUANTIZE " SCRATCH
+                               "/made.bin %s -c data/calib.txt -n 3 -l 60 %s",
+                               threads, path, options[i]);
+            check(status == 0 && same_files(SCRATCH "/threads1.bin", path),
                   "%s, %d threads: other bytes: %s", options[i], threads, output);
         }
     }
@@ -1600,7 +1630,8 @@ static void test_names(void) {
     copy_text("data/calib.txt", 8000, SCRATCH "/a \"b\\c\td.txt");
     make_model(SCRATCH "/made.bin", made);
     if (quantize(SCRATCH "/made.bin " OUT " -b rtn -a 0 -n 1 -l 64 "
-                         "-c \"$(printf '" SCRATCH "/a \"b\\\\c\\td.txt')\"")) {
+                         "-c \"$(printf '" SCRATCH "/a \"b\\\\c\\td.txt')\"") &&
+        check(shell("$RUN " OUT " -n 1") == 0, "./run: %s", output)) {
         Checkpoint *c = checkpoint_open(OUT);
         Json *j = json_parse("quantization", c->quantization, strlen(c->quantization));
         check(json_is(j, json_get(j, 0, "calibration"), "a \"b\\c\td.txt"), "recorded as %s",
@@ -1712,9 +1743,7 @@ static void test_bad_weights(void) {
     };
     const char *ways[] = {"", "-b rtn -a 0 -m 0", "-r 1 -a 0 -m 0"};
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
-        char name[128];
-        snprintf(name, sizeof name, "quantize: NaN or infinity in %s", broken[i].tensor);
-        test_begin(name);
+        begin("quantize: NaN or infinity in %s", broken[i].tensor);
         for (int j = 0; j < 6; j++) {
             Made s = made;
             s.broken = broken[i].tensor;
@@ -1731,10 +1760,11 @@ static void test_bad_weights(void) {
         const char *tensor, *named;
         float factor;
     } large[] = {
-        {"model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj", 3e38f},
-        {"model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj", 3e38f},
-        {"model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.gate_proj", 3e38f},
-        {"model.layers.1.mlp.down_proj.weight", "not finite", 3e38f}, // no linear follows
+        {"model.layers.1.mlp.up_proj.weight", "layer 1: the input of mlp.down_proj", 3e38f},
+        {"model.layers.0.mlp.down_proj.weight", "layer 1: the input of self_attn.q_proj", 3e38f},
+        {"model.layers.0.self_attn.o_proj.weight", "layer 0: the input of mlp.gate_proj", 3e38f},
+        {"model.layers.1.mlp.down_proj.weight", "the last layer's output",
+         3e38f}, // no linear follows
     };
     const char *calibrated[] = {"", "-a 0", "-b rtn -a 0 -m 1 -g -1", "-b rtn -a 0 -m 1"};
     for (size_t i = 0; i < sizeof large / sizeof *large; i++) {
@@ -1742,7 +1772,7 @@ static void test_bad_weights(void) {
         s.scaled = large[i].tensor;
         s.factor = large[i].factor;
         make_model(SCRATCH "/broken.bin", s);
-        for (int j = 0; j < (i == 3 ? 2 : 4); j++) {
+        for (int j = 0; j < (i ? 2 : 4); j++) {
             char command[256];
             snprintf(command, sizeof command, BROKEN "%s", calibrated[j]);
             expect_error(command, 1, large[i].named, true);
@@ -1852,6 +1882,7 @@ static void interrupt(int number, bool old) {
         int errors = open(SCRATCH "/stderr.txt", O_WRONLY | O_CREAT | O_TRUNC, 0666);
         dup2(ends[1], STDOUT_FILENO);
         dup2(errors, STDERR_FILENO);
+        signal(number, SIG_DFL); // also under nohup
         execl(program, program, SCRATCH "/made.bin", OUT, "-b", "rtn", "-a", "0", "-m", "0",
               (char *)NULL);
         _exit(127);
@@ -1948,10 +1979,9 @@ static void test_steps(void) {
     };
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)
         for (int g = 0; g < 2; g++) {
-            char name[128], flags[128];
-            snprintf(name, sizeof name, "tiny, %s, %s: at most 0.15 above the published algorithm",
-                     steps[i].name, g ? "g128" : "per channel");
-            test_begin(name);
+            char flags[128];
+            begin("tiny, %s, %s: at most 0.15 above the published algorithm", steps[i].name,
+                  g ? "g128" : "per channel");
             double mean = 0;
             for (int seed = 0; seed < steps[i].seeds; seed++) {
                 snprintf(flags, sizeof flags, "%s -s %d -g %s", steps[i].flags, seed,
@@ -1973,10 +2003,8 @@ static void test_defaults(void) {
                   {"../shared/models/tiny-outliers", {31.14, 30.88}}};
     for (int i = 0; i < 3; i++)
         for (int g = 0; g < 2; g++) {
-            char name[128];
-            snprintf(name, sizeof name, "%s with the defaults, %s: at most %.2f", models[i].model,
-                     g ? "g128" : "per channel", models[i].bound[g]);
-            test_begin(name);
+            begin("%s with the defaults, %s: at most %.2f", models[i].model,
+                  g ? "g128" : "per channel", models[i].bound[g]);
             if (!exists(models[i].model)) {
                 test_skip("the model is not there");
                 continue;
@@ -1992,17 +2020,13 @@ void test_quantize_slow(void) {
     const char *models[] = {"data/tiny", "../shared/models/small",
                             "../shared/models/tiny-outliers"};
     for (int i = 0; i < 3; i++) {
-        char name[128];
-        snprintf(name, sizeof name, "rotation and smoothing leave %s's output alone", models[i]);
-        test_begin(name);
+        begin("rotation and smoothing leave %s's output alone", models[i]);
         if (!exists(models[i])) {
             test_skip("the model is not there");
             continue;
         }
         check_function_preserved(models[i], "data/eval.txt", 2048, 0);
-        snprintf(name, sizeof name, "%s: the file rebuilds every row of the quantizer's weights",
-                 models[i]);
-        test_begin(name);
+        begin("%s: the file rebuilds every row of the quantizer's weights", models[i]);
         for (int g = 0; g < 2; g++)
             if (quantize("%s " OUT " -b rtn -a 0 -m 0 -g %s", models[i], g ? "128" : "-1"))
                 check_file(OUT, models[i], true);
