@@ -72,7 +72,7 @@ test-gpu: $(BUILD)/test_kernels
 	$(BUILD)/test_kernels
 
 bench: $(BUILD)/bench_gemm
-	$(BUILD)/bench_gemm
+	$(BUILD)/bench_gemm $(BUILD)/bench_gemm.csv
 
 lint:
 	clang-format --dry-run -Werror $(SOURCES)

@@ -379,6 +379,20 @@ void floats(const void *data, DType dtype, size_t first, size_t n, float *out) {
     }
 }
 
+/* Without its sign bit a float orders as an integer; infinity and NaN are above all others. */
+static uint32_t max_magnitude_bits(const float *x, size_t n) {
+    uint32_t max = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t magnitude = float_to_bits(x[i]) & 0x7fffffff;
+        max = magnitude > max ? magnitude : max;
+    }
+    return max;
+}
+
+static bool all_finite(const float *x, size_t n) {
+    return max_magnitude_bits(x, n) < 0x7f800000;
+}
+
 static bool is_directory(const char *path) {
     struct stat st;
     if (stat(path, &st)) die("%s: %s", path, strerror(errno));
@@ -591,6 +605,16 @@ static void open_directory(Checkpoint *c) {
     }
 }
 
+bool checkpoint_has_file(const Checkpoint *c, const char *path) {
+    struct stat file, other;
+    if (stat(path, &file)) return false;
+    for (int i = 0; i < c->n_maps; i++)
+        if (!stat(c->maps[i].path, &other) && file.st_dev == other.st_dev &&
+            file.st_ino == other.st_ino)
+            return true;
+    return false;
+}
+
 static char *metadata_text(const Json *j, const char *key) {
     int node = json_get(j, json_get(j, 0, "__metadata__"), key);
     size_t bytes;
@@ -669,8 +693,7 @@ static void on_signal(int signal_number) {
     raise(signal_number);
 }
 
-/* `text` as a JSON string. */
-static void put_json_string(FILE *out, const char *text) {
+void put_json_string(FILE *out, const char *text) {
     fputc('"', out);
     for (const unsigned char *s = (const unsigned char *)text; *s; s++) {
         if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
@@ -956,6 +979,7 @@ static float *load_norm(const Checkpoint *c, const char *name, int dim) {
     expect_dtype(t, t->dtype != U8, "F32, F16 or BF16");
     float *norm = allocate(dim, sizeof *norm);
     floats(t->data, t->dtype, 0, dim, norm);
+    if (!all_finite(norm, dim)) die("%s: tensor %s holds NaN or infinity", t->path, t->name);
     return norm;
 }
 
@@ -1024,8 +1048,9 @@ Model *model_load(const Checkpoint *c) {
     const Config *cfg = &m->config;
     m->embedding = load_float_linear(c, "model.embed_tokens", cfg->vocab_size, cfg->dim);
     m->norm = load_norm(c, "model.norm", cfg->dim);
-    m->lm_head =
-        cfg->tied ? m->embedding : load_float_linear(c, "lm_head", cfg->vocab_size, cfg->dim);
+    // A tied lm_head that rotation had to untie stands in the file all the same.
+    bool tied = cfg->tied && !checkpoint_find(c, "lm_head.weight");
+    m->lm_head = tied ? m->embedding : load_float_linear(c, "lm_head", cfg->vocab_size, cfg->dim);
     m->layers = allocate(cfg->n_layers, sizeof *m->layers);
     for (int i = 0; i < cfg->n_layers; i++) {
         Layer *layer = &m->layers[i];
@@ -1060,13 +1085,16 @@ Linear float_copy(const Linear *l, const char *name) {
     size_t n = (size_t)l->N * l->K;
     float *w = allocate(n, sizeof *w);
     floats(l->w, l->dtype, 0, n, w);
-    uint32_t max_bits = 0;
-    for (size_t i = 0; i < n; i++) {
-        uint32_t magnitude = float_to_bits(w[i]) & 0x7fffffff;
-        max_bits = magnitude > max_bits ? magnitude : max_bits;
-    }
-    if (max_bits >= 0x7f800000) die("tensor %s.weight holds NaN or infinity", name);
+    if (!all_finite(w, n)) die("tensor %s.weight holds NaN or infinity", name);
     return (Linear){.N = l->N, .K = l->K, .dtype = F32, .w = w};
+}
+
+void require_finite(const Linear *l, const char *name) {
+    float row[l->K];
+    for (size_t n = 0; n < (size_t)l->N; n++) {
+        floats(l->w, l->dtype, n * l->K, l->K, row);
+        if (!all_finite(row, l->K)) die("tensor %s.weight holds NaN or infinity", name);
+    }
 }
 
 Layer layer_float_copy(const Config *c, const Layer *layer, int index) {
@@ -1125,12 +1153,7 @@ void linear_shape(const Config *c, int k, int *N, int *K) {
  * ============================================================================================ */
 
 float quantize_row(const float *x, int K, int8_t *a) {
-    // Without its sign bit a float orders as an integer; NaN and infinity are above all others.
-    uint32_t max_bits = 0;
-    for (int k = 0; k < K; k++) {
-        uint32_t magnitude = float_to_bits(x[k]) & 0x7fffffff;
-        max_bits = magnitude > max_bits ? magnitude : max_bits;
-    }
+    uint32_t max_bits = max_magnitude_bits(x, K);
     float s_a = bits_to_float(max_bits) / 127.0f;
     if (max_bits >= 0x7f800000) s_a = NAN;
     for (int k = 0; k < K; k++) {
@@ -1203,15 +1226,20 @@ static float nearest_code(float w, float scale, float low) {
     return clamp(rintf(w / scale), low, 7.0f);
 }
 
-/* sum_k importance_k (w_k - q_k scale)^2 over n <= GROUP weights. */
-static float rounding_error(const float *w, const float *importance, int n, float scale,
-                            float low) {
+/* sum_k importance_k ((w_k - q_k scale) unit)^2 over n <= GROUP weights. */
+static float rounding_error(const float *w, const float *importance, int n, float scale, float low,
+                            float unit) {
     float squares[GROUP];
     for (int k = 0; k < n; k++) {
-        float e = w[k] - nearest_code(w[k], scale, low) * scale;
+        float e = (w[k] - nearest_code(w[k], scale, low) * scale) * unit;
         squares[k] = e * e;
     }
     return dot(squares, importance, n);
+}
+
+/* A power of two that brings max near 1, so that squares of errors neither over- nor underflow. */
+static float unit_of(float max) {
+    return ldexpf(1.0f, -ilogbf(max));
 }
 
 static float max_magnitude(const float *w, int n) {
@@ -1222,30 +1250,41 @@ static float max_magnitude(const float *w, int n) {
 
 /* s_channel of a row without groups: range / 7, range = p max|w|, p = 1, .99 .. .21. */
 static float search_channel_scale(const float *w, const float *importance, int K) {
-    float max = max_magnitude(w, K), best_scale = max / 7;
+    float max = max_magnitude(w, K), unit = unit_of(max), best_scale = max / 7;
     float least = INFINITY;
     for (int i = 0; i < 80; i++) {
         float scale = (1.0f - i / 100.0f) * max / 7, error = 0.0f;
         for (int k = 0; k < K; k += GROUP)
-            error +=
-                rounding_error(w + k, importance + k, K - k < GROUP ? K - k : GROUP, scale, -7);
+            error += rounding_error(w + k, importance + k, K - k < GROUP ? K - k : GROUP, scale, -7,
+                                    unit);
         if (error < least) least = error, best_scale = scale;
     }
     return best_scale;
 }
 
+/* The plain choice with groups: s_channel = max|w| 2/225, s_group = rint(max|w_g| 2/15 /
+ * s_channel).
+ */
+static float plain_group_scales(const float *w, int K, uint8_t *s_group) {
+    float scale = max_magnitude(w, K) / 225 * 2; // in this order nothing overflows
+    for (int g = 0; g < K / GROUP; g++)
+        s_group[g] = clamp(rintf(max_magnitude(w + g * GROUP, GROUP) / 15 * 2 / scale), 1, 15);
+    return scale;
+}
+
 /* s_channel of a row with groups: p max|w| 2/225, p = 1, 39/40 .. 17/40, each with the best s_group
  * [K/128]; of equals the larger p and the smaller s_group. */
 static float search_group_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
-    float max = max_magnitude(w, K), best_scale = 0.0f, least = INFINITY;
+    float max = max_magnitude(w, K), best_scale = plain_group_scales(w, K, s_group);
+    float least = INFINITY, unit = unit_of(max);
     uint8_t candidate[K / GROUP];
     for (int i = 0; i < 24; i++) {
-        float scale = (1.0f - i / 40.0f) * max * 2 / 225, total = 0.0f;
+        float scale = (1.0f - i / 40.0f) * max / 225 * 2, total = 0.0f;
         for (int g = 0; g < K / GROUP; g++) {
             float group_least = INFINITY;
             for (int s = 1; s <= 15; s++) {
-                float error =
-                    rounding_error(w + g * GROUP, importance + g * GROUP, GROUP, s * scale, -8);
+                float error = rounding_error(w + g * GROUP, importance + g * GROUP, GROUP,
+                                             s * scale, -8, unit);
                 if (error < group_least) group_least = error, candidate[g] = s;
             }
             total += group_least;
@@ -1267,11 +1306,7 @@ float choose_scales(const float *w, const float *importance, int K, uint8_t *s_g
     }
     if (importance && s_group) return search_group_scales(w, importance, K, s_group);
     if (importance) return search_channel_scale(w, importance, K);
-    if (!s_group) return max / 7;
-    float scale = max * 2 / 225;
-    for (int g = 0; g < K / GROUP; g++)
-        s_group[g] = clamp(rintf(max_magnitude(w + g * GROUP, GROUP) * 2 / 15 / scale), 1, 15);
-    return scale;
+    return s_group ? plain_group_scales(w, K, s_group) : max / 7;
 }
 
 Linear quantized_new(int N, int K, int group_size) {

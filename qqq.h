@@ -86,6 +86,9 @@ char *json_string(const Json *json, int node, size_t *bytes);
 /* A number node's value; false if the node is none or out of double's range. */
 bool json_number(const Json *json, int node, double *value);
 
+/* Writes `text` as a JSON string, quotes and escapes included. */
+void put_json_string(FILE *out, const char *text);
+
 /* ---- qqq.c 1: files ------------------------------------------------------------------------ */
 
 typedef enum { F32, F16, BF16, U8 } DType;
@@ -131,6 +134,9 @@ typedef struct {
  * inside the file and without overlap, sizes that agree with shapes. */
 Checkpoint *checkpoint_open(const char *path);
 void checkpoint_close(Checkpoint *c);
+
+/* Whether `path` is one of the files that the checkpoint has mapped, under any name. */
+bool checkpoint_has_file(const Checkpoint *c, const char *path);
 
 /* The tensor of that name, or NULL. */
 const Tensor *checkpoint_find(const Checkpoint *c, const char *name);
@@ -234,6 +240,9 @@ void model_free(Model *m);
 Linear float_copy(const Linear *l, const char *name);
 Layer layer_float_copy(const Config *c, const Layer *layer, int index);
 void layer_float_free(Layer *copy);
+
+/* Ends the program if float weights hold NaN or infinity. */
+void require_finite(const Linear *l, const char *name);
 
 /* Bytes of all weights that one token reads (an embedding row counts as one). */
 size_t model_bytes(const Model *m);

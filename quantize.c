@@ -33,7 +33,7 @@ static const char usage[] =
     "  -n WINDOWS     of it to use (as many as it gives, at most 128)\n"
     "  -l TOKENS      of each window (2048)\n"
     "  -s SEED        of the rotation (0)\n"
-    "  -e FILE        print the perplexity on a text, before and after\n"
+    "  -e FILE        print the perplexity on a text, before and after, in windows of 2048\n"
     "  -f             convert only: write an unquantized model.bin\n"
     "  -d cpu|cuda    device (cpu)\n"
     "  -h             this help\n";
@@ -187,7 +187,7 @@ static void record_inputs(const Calibration *c, const Layer *layer, int windows,
 
 /* Finds the thresholds and folds their scales into the layer. s_down [hidden_dim] is what the
  * inputs of down are divided by. */
-static void smooth(const Calibration *c, Layer *layer, Smoothing found[3]) {
+static void smooth(const Calibration *c, int l, Layer *layer, Smoothing found[3]) {
     int windows = c->n < SEARCH_WINDOWS ? c->n : SEARCH_WINDOWS, total = windows * c->length;
     int dims[3] = {c->config->dim, c->config->dim, c->config->hidden_dim};
     const Linear *linears[3] = {&layer->q, &layer->gate, &layer->down};
@@ -201,7 +201,8 @@ static void smooth(const Calibration *c, Layer *layer, Smoothing found[3]) {
         for (size_t j = 0; j < total * K; j++) {
             float magnitude = fabsf(inputs[i][j]);
             if (!(magnitude < INFINITY))
-                die("the input of %s is not finite", linear_names[linears[i] - layer->linears]);
+                die("layer %d: the input of %s holds NaN or infinity", l,
+                    linear_names[linears[i] - layer->linears]);
             max[j % K] = magnitude > max[j % K] ? magnitude : max[j % K];
         }
         scales[i] = allocate(K, sizeof(float));
@@ -395,6 +396,7 @@ static double final_scale(const Calibration *c, const float *norm) {
             xx += (double)x[i] * x[i];
         }
     }
+    if (!(xx < INFINITY)) die("the last layer's output holds NaN or infinity");
     return xx > 0 ? xf / xx : 1;
 }
 
@@ -452,7 +454,7 @@ static double quantize_layers(const Calibration *c, const Checkpoint *checkpoint
         Layer f = layer_float_copy(config, &m->layers[l], l);
         if (signs) rotate_layer(config, &f, signs);
         Smoothing found[3];
-        if (o->smooth) smooth(c, &f, found);
+        if (o->smooth) smooth(c, l, &f, found);
         Layer q = f; // its linears turn W4A8 one after the other
         Errors errors[N_LINEARS];
         quantize_half(c, l, &f, &q, false, errors);
@@ -540,32 +542,37 @@ static void put_f16(Writer *out, const char *name, const Linear *w) {
 /* How the file was made, for its metadata. */
 static char *describe(const Options *o, int windows) {
     char *text;
+    size_t bytes;
     const char *slash = strrchr(o->calibration, '/');
-    if (asprintf(&text,
-                 "{\"bits\":4,\"group_size\":%d,\"method\":\"%s\",\"smooth\":%d,\"rotate\":%d,"
-                 "\"seed\":%llu,\"mse\":%d,\"act_order\":%d,\"calibration\":\"%s\",\"windows\":%d,"
-                 "\"length\":%d}",
-                 o->group_size, o->gptq ? "gptq" : "rtn", o->smooth, o->rotate,
-                 (unsigned long long)o->seed, o->search_ranges, o->act_order,
-                 slash ? slash + 1 : o->calibration, windows, o->length) < 0)
-        die("out of memory");
+    FILE *out = open_memstream(&text, &bytes);
+    if (!out) die("out of memory");
+    fprintf(out,
+            "{\"bits\":4,\"group_size\":%d,\"method\":\"%s\",\"smooth\":%d,\"rotate\":%d,"
+            "\"seed\":%llu,\"mse\":%d,\"act_order\":%d,\"windows\":%d,\"length\":%d,"
+            "\"calibration\":",
+            o->group_size, o->gptq ? "gptq" : "rtn", o->smooth, o->rotate,
+            (unsigned long long)o->seed, o->search_ranges, o->act_order, windows, o->length);
+    put_json_string(out, slash ? slash + 1 : o->calibration);
+    fprintf(out, "}");
+    if (fclose(out)) die("out of memory");
     return text;
 }
 
-static void check_out(const Options *o) {
-    struct stat in, out;
+static void check_out(const Options *o, const Checkpoint *c) {
+    struct stat out;
     if (stat(o->out, &out)) return; // a new file
-    if (!stat(o->model, &in) && in.st_dev == out.st_dev && in.st_ino == out.st_ino)
-        die("%s: OUT is MODEL", o->out);
+    if (checkpoint_has_file(c, o->out)) die("%s: OUT is MODEL or a file of it", o->out);
     if (!S_ISREG(out.st_mode)) die("%s: not a regular file", o->out);
 }
 
 static void print_perplexity(const Options *o, const Checkpoint *c, const Model *m,
                              const char *what) {
+    int length = m->config.max_context < 2048 ? m->config.max_context : 2048;
     int n, windows, *tokens = text_tokens(c, m->config.bos, o->eval, &n);
-    if (n < o->length) die("%s: its %d tokens give no window of %d", o->eval, n, o->length);
-    double ppl = perplexity(m, tokens, n, o->length, 0, &windows, show_windows);
-    printf("%s: perplexity %.4f (%d windows of %d)\n", what, ppl, windows, o->length);
+    if (n < length) die("%s: its %d tokens give no window of %d", o->eval, n, length);
+    double ppl = perplexity(m, tokens, n, length, 0, &windows, show_windows);
+    printf("%s: perplexity %.4f (%d windows of %d)\n", what, ppl, windows, length);
+    fflush(stdout);
     free(tokens);
 }
 
@@ -602,6 +609,8 @@ static void quantize(Options *o, const Checkpoint *c) {
             die("%s: %s has %d input channels, no multiple of %d%s", o->model, linear_names[k], K,
                 unit, unit == GROUP ? " (-g -1 quantizes per channel)" : "");
     }
+    require_finite(&m->embedding, "model.embed_tokens");
+    require_finite(&m->lm_head, "lm_head");
     if (o->eval) print_perplexity(o, c, m, "before");
 
     Linear embedding = m->embedding, lm_head = m->lm_head;
@@ -664,8 +673,8 @@ static void quantize(Options *o, const Checkpoint *c) {
 
 int main(int argc, char **argv) {
     Options o = parse_options(argc, argv);
-    check_out(&o);
     Checkpoint *c = checkpoint_open(o.model);
+    check_out(&o, c);
     if (o.convert) convert(&o, c);
     else quantize(&o, c);
     checkpoint_close(c);
