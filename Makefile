@@ -51,8 +51,8 @@ demo: all
 	./quantize data/tiny $(DEMO) -n 16 -l 1024 -e data/eval.txt
 	./run $(DEMO) -s 1 -n 120 -i 'Once upon a time there lived a king who'
 
-# Without the variable idle threads spin, which slows everything down where cores are shared.
-test test-slow fuzz: export OMP_WAIT_POLICY = passive
+# Without it idle threads spin, which slows everything down where cores are shared.
+demo test test-slow fuzz: export OMP_WAIT_POLICY = passive
 
 test: all $(BUILD)/tests $(BUILD)/synthetic
 	$(BUILD)/tests

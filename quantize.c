@@ -539,11 +539,15 @@ static void put_f16(Writer *out, const char *name, const Linear *w) {
     free(half);
 }
 
+static const char *base_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
 /* How the file was made, for its metadata. */
 static char *describe(const Options *o, int windows) {
     char *text;
     size_t bytes;
-    const char *slash = strrchr(o->calibration, '/');
     FILE *out = open_memstream(&text, &bytes);
     if (!out) die("out of memory");
     fprintf(out,
@@ -552,7 +556,7 @@ static char *describe(const Options *o, int windows) {
             "\"calibration\":",
             o->group_size, o->gptq ? "gptq" : "rtn", o->smooth, o->rotate,
             (unsigned long long)o->seed, o->search_ranges, o->act_order, windows, o->length);
-    put_json_string(out, slash ? slash + 1 : o->calibration);
+    put_json_string(out, base_name(o->calibration));
     fprintf(out, "}");
     if (fclose(out)) die("out of memory");
     return text;
@@ -627,8 +631,8 @@ static void quantize(Options *o, const Checkpoint *c) {
     one_layer.n_layers = 1; // for buffers of one layer
     Calibration calibration = calibration_new(o, m, &embedding, c, &one_layer);
     if (calibration.n)
-        fprintf(stderr, "calibration: %s, %d windows of %d\n", o->calibration, calibration.n,
-                calibration.length);
+        fprintf(stderr, "calibration: %s, %d windows of %d\n", base_name(o->calibration),
+                calibration.n, calibration.length);
     char *quantization = describe(o, calibration.n);
     Tensors t = announce_all(o, c, m);
     Writer *out = writer_open(o->out, c, quantization, t.list, t.n);

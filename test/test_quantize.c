@@ -1408,6 +1408,103 @@ static void test_options(void) {
     unlink(OUT);
 }
 
+/* Input of q, k, v (stage 0), o (1), gate and up (2), down (3) of a layer, T tokens; their residual
+ * stream is in s->x. */
+static float *stage_input(const Config *c, const Layer *layer, State *s, int stage, int T) {
+    const float *norm = stage < 2 ? layer->attention_norm : layer->ffn_norm;
+    rmsnorm(s->x, norm, T, c->dim, c->norm_eps, s->xb);
+    if (stage == 1) attention_block(c, layer, s, 0, T, 0);
+    if (stage == 3) ffn_block(c, layer, s, T);
+    return stage == 1 ? s->att : stage == 3 ? s->gate : s->xb;
+}
+
+/* What ./quantize should do, from the parts that are tested above: qkv, o, gate and up, down one
+ * after the other, each on what reaches it through those already quantized, in int8. */
+static void test_pipeline(void) {
+    test_begin("quantize: each linear is calibrated on quantized inputs, towards the float model");
+    enum { T = 120, WINDOWS = 2, DIM = 128, ALL = T * WINDOWS };
+    make_model(SCRATCH "/made.bin", made);
+    if (!quantize(SCRATCH "/made.bin " OUT " -a 0 -m 0 -g -1 -c data/calib.txt -n %d -l %d",
+                  WINDOWS, T))
+        return;
+    Opened f = open_model(SCRATCH "/made.bin"), file = open_model(OUT);
+    Config c = f.m->config;
+    int n_tokens, *tokens = text_tokens(f.c, c.bos, "data/calib.txt", &n_tokens);
+    float *x[2]; // residual streams of the float and the quantized model
+    for (int i = 0; i < 2; i++) {
+        x[i] = allocate(ALL * DIM, sizeof(float));
+        for (int t = 0; t < ALL; t++)
+            floats(f.m->embedding.w, F32, (size_t)tokens[t] * DIM, DIM, x[i] + t * DIM);
+    }
+    c.n_layers = 1;
+    State *s = state_new(&c, T, T);
+    for (int l = 0; l < 2; l++) {
+        Layer layers[2] = {f.m->layers[l], f.m->layers[l]};
+        const int first[] = {0, 3, 4, 6}, count[] = {3, 1, 2, 1};
+        for (int stage = 0; stage < 4; stage++) {
+            int K = layers[0].linears[first[stage]].K;
+            float *in[2], *distance = allocate(ALL * DIM, sizeof *distance);
+            for (int i = 0; i < 2; i++) {
+                in[i] = allocate((size_t)ALL * K, sizeof(float));
+                for (int w = 0; w < WINDOWS; w++) {
+                    memcpy(s->x, x[i] + w * T * DIM, T * DIM * sizeof(float));
+                    memcpy(in[i] + w * T * K, stage_input(&c, &layers[i], s, stage, T),
+                           (size_t)T * K * sizeof(float));
+                }
+            }
+            for (int t = 0; t < ALL; t++) { // X, in int8, and F - X
+                int8_t a[256];
+                float s_a = quantize_row(in[1] + t * K, K, a);
+                for (int k = 0; k < K; k++) {
+                    in[1][t * K + k] = a[k] * s_a;
+                    in[0][t * K + k] -= in[1][t * K + k];
+                }
+            }
+            for (int i = 0; i < ALL * DIM; i++) distance[i] = x[0][i] - x[1][i];
+            double *H = moments(in[1], K, in[1], K, ALL), *C = moments(in[0], K, in[1], K, ALL);
+            double *R = stage % 2 ? moments(distance, DIM, in[1], K, ALL) : NULL;
+            Inverse inverse = hessian_inverse(H, K, true);
+            for (int i = first[stage]; i < first[stage] + count[stage]; i++) {
+                const Linear *w = &f.m->layers[l].linears[i], *got = &file.m->layers[l].linears[i];
+                float *target = allocate((size_t)w->N * K, sizeof *target);
+                corrected_target(w->w, w->N, &inverse, C, R, target);
+                layers[1].linears[i] = gptq(target, w->N, &inverse, NULL, -1);
+                int wrong = 0;
+                for (int n = 0; n < w->N; n++)
+                    for (int k = 0; k < K; k++)
+                        wrong += code_of(got, n, k) != code_of(&layers[1].linears[i], n, k);
+                check(wrong <= w->N * K / 100, "layer %d, %s: %d of %d codes differ", l,
+                      linear_names[i], wrong, w->N * K);
+                free(target);
+            }
+            for (int i = 0; i < 2 && stage % 2; i++) // the half is done
+                for (int w = 0; w < WINDOWS; w++) {
+                    float *stream = x[i] + w * T * DIM;
+                    memcpy(s->x, stream, T * DIM * sizeof(float));
+                    const float *input = stage_input(&c, &layers[i], s, stage, T);
+                    add_linear(&layers[i].linears[first[stage]], input, T, s->xb, stream);
+                }
+            inverse_free(&inverse);
+            free(H), free(C), free(R), free(distance), free(in[0]), free(in[1]);
+        }
+        for (int k = 0; k < N_LINEARS; k++) quantized_free(&layers[1].linears[k]);
+    }
+    double xf = 0, xx = 0; // the final norm's factor, by least squares
+    for (int i = 0; i < 2; i++) rmsnorm(x[i], f.m->norm, ALL, DIM, c.norm_eps, x[i]);
+    for (int i = 0; i < ALL * DIM; i++) {
+        xf += (double)x[0][i] * x[1][i];
+        xx += (double)x[1][i] * x[1][i];
+    }
+    for (int i = 0; i < DIM; i++)
+        check(fabs(file.m->norm[i] / f.m->norm[i] - xf / xx) < 1e-3, "final norm times %g, not %g",
+              file.m->norm[i] / f.m->norm[i], xf / xx);
+    state_free(s);
+    free(x[0]), free(x[1]), free(tokens);
+    close_model(f);
+    close_model(file);
+    unlink(OUT);
+}
+
 static void test_quality(void) {
     test_begin("quantize: data/tiny keeps its perplexity");
     const struct {
@@ -1944,6 +2041,7 @@ void test_quantize(void) {
     test_gptq_degenerate();
     test_corrected_target();
     test_options();
+    test_pipeline();
     test_quality();
     test_outliers();
     test_same_bytes();
