@@ -86,7 +86,7 @@ format:
 SAN = $(BUILD)/san
 fuzz:
 	$(MAKE) BUILD=$(SAN)/build BIN=$(SAN) \
-		CFLAGS='-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover' \
+		CFLAGS='-O2 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover' \
 		$(SAN)/run $(SAN)/quantize $(SAN)/build/tests $(SAN)/build/synthetic
 	ln -sfn $(CURDIR)/data $(SAN)/data
 	ln -sfn $(CURDIR)/test $(SAN)/test

@@ -1,5 +1,6 @@
 /* The harness of test.h and the list of tests. */
 #define _GNU_SOURCE
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -135,6 +136,8 @@ void test_quantize_slow(void);
 
 int main(int argc, char **argv) {
     if (system("mkdir -p build/test")) die("build/test: cannot be made");
+    int signals[] = {SIGINT, SIGTERM, SIGHUP}; // which nohup or a script may have set aside
+    for (int i = 0; i < 3; i++) signal(signals[i], SIG_DFL);
     if (argc > 1 && !strcmp(argv[1], "slow")) {
         test_slow();
         test_quantize_slow();

@@ -1204,13 +1204,17 @@ void test_forward(void) {
     int n;
     int *tokens = eval_tokens(&tiny, &n);
     test_chunks(&tiny, tokens);
+#ifndef __SANITIZE_ADDRESS__ // many minutes there
     test_long_context(&tiny, tokens);
+#endif
     test_begin("the number of threads changes no bit: data/tiny");
     check_threads(tiny.model, 100);
     free(tokens);
     unload(tiny);
 
+#ifndef __SANITIZE_ADDRESS__
     test_perplexity();
+#endif
 }
 
 /* What takes more than a minute; the models are not part of the repository. */
