@@ -1461,8 +1461,14 @@ static void test_pipeline(void) {
                 }
             }
             for (int i = 0; i < ALL * DIM; i++) distance[i] = x[0][i] - x[1][i];
-            double *H = moments(in[1], K, in[1], K, ALL), *C = moments(in[0], K, in[1], K, ALL);
-            double *R = stage % 2 ? moments(distance, DIM, in[1], K, ALL) : NULL;
+            // GPTQ is chaotic, so the sums are made as the program makes them, window by window.
+            double *H = allocate((size_t)K * K, sizeof *H), *C = allocate((size_t)K * K, sizeof *C);
+            double *R = stage % 2 ? allocate((size_t)DIM * K, sizeof *R) : NULL;
+            for (int t = 0; t < ALL; t += T) {
+                add_moments(H, in[1] + t * K, K, in[1] + t * K, K, T);
+                add_moments(C, in[0] + t * K, K, in[1] + t * K, K, T);
+                if (R) add_moments(R, distance + t * DIM, DIM, in[1] + t * K, K, T);
+            }
             Inverse inverse = hessian_inverse(H, K, true);
             for (int i = first[stage]; i < first[stage] + count[stage]; i++) {
                 const Linear *w = &f.m->layers[l].linears[i], *got = &file.m->layers[l].linears[i];
