@@ -26,7 +26,7 @@ help:
 	@echo 'make demo       quantize the embedded model, measure it, let it tell a story'
 	@echo 'make test       all quick tests'
 	@echo 'make test-slow  quality on the whole evaluation text; models in ../shared, if there'
-	@echo 'make test-gpu   the kernels against their C twins (needs nvcc and a GPU)'
+	@echo 'make test-gpu   the GPU against plain C (needs nvcc and a GPU)'
 	@echo 'make bench      speed of the kernels against cuBLAS (needs nvcc and a GPU)'
 	@echo 'make lint       all warnings as errors, gcc and clang; clang-format'
 	@echo 'make format     clang-format everything'
@@ -37,11 +37,19 @@ $(BUILD)/%.o: %.c qqq.h test/test.h Makefile
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -c $< -o $@
 
-$(BIN)/run $(BIN)/quantize: $(BIN)/%: $(BUILD)/%.o $(OBJECTS)
+# With nvcc `run` is linked with the GPU's part. CUDA= on make's command line leaves it out.
+CUDA ?= $(NVCC)
+GPU_LIBS = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcublas -lcudart_static -ldl -lrt -lpthread -lstdc++
+CUDA_LIB = $(abspath $(dir $(NVCC))../lib64)
+
+$(BUILD)/tests: $(TESTS)
+$(BIN)/run: $(BUILD)/run.o
+$(BIN)/run $(BUILD)/tests: $(OBJECTS) $(if $(CUDA),$(BUILD)/kernels.cu.o)
+	$(CC) $(FLAGS) $^ -o $@ $(LIBS) $(if $(CUDA),$(GPU_LIBS))
+
+$(BIN)/quantize: $(BUILD)/quantize.o $(OBJECTS)
 	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
 
-$(BUILD)/tests: $(TESTS) $(OBJECTS)
-	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
 
 $(BUILD)/synthetic: $(BUILD)/test/synthetic.o $(OBJECTS)
 	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
@@ -68,8 +76,9 @@ $(BUILD)/%.cu.o: %.cu qqq.h Makefile
 $(BUILD)/test_kernels $(BUILD)/bench_gemm: $(BUILD)/%: $(BUILD)/test/%.cu.o $(BUILD)/kernels.cu.o $(OBJECTS)
 	$(NVCC) $^ -o $@ $(LIBS) -lgomp -lcublas
 
-test-gpu: $(BUILD)/test_kernels
+test-gpu: all $(BUILD)/test_kernels $(BUILD)/tests
 	$(BUILD)/test_kernels
+	$(BUILD)/tests gpu
 
 bench: $(BUILD)/bench_gemm
 	$(BUILD)/bench_gemm $(BUILD)/bench_gemm.csv

@@ -1,8 +1,16 @@
 /* QQQ on the GPU. Each kernel has a plain-C twin in qqq.c.
  *
  *   1 W4A8 GEMM with mma.sync (and wgmma), per channel and per group, and the activation quantizer
+ *   2 the small kernels around the linears: RMSNorm and SwiGLU, with quantization in one pass
+ *   3 attention: of a prompt, and of one token of each sequence
+ *   4 the forward pass: weights, KV cache, a prompt, a decode step as one graph, perplexity
  */
 #include "qqq.h"
+
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <stdlib.h>
+#include <type_traits>
 
 static void cuda_check(cudaError_t status, const char *what) {
     if (status != cudaSuccess) die("%s: %s", what, cudaGetErrorString(status));
@@ -10,7 +18,7 @@ static void cuda_check(cudaError_t status, const char *what) {
 
 static void *device_alloc(size_t bytes) {
     void *p;
-    cuda_check(cudaMalloc(&p, bytes), "GPU memory");
+    if (cudaMalloc(&p, bytes) != cudaSuccess) die("no GPU memory for %.3f GB", bytes / 1e9);
     return p;
 }
 
@@ -411,6 +419,7 @@ struct GemmArgs {
     const int8_t *a;         // [M][K]
     const float *s_a;        // [M]
     half *y;                 // [M][N]
+    float *residual;         // [M][N]
     int *acc;                // [M][N] or NULL
     int4 *partial;           // [gridDim.x][2][TILE / 4] sums of blocks that share a tile
     int *arrived;            // [split_tiles] chunks whose sums are in `partial`; zero in between
@@ -679,7 +688,13 @@ __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2
                                                      ((float)c[1] * s_a[1]) * s_channel[i]));
         }
         int row = m0 + j * 8 + lane / 4;
-        if (row < p.M) {
+        if (p.residual) {
+            float *to = p.residual + (size_t)token * p.N + n0 + lane / 8 * 8 + lane / 4 % 2;
+            for (int i = 0; i < 8; i++)
+                if (token + i % 2 < p.M)
+                    to[i % 2 * p.N + i / 2 * 2] +=
+                        ((float)acc[i / 4][j][i % 4] * s_a[i % 2]) * s_channel[i / 2];
+        } else if (row < p.M) {
             *(uint4 *)(p.y + (size_t)row * p.N + n0 + lane % 4 * 8) =
                 make_uint4(out[0], out[1], out[2], out[3]);
         }
@@ -828,14 +843,14 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
  * launched so must wait_for_previous_kernel(), whatever it does: the one after it relies on that.
  */
 template <typename... Parameters, typename... Arguments>
-static void launch(void (*kernel)(Parameters...), int grid, int shared, cudaStream_t stream,
-                   Arguments... arguments) {
+static void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                   cudaStream_t stream, Arguments... arguments) {
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(grid);
-    config.blockDim = dim3(THREADS);
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = &overlap;
@@ -849,8 +864,12 @@ static size_t partial_ints() {
     return (size_t)multiprocessors() * 2 * 256 * 128;
 }
 
+static size_t gemm_workspace_bytes() {
+    return (partial_ints() + 4 * multiprocessors()) * sizeof(int);
+}
+
 int *gpu_gemm_workspace(void) {
-    size_t bytes = (partial_ints() + 4 * multiprocessors()) * sizeof(int);
+    size_t bytes = gemm_workspace_bytes();
     int *workspace = (int *)device_alloc(bytes);
     cuda_check(cudaMemset(workspace, 0, bytes), "GEMM workspace");
     return workspace;
@@ -888,7 +907,7 @@ static void launch_gemm(GemmArgs p, int blocks, bool split, cudaStream_t stream)
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     cuda_check(allowed, "shared memory");
-    launch(kernel, blocks, shared, stream, p);
+    launch(kernel, blocks, THREADS, shared, stream, p);
 }
 
 template <bool GROUPS>
@@ -938,8 +957,9 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
 }
 
 void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
-                  half *y, int *acc, int *workspace, cudaStream_t stream) {
+                  half *y, float *residual, int *acc, int *workspace, cudaStream_t stream) {
     GemmArgs p = {};
+    p.residual = residual;
     p.M = M;
     p.N = l->N;
     p.K = l->K;
@@ -960,8 +980,8 @@ void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const 
 }
 
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
-                   int *workspace, cudaStream_t stream) {
-    gpu_gemm_run(gpu_gemm_choose(l, M, false), l, a, s_a, M, y, NULL, workspace, stream);
+                   float *residual, int *workspace, cudaStream_t stream) {
+    gpu_gemm_run(gpu_gemm_choose(l, M, false), l, a, s_a, M, y, residual, NULL, workspace, stream);
 }
 
 /* ---- the activation quantizer ---------------------------------------------------------------- */
@@ -1009,5 +1029,1433 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream_t stream) {
-    launch(quantize_kernel, M, 0, stream, x, K, a, s_a);
+    launch(quantize_kernel, M, THREADS, 0, stream, x, K, a, s_a);
+}
+
+/* ================================================================================================
+ * 2. The small kernels around the linears
+ *
+ *     h = x / sqrt(mean(x^2) + eps) * weight          RMSNorm, arXiv 1910.07467
+ *     h = silu(gate) * up                             SwiGLU, arXiv 2002.05202
+ *     s_a = max|h| / 127,  a = rint(h / s_a)          at the end of either, in the same pass
+ *
+ * What is kept in which precision, and why no value can overflow:
+ *   - the residual stream x is float32: in LLaMA 3.1 8B it reaches thousands, and grows by sums;
+ *   - q, k, v, gate and up are halves: linears of a normed row, so that |y_n| <= |w_n| |h|, far
+ *     below 65504; attention's output is a mean of v's;
+ *   - the product silu(gate) * up could pass 65504. It stays float32 until it is divided by its
+ *     row's own scale: s_a for int8; a power of two, nearly always 1, for halves;
+ *   - o and down add their float32 sums to x.
+ *
+ * A row is one block's. It stays in shared memory between the passes over it.
+ * ============================================================================================== */
+
+/* Eight consecutive values, which one thread handles: 16 bytes of halves, 8 of int8. */
+struct Eight {
+    float v[8];
+};
+
+__device__ __forceinline__ Eight from_halves(uint4 bits) {
+    const half2 *pairs = (const half2 *)&bits;
+    Eight e;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 f = __half22float2(pairs[i]);
+        e.v[2 * i] = f.x;
+        e.v[2 * i + 1] = f.y;
+    }
+    return e;
+}
+
+__device__ __forceinline__ uint4 to_halves(const Eight &e) {
+    uint4 bits;
+    half2 *pairs = (half2 *)&bits;
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs[i] = __floats2half2_rn(e.v[2 * i], e.v[2 * i + 1]);
+    return bits;
+}
+
+__device__ __forceinline__ Eight from_floats(const float4 *p) {
+    float4 a = p[0], b = p[1];
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+
+/* A row of floats in shared memory, the i-th Eight in two halves so that no two threads of a
+ * quarter warp meet in a bank. */
+struct SharedRow {
+    float4 *p;
+    int eights;
+    __device__ void put(int i, const Eight &e) {
+        p[i] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
+        p[eights + i] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
+    }
+    __device__ Eight get(int i) const {
+        float4 a = p[i], b = p[eights + i];
+        return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+    }
+};
+
+/* Over all threads of a block, each of which gets the result. */
+__device__ static float block_sum(float x) {
+    __shared__ float sums[32];
+    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = threadIdx.x % 32 < blockDim.x / 32 ? sums[threadIdx.x % 32] : 0;
+    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    return x;
+}
+
+__device__ static uint32_t block_max(uint32_t x) {
+    __shared__ uint32_t maxima[32];
+    x = __reduce_max_sync(~0u, x);
+    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = threadIdx.x % 32 < blockDim.x / 32 ? maxima[threadIdx.x % 32] : 0;
+    return __reduce_max_sync(~0u, x);
+}
+
+/* The magnitude of a float as an integer of the same order; NaN and infinity are above all. */
+__device__ __forceinline__ uint32_t magnitude(const Eight &e) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(e.v[i]) & 0x7fffffff);
+    return most;
+}
+
+constexpr uint32_t INFINITE = 0x7f800000;
+
+/* s_a of a row whose largest magnitude is `most`. */
+__device__ __forceinline__ float activation_scale(uint32_t most) {
+    return __fdiv_rn(__uint_as_float(most >= INFINITE ? 0x7fc00000 : most), 127.0f);
+}
+
+__device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
+    uint32_t bytes[2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float r = s_a > 0 ? rintf(__fdiv_rn(e.v[i], s_a)) : 0;
+        int q = (int)fminf(fmaxf(r, -128.0f), 127.0f);
+        bytes[i / 4] |= (q & 0xff) << i % 4 * 8;
+    }
+    return make_uint2(bytes[0], bytes[1]);
+}
+
+/* The end of both kernels: the block's row, of K values with the largest magnitude `most`. */
+__device__ static void write_row(const SharedRow &row, int K, uint32_t most,
+                                 const LinearInput &out) {
+    most = block_max(most);
+    float s = 1;
+    if (out.a) {
+        s = activation_scale(most);
+    } else if (out.scale && most < INFINITE) {
+        // 2^e, the least with max|h| / 2^e < 2^15; its bits are the exponent + 127 alone.
+        int exponent = (int)(most >> 23) - 127;
+        if (exponent > 14) s = __int_as_float((exponent - 14 + 127) << 23);
+    }
+    if (out.scale && threadIdx.x == 0) out.scale[blockIdx.x] = s;
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
+        Eight e = row.get(i);
+        if (out.a) {
+            ((uint2 *)(out.a + (size_t)blockIdx.x * K))[i] = quantize_eight(e, s);
+        } else {
+            for (int j = 0; j < 8; j++) e.v[j] /= s;
+            ((uint4 *)(out.h + (size_t)blockIdx.x * K))[i] = to_halves(e);
+        }
+    }
+}
+
+/* Twin: rmsnorm(), quantize_row(). */
+__global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, float eps,
+                               LinearInput out) {
+    extern __shared__ float4 shared_row[];
+    SharedRow row = {shared_row, dim / 8};
+    launch_dependents();
+    wait_for_previous_kernel();
+    const float4 *x_row = (const float4 *)(x + (size_t)blockIdx.x * dim);
+    float sum = 0;
+    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
+        Eight e = from_floats(x_row + 2 * i);
+        for (int j = 0; j < 8; j++) sum += e.v[j] * e.v[j];
+        row.put(i, e);
+    }
+    float scale = 1.0f / sqrtf(block_sum(sum) / dim + eps);
+    uint32_t most = 0;
+    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
+        Eight e = row.get(i), w = from_floats((const float4 *)weight + 2 * i);
+        for (int j = 0; j < 8; j++) e.v[j] = e.v[j] * scale * w.v[j];
+        most = max(most, magnitude(e));
+        row.put(i, e);
+    }
+    write_row(row, dim, most, out);
+}
+
+/* gate_up [T][2][hidden_dim]. Twin: swiglu(), quantize_row(). */
+__global__ void swiglu_kernel(const half *gate_up, int hidden_dim, LinearInput out) {
+    extern __shared__ float4 shared_row[];
+    SharedRow row = {shared_row, hidden_dim / 8};
+    launch_dependents();
+    wait_for_previous_kernel();
+    const uint4 *gate = (const uint4 *)(gate_up + (size_t)blockIdx.x * 2 * hidden_dim);
+    const uint4 *up = gate + hidden_dim / 8;
+    uint32_t most = 0;
+    for (int i = threadIdx.x; i < hidden_dim / 8; i += blockDim.x) {
+        Eight e = from_halves(gate[i]), u = from_halves(up[i]);
+        for (int j = 0; j < 8; j++) e.v[j] = e.v[j] / (1.0f + expf(-e.v[j])) * u.v[j];
+        most = max(most, magnitude(e));
+        row.put(i, e);
+    }
+    write_row(row, hidden_dim, most, out);
+}
+
+/* Threads of a block for a row of K: few rows are to be done soon, many side by side. */
+static int row_threads(int T, int K) {
+    int threads = min(1024, (K / 8 + 31) / 32 * 32);
+    return T <= 2 * multiprocessors() ? threads : min(threads, 256);
+}
+
+/* Lets a kernel have so much dynamic shared memory. */
+template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               "shared memory");
+}
+
+void gpu_rmsnorm(const float *x, const float *weight, int T, int dim, float eps, LinearInput out,
+                 cudaStream_t stream) {
+    allow_shared(rmsnorm_kernel, dim * sizeof(float));
+    launch(rmsnorm_kernel, T, row_threads(T, dim), dim * sizeof(float), stream, x, weight, dim, eps,
+           out);
+}
+
+void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cudaStream_t stream) {
+    allow_shared(swiglu_kernel, hidden_dim * sizeof(float));
+    launch(swiglu_kernel, T, row_threads(T, hidden_dim), hidden_dim * sizeof(float), stream,
+           gate_up, hidden_dim, out);
+}
+
+/* x [T][dim] = rows of the embedding [vocab_size][dim]. */
+__global__ void embed_kernel(const half *embedding, const int *tokens, int dim, float *x) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const half *from = embedding + (size_t)tokens[blockIdx.x] * dim;
+    float *to = x + (size_t)blockIdx.x * dim;
+    for (int i = threadIdx.x; i < dim; i += blockDim.x) to[i] = __half2float(from[i]);
+}
+
+/* ================================================================================================
+ * 3. Attention
+ *
+ *     out = softmax(q k^T / sqrt(d)) v,   causal;   query head h reads KV head h / group
+ *
+ * without ever holding a row of the softmax: keys come in tiles, and with each tile the maximum m,
+ * the sum l and the output o of the ones before are corrected (FlashAttention, arXiv 2205.14135):
+ *
+ *     m' = max(m, max s),   l' = l e^(m - m') + sum e^(s - m'),   o' = o e^(m - m') + e^(s - m') v
+ *
+ * A prompt is bound by arithmetic: many queries share a tile of keys in shared memory. A decoded
+ * token is bound by reading the cache: each KV head's positions are spread over warps and blocks,
+ * whose m, l, o are joined at the end by the same rule (arXiv 2311.01282), and keys and values go
+ * from global memory straight into the registers in which mma wants them.
+ *
+ * In both the query heads of one KV head share its loads: they are rows of the same products.
+ * Twin: attention() and rope() in qqq.c. head_dim is 64 or 128.
+ * ============================================================================================== */
+
+/* Where keys and values of one layer are: [n_sequences][n_kv_heads][context][head_dim]. */
+struct Cache {
+    half *keys, *values;
+    int n_kv_heads, context;
+    __device__ size_t at(int sequence, int kv_head, int head_dim) const {
+        return ((size_t)sequence * n_kv_heads + kv_head) * context * head_dim;
+    }
+};
+
+/* c [16][8] += a [16][16] . b [8][16] over a warp, halves; the layout is that of the int8 mma above
+ * with pairs of halves for the four bytes. */
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* As load_matrices(), each 8x8 matrix transposed. */
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&b)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(address));
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    half2 pair = __floats2half2_rn(low, high);
+    return *(uint32_t *)&pair;
+}
+
+/* Turns the pair of halves (first, second), head_dim / 2 apart, by an angle: twice, for the two
+ * dimensions that a register holds. angles: cos, sin, cos, sin. */
+__device__ __forceinline__ void rotate_pairs(uint32_t &first, uint32_t &second, float4 angles) {
+    float2 a = __half22float2(*(half2 *)&first), b = __half22float2(*(half2 *)&second);
+    first = pack(a.x * angles.x - b.x * angles.y, a.y * angles.z - b.y * angles.w);
+    second = pack(b.x * angles.x + a.x * angles.y, b.y * angles.z + a.y * angles.w);
+}
+
+/* Softmax scores are kept in units of log 2, for exp2. */
+__device__ __forceinline__ float score_scale(int head_dim) {
+    return 1.44269504f / sqrtf(head_dim);
+}
+
+/* ---- a prompt -------------------------------------------------------------------------------- */
+
+/* k (after RoPE) and v of tokens at pos .. pos + T - 1 into the cache. qkv [T][qkv_dim]: all query
+ * heads, then k, then v. One block a token. */
+__global__ void write_cache_kernel(const half *qkv, int q_dim, int head_dim, int sequence, int pos,
+                                   const float4 *rope, Cache cache) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const int t = blockIdx.x, kv_dim = cache.n_kv_heads * head_dim, quarter = head_dim / 4;
+    const uint32_t *k = (const uint32_t *)(qkv + (size_t)t * (q_dim + 2 * kv_dim) + q_dim);
+    const uint32_t *v = k + kv_dim / 2;
+    for (int i = threadIdx.x; i < cache.n_kv_heads * quarter; i += blockDim.x) {
+        int head = i / quarter, j = i % quarter; // dimensions 2j, 2j + 1 and those head_dim / 2 on
+        const uint32_t *k_head = k + head * 2 * quarter, *v_head = v + head * 2 * quarter;
+        uint32_t first = k_head[j], second = k_head[j + quarter];
+        rotate_pairs(first, second, rope[(size_t)(pos + t) * quarter + j]);
+        size_t row = cache.at(sequence, head, head_dim) + (size_t)(pos + t) * head_dim;
+        uint32_t *to_k = (uint32_t *)(cache.keys + row), *to_v = (uint32_t *)(cache.values + row);
+        to_k[j] = first;
+        to_k[j + quarter] = second;
+        to_v[j] = v_head[j];
+        to_v[j + quarter] = v_head[j + quarter];
+    }
+}
+
+constexpr int KEYS = 64; // of a tile
+
+/* A tile of keys or values in shared memory, [KEYS][HEAD_DIM] halves: where the 16-byte piece
+ * `column` of `row` is. XORed as in activation_place(), for the same reason. */
+template <int HEAD_DIM> __device__ __forceinline__ uint32_t key_place(int row, int column) {
+    return row * HEAD_DIM * 2 + (column / 8 * 8 + (column % 8 ^ row % 8)) * 16;
+}
+
+/* One block is one KV head and up to 128 rows of queries, 16 a warp. A row is a token and one of
+ * the `group` query heads: row r is token r / group, head r % group. */
+template <int HEAD_DIM>
+__global__ void __launch_bounds__(THREADS, 1)
+    attention_prefill_kernel(const half *qkv, int T, int group, int sequence, int pos,
+                             const float4 *rope, Cache cache, half *out) {
+    constexpr int STEPS = HEAD_DIM / 16, PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
+    extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
+    const uint32_t tiles = (uint32_t)__cvta_generic_to_shared(shared);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int tokens = 16 * WARPS / group;                // of this block
+    const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens; // the longest first
+    const int kv_head = blockIdx.x, q_dim = cache.n_kv_heads * group * HEAD_DIM;
+    const int qkv_dim = q_dim + 2 * cache.n_kv_heads * HEAD_DIM;
+    const int n_keys = pos + min(t0 + tokens, T); // of the last token
+    const half *keys = cache.keys + cache.at(sequence, kv_head, HEAD_DIM);
+    const half *values = cache.values + cache.at(sequence, kv_head, HEAD_DIM);
+    launch_dependents();
+    wait_for_previous_kernel();
+
+    auto load_tile = [&](int first, int stage) { // 64 positions, zeros past the end
+        for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
+            int row = i / PIECES, column = i % PIECES;
+            uint32_t to = tiles + stage * 2 * TILE + key_place<HEAD_DIM>(row, column);
+            bool there = first + row < n_keys;
+            size_t from = (size_t)(there ? first + row : 0) * HEAD_DIM + column * 8;
+            copy_async_16(to, keys + from, there, true);
+            copy_async_16(to + TILE, values + from, there, true);
+        }
+    };
+    load_tile(0, 0);
+
+    // This lane's two rows of queries, as mma's left operand, turned by RoPE: dimension i and its
+    // partner i + HEAD_DIM / 2 are STEPS / 2 steps apart in the same lane.
+    uint32_t q[STEPS][4] = {};
+    int position[2]; // of the two rows; -1: there is none
+    size_t place[2]; // of their heads in a [T][q_dim]
+    for (int i = 0; i < 2; i++) {
+        int row = warp * 16 + lane / 4 + 8 * i, t = t0 + row / group;
+        bool there = row < tokens * group && t < T;
+        position[i] = there ? pos + t : -1;
+        place[i] = (size_t)t * q_dim + (kv_head * group + row % group) * HEAD_DIM;
+        if (!there) continue;
+        const uint32_t *from = (const uint32_t *)(qkv + place[i] + (size_t)t * (qkv_dim - q_dim));
+        const float4 *angles = rope + (size_t)(pos + t) * (HEAD_DIM / 4);
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            for (int j = 0; j < 2; j++) q[s][i + 2 * j] = from[s * 8 + j * 4 + lane % 4];
+        }
+#pragma unroll
+        for (int s = 0; s < STEPS / 2; s++) {
+            for (int j = 0; j < 2; j++) {
+                rotate_pairs(q[s][i + 2 * j], q[s + STEPS / 2][i + 2 * j],
+                             angles[s * 8 + j * 4 + lane % 4]);
+            }
+        }
+    }
+
+    float o[HEAD_DIM / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};
+    const float scale = score_scale(HEAD_DIM);
+    for (int first = 0, stage = 0; first < n_keys; first += KEYS, stage ^= 1) {
+        copy_async_wait();
+        __syncthreads(); // the tile is there, and the other one free
+        if (first + KEYS < n_keys) load_tile(first + KEYS, stage ^ 1);
+        const uint32_t k_tile = tiles + stage * 2 * TILE, v_tile = k_tile + TILE;
+
+        // s [16 rows][64 keys] = q k^T. One ldmatrix: 8 keys x 32 dimensions or two steps.
+        float s[KEYS / 8][4] = {};
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+            for (int step = 0; step < STEPS; step += 2) {
+                uint32_t b[4];
+                load_matrices(b,
+                              k_tile + key_place<HEAD_DIM>(j * 8 + lane % 8, step * 2 + lane / 8));
+                mma(s[j], q[step], b[0], b[1]);
+                mma(s[j], q[step + 1], b[2], b[3]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float most = m[i];
+#pragma unroll
+            for (int j = 0; j < KEYS / 8; j++) {
+                for (int e = 0; e < 2; e++) {
+                    float &x = s[j][2 * i + e];
+                    bool seen = first + j * 8 + lane % 4 * 2 + e <= position[i];
+                    x = seen ? x * scale : -INFINITY;
+                    most = fmaxf(most, x);
+                }
+            }
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            float base = most == -INFINITY ? 0 : most; // a row that is not there
+            float shrink = exp2f(m[i] - base);
+            m[i] = most;
+            l[i] *= shrink;
+#pragma unroll
+            for (int j = 0; j < KEYS / 8; j++) {
+                for (int e = 0; e < 2; e++) {
+                    float &x = s[j][2 * i + e];
+                    x = exp2f(x - base);
+                    l[i] += x;
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < HEAD_DIM / 8; j++) {
+                for (int e = 0; e < 2; e++) o[j][2 * i + e] *= shrink;
+            }
+        }
+
+        // o += p v: sums of one mma are, lane for lane, the left operand of the next.
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; j++) {
+            const uint32_t p[4] = {pack(s[2 * j][0], s[2 * j][1]), pack(s[2 * j][2], s[2 * j][3]),
+                                   pack(s[2 * j + 1][0], s[2 * j + 1][1]),
+                                   pack(s[2 * j + 1][2], s[2 * j + 1][3])};
+#pragma unroll
+            for (int d = 0; d < HEAD_DIM / 8; d += 2) {
+                uint32_t b[4]; // 16 keys x 16 dimensions
+                load_matrices_transposed(
+                    b, v_tile + key_place<HEAD_DIM>(j * 16 + lane % 16, d + lane / 16));
+                mma(o[d], p, b[0], b[1]);
+                mma(o[d + 1], p, b[2], b[3]);
+            }
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        l[i] += __shfl_xor_sync(~0u, l[i], 1);
+        l[i] += __shfl_xor_sync(~0u, l[i], 2);
+        if (position[i] < 0) continue;
+        uint32_t *to = (uint32_t *)(out + place[i]);
+#pragma unroll
+        for (int d = 0; d < HEAD_DIM / 8; d++) {
+            to[d * 4 + lane % 4] = pack(o[d][2 * i] / l[i], o[d][2 * i + 1] / l[i]);
+        }
+    }
+}
+
+/* ---- a decoded token ------------------------------------------------------------------------- */
+
+constexpr int DECODE_WARPS = 4;
+constexpr int MAX_SPLITS = 32; // blocks that share a sequence's positions: a lane each at the end
+constexpr int HEADS = 8;       // query heads of a block: mma's right side is 8 wide
+
+/* Attention of one new token for each sequence, its RoPE and its place in the cache included. Block
+ * (split, heads, sequence): one of gridDim.x parts of the positions of a sequence, for up to 8
+ * query heads of one KV head. A warp takes every fourth tile of 16 positions:
+ *
+ *     s^T [16 positions][8 heads] = k q^T          o^T [head_dim][8 heads] += v^T p^T
+ *
+ * The order of dimensions in a sum does not matter, and that of rows of o^T is ours to choose, so
+ * that every operand of mma is part of a 16-byte load (lane 4g + t, j and i count its loads):
+ *
+ *     of k, positions g and g + 8:            dimensions 32 j + 8 t .. + 7, for two steps of mma
+ *     of v, positions 2t, 2t+1, 2t+8, 2t+9:   dimensions 64 i + 8 g .. + 7, for four tiles of o^T
+ *
+ * partial [blocks][HEADS * (HEAD_DIM + 2)]: o, m, l for the block that comes last. */
+template <int HEAD_DIM>
+__global__ void __launch_bounds__(DECODE_WARPS * 32, 3)
+    attention_decode_kernel(const half *qkv, int group, const int *positions, const float4 *rope,
+                            Cache cache, half *out, float *partial, int *arrived) {
+    constexpr int K_LOADS = HEAD_DIM / 32, V_LOADS = HEAD_DIM / 64;
+    __shared__ float sums[DECODE_WARPS][HEADS][HEAD_DIM + 1]; // + 1: other banks
+    __shared__ uint4 q[K_LOADS][32];
+    __shared__ float maxima[DECODE_WARPS][HEADS], totals[DECODE_WARPS][HEADS];
+    __shared__ float factors[HEADS][MAX_SPLITS];
+    __shared__ bool last;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int eights = (group + HEADS - 1) / HEADS; // of query heads, to a KV head
+    const int kv_head = blockIdx.y / eights, sequence = blockIdx.z;
+    const int head0 = kv_head * group + blockIdx.y % eights * HEADS;
+    const int n_heads = min(HEADS, (kv_head + 1) * group - head0);
+    const int q_dim = cache.n_kv_heads * group * HEAD_DIM, kv_dim = cache.n_kv_heads * HEAD_DIM;
+    launch_dependents();
+    wait_for_previous_kernel();
+
+    const int pos = positions[sequence], tiles = pos / 16 + 1;
+    const int tile0 = (int)((long long)tiles * blockIdx.x / gridDim.x);
+    const int tile1 = (int)((long long)tiles * (blockIdx.x + 1) / gridDim.x);
+    half *keys = cache.keys + cache.at(sequence, kv_head, HEAD_DIM);
+    half *values = cache.values + cache.at(sequence, kv_head, HEAD_DIM);
+    const half *row = qkv + (size_t)sequence * (q_dim + 2 * kv_dim);
+    const float4 *angles = rope + (size_t)pos * (HEAD_DIM / 4);
+
+    // The new token's k and v: by the block whose part they are in.
+    if (tile1 == tiles && threadIdx.x < HEAD_DIM / 4) {
+        const uint32_t *k = (const uint32_t *)(row + q_dim + kv_head * HEAD_DIM);
+        const uint32_t *v = k + kv_dim / 2;
+        uint32_t first = k[threadIdx.x], second = k[threadIdx.x + HEAD_DIM / 4];
+        rotate_pairs(first, second, angles[threadIdx.x]);
+        uint32_t *to_k = (uint32_t *)(keys + (size_t)pos * HEAD_DIM);
+        uint32_t *to_v = (uint32_t *)(values + (size_t)pos * HEAD_DIM);
+        to_k[threadIdx.x] = first;
+        to_k[threadIdx.x + HEAD_DIM / 4] = second;
+        to_v[threadIdx.x] = v[threadIdx.x];
+        to_v[threadIdx.x + HEAD_DIM / 4] = v[threadIdx.x + HEAD_DIM / 4];
+    }
+
+    // Query head g in the dimensions of a lane's keys, RoPE applied: the same for every warp. Loads
+    // j and j + K_LOADS / 2 are partners.
+    if (warp < K_LOADS / 2) {
+        uint4 first = {}, second = {};
+        if (g < n_heads) {
+            const half *from = row + (size_t)(head0 + g) * HEAD_DIM + warp * 32 + t * 8;
+            const float4 *a = angles + warp * 16 + t * 4;
+            first = *(const uint4 *)from;
+            second = *(const uint4 *)(from + HEAD_DIM / 2);
+            rotate_pairs(first.x, second.x, a[0]);
+            rotate_pairs(first.y, second.y, a[1]);
+            rotate_pairs(first.z, second.z, a[2]);
+            rotate_pairs(first.w, second.w, a[3]);
+        }
+        q[warp][lane] = first;
+        q[warp + K_LOADS / 2][lane] = second;
+    }
+    __syncthreads(); // now there are q, and the new token's k and v
+
+    uint4 k[K_LOADS][2], v[V_LOADS][4];
+    // Past the end the last position is read again: its weight there will be 0.
+    auto load_keys = [&](int tile) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int from = min(tile * 16 + g + 8 * i, pos) * HEAD_DIM + t * 8;
+#pragma unroll
+            for (int j = 0; j < K_LOADS; j++) {
+                k[j][i] = __ldcg((const uint4 *)(keys + from + j * 32));
+            }
+        }
+    };
+    auto load_values = [&](int tile) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int from = min(tile * 16 + i / 2 * 8 + 2 * t + i % 2, pos) * HEAD_DIM + g * 8;
+#pragma unroll
+            for (int j = 0; j < V_LOADS; j++) {
+                v[j][i] = __ldcg((const uint4 *)(values + from + j * 64));
+            }
+        }
+    };
+
+    float o[V_LOADS][4][4] = {};                    // rows 64 i + 8 g + 2 e, + 1; heads
+    float m[2] = {-INFINITY, -INFINITY}, l[2] = {}; // of heads 2 t, 2 t + 1
+    const float scale = score_scale(HEAD_DIM);
+    int tile = tile0 + warp;
+    if (tile < tile1) {
+        load_keys(tile);
+        load_values(tile);
+    }
+    for (; tile < tile1; tile += DECODE_WARPS) {
+        float s[4] = {};
+#pragma unroll
+        for (int j = 0; j < K_LOADS; j++) {
+            const uint32_t a[4] = {k[j][0].x, k[j][1].x, k[j][0].y, k[j][1].y};
+            const uint32_t b[4] = {k[j][0].z, k[j][1].z, k[j][0].w, k[j][1].w};
+            const uint4 q_j = q[j][lane];
+            mma(s, a, q_j.x, q_j.y);
+            mma(s, b, q_j.z, q_j.w);
+        }
+        // What is used up makes room for the next tile.
+        if (tile + DECODE_WARPS < tile1) load_keys(tile + DECODE_WARPS);
+        float p[4], shrink[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float most = m[h];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                bool seen = tile * 16 + g + 8 * i <= pos;
+                s[2 * i + h] = seen ? s[2 * i + h] * scale : -INFINITY;
+                most = fmaxf(most, s[2 * i + h]);
+            }
+            for (int i = 4; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
+            shrink[h] = exp2f(m[h] - most);
+            m[h] = most;
+            p[h] = exp2f(s[h] - most);
+            p[2 + h] = exp2f(s[2 + h] - most);
+            l[h] = l[h] * shrink[h] + p[h] + p[2 + h];
+        }
+        const uint32_t b0 = transpose_8x8(__floats2half2_rn(p[0], p[1]));
+        const uint32_t b1 = transpose_8x8(__floats2half2_rn(p[2], p[3]));
+#pragma unroll
+        for (int i = 0; i < V_LOADS; i++) {
+            const uint32_t *rows[4] = {(uint32_t *)&v[i][0], (uint32_t *)&v[i][1],
+                                       (uint32_t *)&v[i][2], (uint32_t *)&v[i][3]};
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                for (int c = 0; c < 4; c++) o[i][e][c] *= shrink[c % 2];
+                // Two positions of one dimension side by side: low halves, high halves.
+                const uint32_t a[4] = {__byte_perm(rows[0][e], rows[1][e], 0x5410),
+                                       __byte_perm(rows[0][e], rows[1][e], 0x7632),
+                                       __byte_perm(rows[2][e], rows[3][e], 0x5410),
+                                       __byte_perm(rows[2][e], rows[3][e], 0x7632)};
+                mma(o[i][e], a, b0, b1);
+            }
+        }
+        if (tile + DECODE_WARPS < tile1) load_values(tile + DECODE_WARPS);
+    }
+
+    // Joins the warps: a warp's share is scaled by e^(m - maximum of all).
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        for (int i = 4; i < 32; i *= 2) l[h] += __shfl_xor_sync(~0u, l[h], i);
+        const int head = 2 * t + h;
+        if (head >= n_heads) continue;
+        if (g == 0) {
+            maxima[warp][head] = m[h];
+            totals[warp][head] = l[h];
+        }
+#pragma unroll
+        for (int i = 0; i < V_LOADS; i++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                sums[warp][head][i * 64 + g * 8 + 2 * e] = o[i][e][h];
+                sums[warp][head][i * 64 + g * 8 + 2 * e + 1] = o[i][e][2 + h];
+            }
+        }
+    }
+    __syncthreads();
+
+    constexpr int PARTIAL = HEADS * (HEAD_DIM + 2); // floats of a block: o, m, l
+    const int row_of_blocks = (sequence * gridDim.y + blockIdx.y) * gridDim.x;
+    float *parts = partial + (size_t)row_of_blocks * PARTIAL;
+    float *mine = parts + blockIdx.x * PARTIAL;
+    half *to = out + (size_t)sequence * q_dim + head0 * HEAD_DIM;
+    for (int i = threadIdx.x; i < n_heads * HEAD_DIM; i += blockDim.x) {
+        int head = i / HEAD_DIM, d = i % HEAD_DIM;
+        float most = -INFINITY, total = 0, sum = 0;
+        for (int w = 0; w < DECODE_WARPS; w++) most = fmaxf(most, maxima[w][head]);
+        for (int w = 0; w < DECODE_WARPS; w++) {
+            if (maxima[w][head] == -INFINITY) continue; // it had no tile
+            float factor = exp2f(maxima[w][head] - most);
+            total += totals[w][head] * factor;
+            sum += sums[w][head][d] * factor;
+        }
+        if (gridDim.x == 1) {
+            to[i] = __float2half(sum / total);
+        } else {
+            mine[i] = sum;
+            if (d == 0) {
+                mine[HEADS * HEAD_DIM + head] = most;
+                mine[HEADS * HEAD_DIM + HEADS + head] = total;
+            }
+        }
+    }
+    if (gridDim.x == 1) return;
+
+    // Joins the blocks, as add_blocks() does: the last to arrive finds all the others' parts.
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int *counter = arrived + sequence * gridDim.y + blockIdx.y;
+        last = add_in_order(counter, 1) + 1 == (int)gridDim.x;
+        if (last) *counter = 0; // as the next launch wants it
+    }
+    __syncthreads();
+    if (!last) return;
+    for (int head = warp; head < n_heads; head += DECODE_WARPS) { // a lane is a block
+        const float *part = parts + lane * PARTIAL + HEADS * HEAD_DIM + head;
+        bool there = lane < (int)gridDim.x;
+        float most = there ? __ldcg(part) : -INFINITY, total = there ? __ldcg(part + HEADS) : 0;
+        float all = most;
+        for (int i = 16; i > 0; i /= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, i));
+        float factor = most == -INFINITY ? 0 : exp2f(most - all);
+        total *= factor;
+        for (int i = 16; i > 0; i /= 2) total += __shfl_xor_sync(~0u, total, i);
+        factors[head][lane] = factor / total;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_heads * HEAD_DIM / 4; i += blockDim.x) {
+        const float *factor = factors[i / (HEAD_DIM / 4)];
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+        for (int b = 0; b < (int)gridDim.x; b++) {
+            float4 x = __ldcg((const float4 *)(parts + b * PARTIAL) + i);
+            sum.x += x.x * factor[b];
+            sum.y += x.y * factor[b];
+            sum.z += x.z * factor[b];
+            sum.w += x.w * factor[b];
+        }
+        ((uint2 *)to)[i] = make_uint2(pack(sum.x, sum.y), pack(sum.z, sum.w));
+    }
+}
+
+/* ================================================================================================
+ * 4. The forward pass
+ *
+ *     x <- x + o(attention(rope(q(h)), rope(k(h)), v(h))),   h = rmsnorm(x)
+ *     x <- x + down(silu(gate(h)) * up(h)),                  h = rmsnorm(x)
+ *
+ * as in qqq.c, section 3, with q, k, v as one product and gate, up as one. A layer is nine kernels:
+ *
+ *     rmsnorm+quantize  qkv  [cache]  attention  quantize  o+add  rmsnorm+quantize  gate,up
+ *     swiglu+quantize  down+add                       ([cache]: of prompts; else attention does it)
+ *
+ * W4A8 linears are section 1's. 16-bit ones, and lm_head always, are cuBLAS's, or gemv_kernel's for
+ * a single token, which is bound by reading the weights and needs no tensor cores. 16-bit weights
+ * are halves: BF16 ones become halves exactly from 2^-14 to 65504, below that to 2^-25.
+ * ============================================================================================== */
+
+/* Linears with one input, stacked. */
+struct Matrix {
+    int N, K;
+    GpuLinear w4a8; // or
+    half *w;        // [N][K], NULL: W4A8
+};
+
+struct GpuLayer {
+    float *attention_norm, *ffn_norm; // [dim]
+    Matrix qkv, o, gate_up, down;
+};
+
+struct GpuModel {
+    Config config;
+    bool quantized;
+    half *embedding; // [vocab_size][dim]
+    Matrix lm_head;  // its w may be the embedding
+    float *norm;     // [dim]
+    GpuLayer *layers;
+    size_t bytes;
+};
+
+/* ---- weights --------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ float to_float(float x) {
+    return x;
+}
+__device__ __forceinline__ float to_float(half x) {
+    return __half2float(x);
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+
+template <typename T>
+__global__ void convert_kernel(const T *from, size_t n, half *to, int *not_finite) {
+    size_t stride = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
+        half h = __float2half(to_float(from[i]));
+        if (__hisinf(h) || __hisnan(h)) *not_finite = 1;
+        to[i] = h;
+    }
+}
+
+/* Float weights as halves, by way of a buffer: the file's pages are read once and not copied on the
+ * host. */
+static void upload_halves(const Linear *l, const char *name, half *to) {
+    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype);
+    const size_t most = min(count, (size_t)32 << 20); // elements at a time
+    uint8_t *buffer = (uint8_t *)device_alloc(most * size + sizeof(int));
+    int *not_finite = (int *)(buffer + most * size), found;
+    cuda_check(cudaMemset(not_finite, 0, sizeof(int)), "cudaMemset");
+    for (size_t i = 0; i < count; i += most) {
+        size_t n = min(most, count - i);
+        cuda_check(
+            cudaMemcpy(buffer, (const uint8_t *)l->w + i * size, n * size, cudaMemcpyHostToDevice),
+            name);
+        if (l->dtype == F32) {
+            convert_kernel<<<1024, 256>>>((const float *)buffer, n, to + i, not_finite);
+        } else if (l->dtype == F16) {
+            convert_kernel<<<1024, 256>>>((const half *)buffer, n, to + i, not_finite);
+        } else {
+            convert_kernel<<<1024, 256>>>((const __nv_bfloat16 *)buffer, n, to + i, not_finite);
+        }
+        cuda_check(cudaGetLastError(), "convert_kernel");
+    }
+    cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost), name);
+    if (found) die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
+    cuda_check(cudaFree(buffer), "cudaFree");
+}
+
+static float *upload_floats(const float *x, int n) {
+    float *p = (float *)device_alloc(n * sizeof *p);
+    cuda_check(cudaMemcpy(p, x, n * sizeof *p, cudaMemcpyHostToDevice), "upload of a norm");
+    return p;
+}
+
+/* The linears first .. first + n - 1 of a layer, stacked. */
+static Matrix upload_matrix(const Layer *layer, int index, int first, int n) {
+    Matrix m = {};
+    const Linear *parts = &layer->linears[first];
+    m.K = parts[0].K;
+    for (int i = 0; i < n; i++) m.N += parts[i].N;
+    if (parts[0].qweight) {
+        m.w4a8 = gpu_linear_create(parts, n);
+        return m;
+    }
+    m.w = (half *)device_alloc((size_t)m.N * m.K * sizeof *m.w);
+    half *to = m.w;
+    for (int i = 0; i < n; i++) {
+        char name[128];
+        snprintf(name, sizeof name, "model.layers.%d.%s", index, linear_names[first + i]);
+        upload_halves(&parts[i], name, to);
+        to += (size_t)parts[i].N * m.K;
+    }
+    return m;
+}
+
+static void free_matrix(Matrix *m) {
+    if (m->w) cuda_check(cudaFree(m->w), "cudaFree");
+    else gpu_linear_free(&m->w4a8);
+}
+
+const char *gpu_name(void) {
+    static cudaDeviceProp properties;
+    int count;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return NULL;
+    if (!properties.major) cuda_check(cudaGetDeviceProperties(&properties, 0), "GPU");
+    return properties.major >= 8 ? properties.name : NULL;
+}
+
+static void require_memory(const char *what, size_t bytes) {
+    if (bytes > gpu_free_memory()) {
+        die("%s needs %.2f GB of GPU memory, only %.2f GB are free", what, bytes / 1e9,
+            gpu_free_memory() / 1e9);
+    }
+}
+
+GpuModel *gpu_model_load(const Model *m) {
+    GpuModel *g = (GpuModel *)allocate(1, sizeof *g);
+    const Config *c = &g->config;
+    g->config = m->config;
+    g->quantized = m->group_size != 0;
+    if (c->head_dim != 64 && c->head_dim != 128) {
+        die("-d cuda: heads of %d, expected 64 or 128", c->head_dim);
+    }
+    if (c->dim % 8 || c->hidden_dim % 8) {
+        die("-d cuda: dim %d and ffn %d must be multiples of 8", c->dim, c->hidden_dim);
+    }
+    if (c->n_heads / c->n_kv_heads > 16 * WARPS) {
+        die("-d cuda: %d query heads share a KV head, at most %d can", c->n_heads / c->n_kv_heads,
+            16 * WARPS);
+    }
+    const bool tied = m->lm_head.w == m->embedding.w;
+    const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
+    size_t layer_bytes = 2 * c->dim * sizeof(float);
+    for (int k = 0; k < N_LINEARS; k++) {
+        const Linear *l = &m->layers[0].linears[k];
+        size_t weights = (size_t)l->N * l->K;
+        layer_bytes +=
+            !g->quantized ? weights * sizeof(half)
+                          : weights / 2 + l->N * sizeof(float) + (l->s_group ? weights / GROUP : 0);
+    }
+    g->bytes = c->n_layers * layer_bytes + (tied ? 1 : 2) * table + c->dim * sizeof(float);
+    require_memory("the model", g->bytes);
+
+    g->embedding = (half *)device_alloc(table);
+    upload_halves(&m->embedding, "model.embed_tokens", g->embedding);
+    g->lm_head.N = c->vocab_size;
+    g->lm_head.K = c->dim;
+    g->lm_head.w = tied ? g->embedding : (half *)device_alloc(table);
+    if (!tied) upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
+    g->norm = upload_floats(m->norm, c->dim);
+    g->layers = (GpuLayer *)allocate(c->n_layers, sizeof *g->layers);
+    for (int i = 0; i < c->n_layers; i++) {
+        const Layer *from = &m->layers[i];
+        GpuLayer *to = &g->layers[i];
+        to->attention_norm = upload_floats(from->attention_norm, c->dim);
+        to->ffn_norm = upload_floats(from->ffn_norm, c->dim);
+        to->qkv = upload_matrix(from, i, 0, 3);
+        to->o = upload_matrix(from, i, 3, 1);
+        to->gate_up = upload_matrix(from, i, 4, 2);
+        to->down = upload_matrix(from, i, 6, 1);
+    }
+    return g;
+}
+
+void gpu_model_free(GpuModel *g) {
+    for (int i = 0; i < g->config.n_layers; i++) {
+        GpuLayer *l = &g->layers[i];
+        Matrix *matrices[] = {&l->qkv, &l->o, &l->gate_up, &l->down};
+        for (Matrix *m : matrices) free_matrix(m);
+        cuda_check(cudaFree(l->attention_norm), "cudaFree");
+        cuda_check(cudaFree(l->ffn_norm), "cudaFree");
+    }
+    if (g->lm_head.w != g->embedding) free_matrix(&g->lm_head);
+    cuda_check(cudaFree(g->embedding), "cudaFree");
+    cuda_check(cudaFree(g->norm), "cudaFree");
+    free(g->layers);
+    free(g);
+}
+
+size_t gpu_model_bytes(const GpuModel *g) {
+    return g->bytes;
+}
+
+size_t gpu_step_bytes(const GpuModel *g) {
+    size_t table = (size_t)g->config.vocab_size * g->config.dim * sizeof(half);
+    return g->lm_head.w == g->embedding ? g->bytes : g->bytes - table;
+}
+
+size_t gpu_free_memory(void) {
+    size_t free, total;
+    cuda_check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    return free;
+}
+
+double gpu_copy_bandwidth(void) {
+    size_t bytes = min(gpu_free_memory() / 4, (size_t)1 << 30);
+    uint8_t *buffer = (uint8_t *)device_alloc(2 * bytes);
+    cudaEvent_t start, stop;
+    cuda_check(cudaEventCreate(&start), "cudaEventCreate");
+    cuda_check(cudaEventCreate(&stop), "cudaEventCreate");
+    float best = INFINITY;
+    for (int pass = 0; pass < 8; pass++) {
+        float ms;
+        cuda_check(cudaEventRecord(start), "cudaEventRecord");
+        cuda_check(cudaMemcpyAsync(buffer, buffer + bytes, bytes, cudaMemcpyDeviceToDevice),
+                   "copy");
+        cuda_check(cudaEventRecord(stop), "cudaEventRecord");
+        cuda_check(cudaEventSynchronize(stop), "copy");
+        cuda_check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
+        best = min(best, ms);
+    }
+    cuda_check(cudaEventDestroy(start), "cudaEventDestroy");
+    cuda_check(cudaEventDestroy(stop), "cudaEventDestroy");
+    cuda_check(cudaFree(buffer), "cudaFree");
+    return 2 * bytes / (best * 1e-3);
+}
+
+/* ---- the state ------------------------------------------------------------------------------- */
+
+constexpr int CHUNK_TOKENS = 1024;            // of a prompt, which go through the layers together
+constexpr size_t CUBLAS_WORKSPACE = 32 << 20; // bytes, as NVIDIA recommends for Hopper
+
+/* What the greedy choice of a token is kept as: larger logit, larger key; of equals the smaller
+ * token. 0: none yet. All ones: a logit was not finite. */
+typedef unsigned long long Choice;
+
+struct GpuState {
+    const GpuModel *model;
+    int n_sequences, context, max_T;
+    cudaStream_t stream;
+    cublasHandle_t cublas;
+    cudaGraphExec_t step; // a decode step, captured at the first
+    uint8_t *memory;      // [bytes] of all that follows
+    size_t bytes;
+    int *tokens;    // [max_T] of a prompt
+    int *positions; // [n_sequences] of the next token
+    Choice *chosen; // [n_sequences] the next token
+    float *x;       // [max_T][dim] the residual stream
+    int8_t *a;      // [max_T][K] a linear's input, int8 or
+    half *h;        // [max_T][K] 16 bits; after the last layer: normed, ready for lm_head
+    float *scale;   // [max_T] of either
+    half *qkv;      // [max_T][q_dim + 2 kv_dim]
+    half *att;      // [max_T][q_dim]
+    half *gate_up;  // [max_T][2][hidden_dim]
+    float *y;       // [max_T][dim] down's output before it is scaled (16-bit models)
+    half *keys;     // [n_layers][n_sequences][n_kv_heads][context][head_dim]
+    half *values;   // the same
+    float4 *rope;   // [context][head_dim / 4] cos and sin of two angles
+    float *logits;  // [max(LOGIT_ROWS, n_sequences)][vocab_size]
+    double *nll;    // [LOGIT_ROWS]
+    float *partial; // of attention_decode_kernel, for `splits` blocks a row of blocks
+    int *arrived;   // [n_sequences * rows of blocks]
+    int splits;
+    int *gemm_workspace;
+    void *cublas_workspace;
+    float *host_logits; // [n_sequences][vocab_size] pinned
+    int *host_chosen;   // [n_sequences]
+    int rows;           // of logits, by the last call
+};
+
+static void cublas_check(cublasStatus_t status) {
+    if (status != CUBLAS_STATUS_SUCCESS) die("cuBLAS: %s", cublasGetStatusString(status));
+}
+
+/* Blocks that attention_decode_kernel has for each part of a sequence's positions. */
+static int decode_rows(const Config *c) {
+    int group = c->n_heads / c->n_kv_heads;
+    return c->n_kv_heads * ((group + HEADS - 1) / HEADS);
+}
+
+/* Lays the buffers out in s->memory, or from address 0 on: returns their size. */
+static size_t place_buffers(GpuState *s) {
+    const Config *c = &s->model->config;
+    const size_t T = s->max_T, B = s->n_sequences;
+    const size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
+    const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
+    const size_t cache = c->n_layers * B * s->context * kv_dim;
+    const bool q = s->model->quantized;
+    size_t used = 0;
+    auto take = [&](auto *&p, size_t count) {
+        p = (std::remove_reference_t<decltype(p)>)(s->memory + used);
+        used += (count * sizeof *p + 255) / 256 * 256;
+    };
+    take(s->tokens, T);
+    take(s->positions, B);
+    take(s->chosen, B);
+    take(s->x, T * c->dim);
+    take(s->a, q ? T * widest : 0);
+    take(s->h, T * (q ? c->dim : widest));
+    take(s->scale, T);
+    take(s->qkv, T * (q_dim + 2 * kv_dim));
+    take(s->att, T * q_dim);
+    take(s->gate_up, T * 2 * c->hidden_dim);
+    take(s->y, q ? 0 : T * c->dim);
+    take(s->keys, cache);
+    take(s->values, cache);
+    take(s->rope, (size_t)s->context * (c->head_dim / 4));
+    take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
+    take(s->nll, LOGIT_ROWS);
+    take(s->partial, B * decode_rows(c) * s->splits * HEADS * (c->head_dim + 2));
+    take(s->arrived, B * decode_rows(c));
+    uint8_t *workspace;
+    take(workspace, CUBLAS_WORKSPACE);
+    s->cublas_workspace = workspace;
+    return used;
+}
+
+/* The sizes of a state, before its memory is there. */
+static GpuState plan_state(const GpuModel *g, int n_sequences, int context) {
+    GpuState s = {};
+    s.model = g;
+    s.n_sequences = n_sequences;
+    s.context = context;
+    s.max_T = max(min(context, CHUNK_TOKENS), n_sequences);
+    // Enough blocks to fill the GPU, four to a multiprocessor.
+    int rows = decode_rows(&g->config) * n_sequences;
+    s.splits = max(1, min(MAX_SPLITS, 4 * multiprocessors() / rows));
+    s.bytes = place_buffers(&s);
+    return s;
+}
+
+size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context) {
+    return plan_state(g, n_sequences, context).bytes + gemm_workspace_bytes();
+}
+
+GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
+    const Config *c = &g->config;
+    char what[100];
+    snprintf(what, sizeof what, "%d sequences of %d tokens", n_sequences, context);
+    require_memory(what, gpu_state_bytes(g, n_sequences, context));
+    GpuState *s = (GpuState *)allocate(1, sizeof *s);
+    *s = plan_state(g, n_sequences, context);
+    s->memory = (uint8_t *)device_alloc(s->bytes);
+    place_buffers(s);
+    s->gemm_workspace = gpu_gemm_workspace();
+    cuda_check(cudaMemset(s->arrived, 0, n_sequences * decode_rows(c) * sizeof(int)), "cudaMemset");
+    float *rope = (float *)allocate((size_t)context * c->head_dim, sizeof *rope);
+    for (int pos = 0; pos < context; pos++) rope_angles(c, pos, rope + (size_t)pos * c->head_dim);
+    cuda_check(cudaMemcpy(s->rope, rope, (size_t)context * c->head_dim * sizeof *rope,
+                          cudaMemcpyHostToDevice),
+               "upload of RoPE's angles");
+    free(rope);
+    cuda_check(cudaMallocHost(&s->host_logits, (size_t)n_sequences * c->vocab_size * sizeof(float)),
+               "pinned memory");
+    s->host_chosen = (int *)allocate(n_sequences, sizeof *s->host_chosen);
+    cuda_check(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    cublas_check(cublasCreate(&s->cublas));
+    cublas_check(cublasSetStream(s->cublas, s->stream));
+    cublas_check(cublasSetWorkspace(s->cublas, s->cublas_workspace, CUBLAS_WORKSPACE));
+    return s;
+}
+
+void gpu_state_free(GpuState *s) {
+    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+    if (s->step) cuda_check(cudaGraphExecDestroy(s->step), "cudaGraphExecDestroy");
+    cublas_check(cublasDestroy(s->cublas));
+    cuda_check(cudaStreamDestroy(s->stream), "cudaStreamDestroy");
+    cuda_check(cudaFreeHost(s->host_logits), "cudaFreeHost");
+    cuda_check(cudaFree(s->gemm_workspace), "cudaFree");
+    cuda_check(cudaFree(s->memory), "cudaFree");
+    free(s->host_chosen);
+    free(s);
+}
+
+/* ---- 16-bit linears -------------------------------------------------------------------------- */
+
+constexpr int GEMV_ROWS = 2;  // of a warp
+constexpr int GEMV_LOADS = 4; // of a row in flight
+
+/* y [N] = (x [K] . w [N][K]) * scale, or with `add` y += that; to y16 or y32, whichever is not
+ * NULL. A warp reads two rows of weights, straight into registers, always four loads ahead. */
+__global__ void __launch_bounds__(THREADS, 3)
+    gemv_kernel(const half *w, int N, int K, const half *x, const float *scale, half *y16,
+                float *y32, bool add) {
+    extern __shared__ uint4 shared_x[]; // [K / 8]
+    const int lane = threadIdx.x % 32, pieces = K / 8;
+    const int n = (blockIdx.x * WARPS + threadIdx.x / 32) * GEMV_ROWS;
+    const uint4 *rows[GEMV_ROWS];
+#pragma unroll
+    for (int r = 0; r < GEMV_ROWS; r++) rows[r] = (const uint4 *)(w + (size_t)(n + r) * K) + lane;
+    uint4 next[GEMV_LOADS][GEMV_ROWS];
+    auto load = [&](int u, int i) {
+#pragma unroll
+        for (int r = 0; r < GEMV_ROWS; r++) {
+            next[u][r] = make_uint4(0, 0, 0, 0);
+            load_16(next[u][r], rows[r] + i, i + lane < pieces && n + r < N);
+        }
+    };
+#pragma unroll
+    for (int u = 0; u < GEMV_LOADS; u++) load(u, 32 * u);
+    launch_dependents();
+    wait_for_previous_kernel();
+    for (int i = threadIdx.x; i < pieces; i += THREADS) shared_x[i] = ((const uint4 *)x)[i];
+    __syncthreads();
+
+    float sum[GEMV_ROWS] = {};
+    for (int i = 0; i < pieces; i += 32 * GEMV_LOADS) {
+#pragma unroll
+        for (int u = 0; u < GEMV_LOADS; u++) {
+            int piece = i + 32 * u + lane;
+            Eight b = from_halves(shared_x[min(piece, pieces - 1)]); // past the end w is 0
+#pragma unroll
+            for (int r = 0; r < GEMV_ROWS; r++) {
+                Eight a = from_halves(next[u][r]);
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum[r] += a.v[j] * b.v[j];
+            }
+            load(u, i + 32 * (u + GEMV_LOADS));
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < GEMV_ROWS; r++) {
+        for (int i = 16; i > 0; i /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], i);
+        if (lane != 0 || n + r >= N) continue;
+        float y = scale ? sum[r] * *scale : sum[r];
+        if (y16) y16[n + r] = __float2half(y);
+        else y32[n + r] = add ? y32[n + r] + y : y;
+    }
+}
+
+/* x [T][dim] += y * scale [T] */
+__global__ void add_scaled_kernel(const float *y, const float *scale, int dim, float *x) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    size_t row = (size_t)blockIdx.x * dim;
+    for (int i = threadIdx.x; i < dim; i += blockDim.x)
+        x[row + i] += y[row + i] * scale[blockIdx.x];
+}
+
+/* y16 or y32 [T][N] = in [T][K] W^T, or with `add` += . */
+static void multiply_halves(GpuState *s, const Matrix *w, const half *in, const float *scale, int T,
+                            half *y16, float *y32, bool add) {
+    if (T == 1) {
+        int rows = WARPS * GEMV_ROWS;
+        allow_shared(gemv_kernel, w->K * sizeof(half));
+        launch(gemv_kernel, (w->N + rows - 1) / rows, THREADS, w->K * sizeof(half), s->stream, w->w,
+               w->N, w->K, in, scale, y16, y32, add);
+        return;
+    }
+    if (scale) { // of each row apart
+        multiply_halves(s, w, in, NULL, T, NULL, s->y, false);
+        launch(add_scaled_kernel, T, THREADS, 0, s->stream, s->y, scale, w->N, y32);
+        return;
+    }
+    const float one = 1, beta = add;
+    cublas_check(cublasGemmEx(s->cublas, CUBLAS_OP_T, CUBLAS_OP_N, w->N, T, w->K, &one, w->w,
+                              CUDA_R_16F, w->K, in, CUDA_R_16F, w->K, &beta,
+                              y16 ? (void *)y16 : y32, y16 ? CUDA_R_16F : CUDA_R_32F, w->N,
+                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+/* ---- a layer --------------------------------------------------------------------------------- */
+
+/* A linear's input in the form that the model's linears want. */
+static LinearInput linear_input(const GpuState *s) {
+    if (s->model->quantized) return {s->a, NULL, s->scale};
+    return {NULL, s->h, s->scale};
+}
+
+/* y [T][N] = W applied to linear_input(). */
+static void apply(GpuState *s, const Matrix *w, int T, half *y) {
+    if (w->w) multiply_halves(s, w, s->h, NULL, T, y, NULL, false);
+    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, y, NULL, s->gemm_workspace, s->stream);
+}
+
+/* x [T][N] += W applied to linear_input(), or in 16 bits to in [T][K] * scale [T]. */
+static void apply_and_add(GpuState *s, const Matrix *w, int T, const half *in, const float *scale) {
+    if (w->w) multiply_halves(s, w, in, scale, T, NULL, s->x, true);
+    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, NULL, s->x, s->gemm_workspace, s->stream);
+}
+
+/* Where T rows of x stand: one after the other in a sequence, or each the next token of its own. */
+struct Rows {
+    int T;
+    int sequence, pos; // of the first; sequence -1: a decode step
+};
+
+template <int HEAD_DIM> static void attention(GpuState *s, Cache cache, const Rows &rows) {
+    const Config *c = &s->model->config;
+    const int group = c->n_heads / c->n_kv_heads;
+    if (rows.sequence < 0) {
+        launch(attention_decode_kernel<HEAD_DIM>, dim3(s->splits, decode_rows(c), rows.T),
+               DECODE_WARPS * 32, 0, s->stream, s->qkv, group, s->positions, s->rope, cache, s->att,
+               s->partial, s->arrived);
+        return;
+    }
+    launch(write_cache_kernel, rows.T, THREADS, 0, s->stream, s->qkv, c->n_heads * c->head_dim,
+           c->head_dim, rows.sequence, rows.pos, s->rope, cache);
+    constexpr int shared = 2 * 2 * KEYS * HEAD_DIM * sizeof(half);
+    allow_shared(attention_prefill_kernel<HEAD_DIM>, shared);
+    const int tokens = 16 * WARPS / group;
+    launch(attention_prefill_kernel<HEAD_DIM>, dim3(c->n_kv_heads, (rows.T + tokens - 1) / tokens),
+           THREADS, shared, s->stream, s->qkv, rows.T, group, rows.sequence, rows.pos, s->rope,
+           cache, s->att);
+}
+
+static void layer(GpuState *s, int l, const Rows &rows) {
+    const GpuModel *g = s->model;
+    const Config *c = &g->config;
+    const GpuLayer *w = &g->layers[l];
+    const LinearInput input = linear_input(s);
+    const int T = rows.T, q_dim = c->n_heads * c->head_dim;
+    const size_t cached = (size_t)l * s->n_sequences * c->n_kv_heads * s->context * c->head_dim;
+    Cache cache = {s->keys + cached, s->values + cached, c->n_kv_heads, s->context};
+
+    gpu_rmsnorm(s->x, w->attention_norm, T, c->dim, c->norm_eps, input, s->stream);
+    apply(s, &w->qkv, T, s->qkv);
+    if (c->head_dim == 64) attention<64>(s, cache, rows);
+    else attention<128>(s, cache, rows);
+    if (g->quantized) gpu_quantize(s->att, T, q_dim, s->a, s->scale, s->stream);
+    apply_and_add(s, &w->o, T, s->att, NULL);
+
+    gpu_rmsnorm(s->x, w->ffn_norm, T, c->dim, c->norm_eps, input, s->stream);
+    apply(s, &w->gate_up, T, s->gate_up);
+    gpu_swiglu(s->gate_up, T, c->hidden_dim, input, s->stream);
+    apply_and_add(s, &w->down, T, s->h, s->scale);
+}
+
+/* All layers and the final norm: from x to h [T][dim], in 16 bits. */
+static void layers(GpuState *s, const Rows &rows) {
+    const Config *c = &s->model->config;
+    for (int l = 0; l < c->n_layers; l++) layer(s, l, rows);
+    gpu_rmsnorm(s->x, s->model->norm, rows.T, c->dim, c->norm_eps, {NULL, s->h, NULL}, s->stream);
+}
+
+/* logits [n][vocab_size] of tokens first .. first + n - 1 of the last layers(). */
+static void lm_head(GpuState *s, int first, int n) {
+    const half *h = s->h + (size_t)first * s->model->config.dim;
+    multiply_halves(s, &s->model->lm_head, h, NULL, n, NULL, s->logits, false);
+    s->rows = n;
+}
+
+/* ---- the choice of the likeliest token ---------------------------------------------------------
+ */
+
+__device__ __forceinline__ Choice choice(float logit, int token) {
+    if (!isfinite(logit)) return ~0ull;
+    uint32_t bits = __float_as_uint(logit); // of a float, as an integer of the same order
+    bits = bits >> 31 ? ~bits : bits | 0x80000000;
+    return (Choice)bits << 32 | (uint32_t)~token;
+}
+
+static __host__ __device__ int chosen_token(Choice choice) {
+    return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
+}
+
+/* Row blockIdx.y of logits, shared by gridDim.x blocks, into chosen; and its position moves on.
+ * Twin: argmax() in run.c. */
+__global__ void choose_kernel(const float *logits, int vocab_size, Choice *chosen, int *positions) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const float *row = logits + (size_t)blockIdx.y * vocab_size;
+    Choice best = 0;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab_size;
+         i += gridDim.x * blockDim.x) {
+        best = max(best, choice(row[i], i));
+    }
+    for (int i = 16; i > 0; i /= 2) best = max(best, __shfl_xor_sync(~0u, best, i));
+    if (threadIdx.x % 32 == 0) atomicMax(chosen + blockIdx.y, best);
+    if (blockIdx.x == 0 && threadIdx.x == 0) positions[blockIdx.y]++;
+}
+
+/* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
+__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const int token = max(0, chosen_token(chosen[blockIdx.x])); // the host sees to what is none
+    __syncthreads();
+    if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
+    const half *from = embedding + (size_t)token * dim;
+    float *to = x + (size_t)blockIdx.x * dim;
+    for (int i = threadIdx.x; i < dim; i += blockDim.x) to[i] = __half2float(from[i]);
+}
+
+static void choose(GpuState *s, int sequence, int n) {
+    launch(choose_kernel, dim3(32, n), THREADS, 0, s->stream, s->logits,
+           s->model->config.vocab_size, s->chosen + sequence, s->positions + sequence);
+}
+
+/* ---- a prompt, a step ------------------------------------------------------------------------ */
+
+static void check_tokens(const GpuState *s, const int *tokens, int T, int pos) {
+    if (T < 1 || pos < 0 || pos > s->context - T) {
+        die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
+    }
+    for (int t = 0; t < T; t++) {
+        if (tokens[t] < 0 || tokens[t] >= s->model->config.vocab_size) {
+            die("token %d is outside the vocabulary of %d", tokens[t], s->model->config.vocab_size);
+        }
+    }
+}
+
+static void upload(GpuState *s, void *to, const void *from, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, s->stream), "upload");
+}
+
+/* Up to max_T tokens through all layers. */
+static void forward_chunk(GpuState *s, int sequence, const int *tokens, int T, int pos) {
+    const Config *c = &s->model->config;
+    upload(s, s->tokens, tokens, T * sizeof *tokens);
+    launch(embed_kernel, T, THREADS, 0, s->stream, s->model->embedding, s->tokens, c->dim, s->x);
+    layers(s, {T, sequence, pos});
+}
+
+void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int pos) {
+    check_tokens(s, tokens, T, pos);
+    int done = 0, n = 0;
+    for (; done < T; done += n) {
+        n = min(T - done, s->max_T);
+        forward_chunk(s, sequence, tokens + done, n, pos + done);
+    }
+    lm_head(s, n - 1, 1);
+    const int last = pos + T - 1;
+    const Choice none = 0;
+    upload(s, s->positions + sequence, &last, sizeof last);
+    upload(s, s->chosen + sequence, &none, sizeof none);
+    choose(s, sequence, 1);
+}
+
+void gpu_decode(GpuState *s, const int *tokens, const int *positions) {
+    const GpuModel *g = s->model;
+    for (int i = 0; tokens && i < s->n_sequences; i++) {
+        check_tokens(s, tokens + i, 1, positions[i]);
+        const Choice given = (uint32_t)~tokens[i];
+        upload(s, s->chosen + i, &given, sizeof given);
+        upload(s, s->positions + i, positions + i, sizeof *positions);
+    }
+    if (!s->step) {
+        cudaGraph_t graph;
+        cuda_check(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal), "capture");
+        launch(embed_chosen_kernel, s->n_sequences, THREADS, 0, s->stream, g->embedding, s->chosen,
+               g->config.dim, s->x);
+        layers(s, {s->n_sequences, -1, 0});
+        lm_head(s, 0, s->n_sequences);
+        choose(s, 0, s->n_sequences);
+        cuda_check(cudaStreamEndCapture(s->stream, &graph), "capture");
+        cuda_check(cudaGraphInstantiate(&s->step, graph, 0), "cudaGraphInstantiate");
+        cuda_check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+    }
+    cuda_check(cudaGraphLaunch(s->step, s->stream), "cudaGraphLaunch");
+    s->rows = s->n_sequences;
+}
+
+const float *gpu_logits(GpuState *s) {
+    size_t bytes = (size_t)s->rows * s->model->config.vocab_size * sizeof(float);
+    cuda_check(cudaMemcpyAsync(s->host_logits, s->logits, bytes, cudaMemcpyDeviceToHost, s->stream),
+               "download of logits");
+    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+    return s->host_logits;
+}
+
+const int *gpu_chosen(GpuState *s) {
+    Choice *chosen = (Choice *)s->host_logits; // pinned, and not in use
+    cuda_check(cudaMemcpyAsync(chosen, s->chosen, s->n_sequences * sizeof *chosen,
+                               cudaMemcpyDeviceToHost, s->stream),
+               "download of tokens");
+    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+    for (int i = 0; i < s->n_sequences; i++) s->host_chosen[i] = chosen_token(chosen[i]);
+    return s->host_chosen;
+}
+
+/* ---- perplexity ------------------------------------------------------------------------------ */
+
+/* nll [rows] = -log softmax(logits)[target]; one block a row. Twin: negative_log_likelihood(). */
+__global__ void nll_kernel(const float *logits, int vocab_size, const int *targets, double *nll) {
+    __shared__ double sums[32];
+    launch_dependents();
+    wait_for_previous_kernel();
+    const float *row = logits + (size_t)blockIdx.x * vocab_size;
+    float most = -INFINITY;
+    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) most = fmaxf(most, row[i]);
+    uint32_t bits = __float_as_uint(most); // as in choice()
+    bits = block_max(bits >> 31 ? ~bits : bits | 0x80000000);
+    most = __uint_as_float(bits >> 31 ? bits & 0x7fffffff : ~bits);
+    double sum = 0;
+    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) sum += expf(row[i] - most);
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    sum = 0;
+    for (int i = 0; i < (int)blockDim.x / 32; i++) sum += sums[i];
+    nll[blockIdx.x] = log(sum) + most - row[targets[blockIdx.x]];
+}
+
+/* The mean of -log p of a window's tokens after the first. */
+static double window_loss(void *state, const int *window, int length) {
+    GpuState *s = (GpuState *)state;
+    check_tokens(s, window, length, 0);
+    double sum = 0;
+    for (int done = 0, n = 0; done < length; done += n) {
+        n = min(length - done, s->max_T);
+        forward_chunk(s, 0, window + done, n, done);
+        int known = min(n, length - 1 - done); // whose next token is in the window
+        upload(s, s->tokens, window + done + 1, known * sizeof *window);
+        for (int t = 0; t < known; t += LOGIT_ROWS) {
+            double nll[LOGIT_ROWS];
+            int rows = min(LOGIT_ROWS, known - t);
+            lm_head(s, t, rows);
+            launch(nll_kernel, rows, THREADS, 0, s->stream, s->logits, s->model->config.vocab_size,
+                   s->tokens + t, s->nll);
+            cuda_check(
+                cudaMemcpyAsync(nll, s->nll, rows * sizeof *nll, cudaMemcpyDeviceToHost, s->stream),
+                "download of losses");
+            cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+            for (int i = 0; i < rows; i++) sum += nll[i];
+        }
+    }
+    return sum / (length - 1);
+}
+
+double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, int max_windows,
+                      int *windows, void (*progress)(int done, int total)) {
+    GpuState *s = gpu_state_new(g, 1, length);
+    double ppl = mean_perplexity(window_loss, s, tokens, n, length, max_windows, windows, progress);
+    gpu_state_free(s);
+    return ppl;
 }

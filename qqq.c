@@ -1877,32 +1877,51 @@ static double negative_log_likelihood(const float *logits, int n, int target) {
     return log(sum) + max - logits[target];
 }
 
-double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
-                  int *windows, void (*progress)(int done, int total)) {
-    int vocab = m->config.vocab_size, total = n / length;
+double mean_perplexity(double (*loss)(void *engine, const int *window, int length), void *engine,
+                       const int *tokens, int n, int length, int max_windows, int *windows,
+                       void (*progress)(int done, int total)) {
+    int total = n / length;
     if (max_windows > 0 && total > max_windows) total = max_windows;
-    State *s = state_new(&m->config, length, length);
     double sum = 0;
     for (int w = 0; w < total; w++) {
-        const int *window = tokens + (size_t)w * length;
-        forward(m, s, window, length, 0);
-        double window_sum = 0;
-        for (int t = 0; t < length - 1; t += LOGIT_ROWS) {
-            double nll[LOGIT_ROWS];
-            int rows = length - 1 - t < LOGIT_ROWS ? length - 1 - t : LOGIT_ROWS;
-            const float *rows_logits = logits(m, s, t, rows);
-#pragma omp parallel for
-            for (int i = 0; i < rows; i++)
-                nll[i] = negative_log_likelihood(rows_logits + (size_t)i * vocab, vocab,
-                                                 window[t + i + 1]);
-            for (int i = 0; i < rows; i++) window_sum += nll[i];
-        }
-        sum += window_sum / (length - 1);
+        sum += loss(engine, tokens + (size_t)w * length, length);
         if (progress) progress(w + 1, total);
     }
-    state_free(s);
     *windows = total;
     return exp(sum / total);
+}
+
+typedef struct {
+    const Model *model;
+    State *state;
+} Engine;
+
+static double window_loss(void *engine, const int *window, int length) {
+    const Model *m = ((Engine *)engine)->model;
+    State *s = ((Engine *)engine)->state;
+    int vocab = m->config.vocab_size;
+    forward(m, s, window, length, 0);
+    double sum = 0;
+    for (int t = 0; t < length - 1; t += LOGIT_ROWS) {
+        double nll[LOGIT_ROWS];
+        int rows = length - 1 - t < LOGIT_ROWS ? length - 1 - t : LOGIT_ROWS;
+        const float *rows_logits = logits(m, s, t, rows);
+#pragma omp parallel for
+        for (int i = 0; i < rows; i++)
+            nll[i] =
+                negative_log_likelihood(rows_logits + (size_t)i * vocab, vocab, window[t + i + 1]);
+        for (int i = 0; i < rows; i++) sum += nll[i];
+    }
+    return sum / (length - 1);
+}
+
+double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
+                  int *windows, void (*progress)(int done, int total)) {
+    State *s = state_new(&m->config, length, length);
+    double ppl = mean_perplexity(window_loss, &(Engine){m, s}, tokens, n, length, max_windows,
+                                 windows, progress);
+    state_free(s);
+    return ppl;
 }
 
 /* ============================================================================================

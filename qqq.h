@@ -6,7 +6,7 @@
  *   qqq.c        0 errors and JSON · 1 files · 2 number formats · 3 forward pass · 4 rotation ·
  *                5 adaptive smoothing · 6 GPTQ
  *   tokenizer.c  byte-level BPE
- *   kernels.cu   the W4A8 GEMM on the GPU
+ *   kernels.cu   1 W4A8 GEMM · 2 small kernels · 3 attention · 4 forward pass, on the GPU
  *
  * Conventions. Matrices are row-major and a shape stands beside each: w [N][K] has N rows of K.
  * A linear layer is y = x W^T with x [T][K], W [N][K], y [T][N]; T counts tokens, N output
@@ -348,6 +348,11 @@ void rope_angles(const Config *c, int pos, float *cos_sin);
 double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
                   int *windows, void (*progress)(int done, int total));
 
+/* The same by any engine: loss() is the mean of -log p of a window's tokens after the first. */
+double mean_perplexity(double (*loss)(void *engine, const int *window, int length), void *engine,
+                       const int *tokens, int n, int length, int max_windows, int *windows,
+                       void (*progress)(int done, int total));
+
 /* ---- qqq.c 4: rotation --------------------------------------------------------------------- */
 
 /* x [n] <- x H_n / sqrt(n), the Hadamard transform; n a power of two. */
@@ -500,7 +505,7 @@ int *gpu_gemm_workspace(void);
  * graph. The kernel starts to read its weights before the kernel ahead of it on the stream has
  * finished (programmatic dependent launch); everything else it reads and writes afterwards. */
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
-                   int *workspace, cudaStream_t stream);
+                   float *residual, int *workspace, cudaStream_t stream);
 
 /* The kernels that it chooses from: tokens of a tile, and how many teams of warps share K. Each is
  * right for every shape; GEMM_WGMMA is GEMM_128 where the program was built for sm_90a only. */
@@ -521,13 +526,100 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable);
 /* For tests and benchmarks: gpu_gemm_w4a8() with a given kernel. acc, unless NULL, receives the
  * integer sums [M][N]. */
 void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
-                  half *y, int *acc, int *workspace, cudaStream_t stream);
+                  half *y, float *residual, int *acc, int *workspace, cudaStream_t stream);
 
 /* quantize_row() for each row of x [M][K]: a [M][K], s_a [M]. K is a multiple of 8, x and a are
  * 16-byte aligned. */
 void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream_t stream);
 
+/* ---- kernels.cu 2: the small kernels --------------------------------------------------------- */
+
+/* What a linear reads, [T][K]: int8 a with s_a in `scale` as quantize_row() makes them; or, if a is
+ * NULL, halves h, to be multiplied with `scale` (NULL: with 1). */
+typedef struct {
+    int8_t *a;
+    half *h;
+    float *scale; // [T]
+} LinearInput;
+
+/* rmsnorm() of x [T][dim] and swiglu of gate_up [T][2][hidden_dim], each as a linear's input, in
+ * one pass. Rows are multiples of 8 long and 16-byte aligned. */
+void gpu_rmsnorm(const float *x, const float *weight, int T, int dim, float eps, LinearInput out,
+                 cudaStream_t stream);
+void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cudaStream_t stream);
+
 #endif
+
+/* ---- kernels.cu 4: the forward pass on the GPU ----------------------------------------------- */
+
+/* These are in programs that are linked with kernels.cu. In others they are NULL: hence "weak". A
+ * program asks `gpu_name && gpu_name()` first. */
+#pragma weak gpu_name
+#pragma weak gpu_model_load
+#pragma weak gpu_model_free
+#pragma weak gpu_model_bytes
+#pragma weak gpu_step_bytes
+#pragma weak gpu_free_memory
+#pragma weak gpu_state_new
+#pragma weak gpu_state_free
+#pragma weak gpu_state_bytes
+#pragma weak gpu_prefill
+#pragma weak gpu_decode
+#pragma weak gpu_logits
+#pragma weak gpu_chosen
+#pragma weak gpu_perplexity
+#pragma weak gpu_copy_bandwidth
+
+/* The GPU's name, owned by the callee; NULL if there is none of sm_80 or newer. */
+const char *gpu_name(void);
+
+/* A model's weights in GPU memory: W4A8 as section 1 wants them, all else as halves. */
+typedef struct GpuModel GpuModel;
+
+/* Uploads a model straight from the mapped file, which is not needed afterwards. Too little GPU
+ * memory ends the program with how much is needed. */
+GpuModel *gpu_model_load(const Model *m);
+void gpu_model_free(GpuModel *g);
+
+/* Bytes of GPU memory that the weights take; and those that a decode step reads. */
+size_t gpu_model_bytes(const GpuModel *g);
+size_t gpu_step_bytes(const GpuModel *g);
+
+/* Bytes of GPU memory that nobody uses. */
+size_t gpu_free_memory(void);
+
+/* n_sequences sequences that run side by side: their KV cache in halves, and all buffers. */
+typedef struct GpuState GpuState;
+
+GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context);
+void gpu_state_free(GpuState *s);
+
+/* GPU memory that a state needs beside the model. */
+size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context);
+
+/* Runs T tokens of one sequence, at positions pos .. pos + T - 1, in chunks. */
+void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int pos);
+
+/* One token more for each sequence: tokens [n_sequences] at positions [n_sequences]; or, if NULL,
+ * the likeliest token after the call before, at the position after its. One graph launch; it
+ * returns before the GPU has finished. */
+void gpu_decode(GpuState *s, const int *tokens, const int *positions);
+
+/* Logits [1][vocab_size] after the last gpu_prefill(), or [n_sequences][vocab_size] after the last
+ * gpu_decode(); the state's, until the next call. */
+const float *gpu_logits(GpuState *s);
+
+/* The likeliest token of each sequence [n_sequences], of equals the smallest; -1: a logit is not
+ * finite. The state's, until the next call. */
+const int *gpu_chosen(GpuState *s);
+
+/* perplexity() on the GPU. */
+double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, int max_windows,
+                      int *windows, void (*progress)(int done, int total));
+
+/* Bytes a second that a large copy within GPU memory reads and writes: what all else is measured
+ * against. */
+double gpu_copy_bandwidth(void);
 
 #ifdef __cplusplus
 }

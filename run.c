@@ -45,14 +45,16 @@ static const char usage[] =
     "  -b                 benchmark: speed, and its share of the memory's bandwidth\n"
     "\n"
     "  -l TOKENS          context (8192 or the model's, if less); with -e the window (2048)\n"
-    "  -d cpu|cuda        device (cpu)\n"
+    "  -d cpu|cuda        device (cuda if there is a GPU)\n"
     "  -h                 this help\n";
 
 typedef enum { GENERATE, CHAT, PERPLEXITY, TOKEN_IDS, BENCHMARK } Task;
+typedef enum { ANY, CPU, CUDA } Device;
 
 typedef struct {
     char *model;
     Task task;
+    Device device;
     float temperature, top_p;
     uint64_t seed;
     int n_tokens;       // to generate; 0: no limit
@@ -94,8 +96,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'i') o.prompt = value;
         if (flag == 'y') o.system = value;
         if (flag == 'm') chat = parse_choice(flag, value, "generate", "chat");
-        if (flag == 'd' && parse_choice(flag, value, "cpu", "cuda"))
-            die_usage("-d cuda: this build has no forward pass on the GPU, only -d cpu");
+        if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
         if (flag == 'h') {
             fputs(usage, stdout);
             exit(0);
@@ -226,10 +227,14 @@ typedef struct {
     Checkpoint *checkpoint;
     Model *model;
     Tokenizer *tokenizer; // NULL for -b
-    State *state;         // NULL for -e, which has its own
-    int pos;              // tokens in the KV cache
-    Tokens queue;         // tokens that follow them, not yet fed
-    int stop[17];         // [n_stop] token ids that end a text
+    const char *gpu;      // its name; NULL: on the CPU
+    GpuModel *gpu_model;
+    State *state; // NULL on the GPU; -e has its own
+    GpuState *gpu_state;
+    int context;  // positions that either has
+    int pos;      // tokens in the KV cache
+    Tokens queue; // tokens that follow them, not yet fed
+    int stop[17]; // [n_stop] token ids that end a text
     int n_stop;
     Utf8Stream out; // stdout, cut at characters
     Sampler sampler;
@@ -249,7 +254,8 @@ static void print_model(const Session *s) {
     fprintf(stderr, "%s: LLaMA 3.1, dim %d, ffn %d, %d layers, %d/%d heads of %d, vocabulary %d\n",
             s->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim,
             c->vocab_size);
-    fprintf(stderr, "weights %s, %.1f MB\n", weights_kind(s->model), bytes / 1e6);
+    fprintf(stderr, "weights %s, %.1f MB, on %s\n", weights_kind(s->model), bytes / 1e6,
+            s->gpu ? s->gpu : "the CPU");
     if (!s->checkpoint->quantization) return;
     fputs("made with ", stderr);
     for (const char *p = s->checkpoint->quantization; *p; p++)
@@ -262,8 +268,19 @@ static Tokenizer *load_tokenizer(const Checkpoint *c) {
     return tokenizer_load(c->path, c->tokenizer, c->tokenizer_bytes);
 }
 
+/* The name of the GPU that -d asks for; NULL: the CPU it is. */
+static const char *find_gpu(Device device) {
+    if (device == CPU) return NULL;
+    if (!gpu_name && device == CUDA)
+        die_usage("-d cuda: this program was built without CUDA, only -d cpu works");
+    const char *name = gpu_name ? gpu_name() : NULL;
+    if (!name && device == CUDA) die("-d cuda: found no GPU of compute capability 8.0 or newer");
+    if (!name && gpu_name) fputs("no GPU found: this runs on the CPU\n", stderr);
+    return name;
+}
+
 static Session open_session(const Options *o) {
-    Session s = {.path = o->model};
+    Session s = {.path = o->model, .gpu = find_gpu(o->device)};
     s.checkpoint = checkpoint_open(o->model);
     s.model = model_load(s.checkpoint);
     const Config *c = &s.model->config;
@@ -273,16 +290,20 @@ static Session open_session(const Options *o) {
         die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
     memcpy(s.stop, c->eos, sizeof c->eos);
     s.n_stop = c->n_eos;
-    if (o->task == BENCHMARK) return s;
-    s.tokenizer = load_tokenizer(s.checkpoint);
-    if (tokenizer_size(s.tokenizer) > c->vocab_size)
-        die("%s: its tokenizer has %d tokens, its embedding only %d rows", o->model,
-            tokenizer_size(s.tokenizer), c->vocab_size);
+    if (o->task != BENCHMARK) {
+        s.tokenizer = load_tokenizer(s.checkpoint);
+        if (tokenizer_size(s.tokenizer) > c->vocab_size)
+            die("%s: its tokenizer has %d tokens, its embedding only %d rows", o->model,
+                tokenizer_size(s.tokenizer), c->vocab_size);
+    }
+    if (s.gpu) s.gpu_model = gpu_model_load(s.model);
     return s;
 }
 
 static void close_session(Session *s) {
     if (s->state) state_free(s->state);
+    if (s->gpu_state) gpu_state_free(s->gpu_state);
+    if (s->gpu_model) gpu_model_free(s->gpu_model);
     if (s->tokenizer) tokenizer_free(s->tokenizer);
     free(s->sampler.candidates);
     free(s->queue.ids);
@@ -293,21 +314,40 @@ static void close_session(Session *s) {
 static void new_state(Session *s, int length) {
     int most = s->model->config.max_context;
     int context = length ? length : most < 8192 ? most : 8192;
-    s->state =
-        state_new(&s->model->config, context, context < PROMPT_CHUNK ? context : PROMPT_CHUNK);
+    s->context = context;
+    if (s->gpu) s->gpu_state = gpu_state_new(s->gpu_model, 1, context);
+    else
+        s->state =
+            state_new(&s->model->config, context, context < PROMPT_CHUNK ? context : PROMPT_CHUNK);
 }
 
-/* Runs the queued tokens through the model and empties the queue. Returns the logits [vocab_size]
- * after the last of them. */
+/* Runs the queued tokens through the model and empties the queue. On the CPU it returns the logits
+ * [vocab_size] after the last of them; on the GPU they are left there. */
 static const float *feed(Session *s) {
-    int T = 0;
-    for (int i = 0; i < s->queue.n; i += T) {
-        T = s->queue.n - i < s->state->max_T ? s->queue.n - i : s->state->max_T;
-        forward(s->model, s->state, s->queue.ids + i, T, s->pos);
-        s->pos += T;
-    }
+    const int *ids = s->queue.ids, n = s->queue.n;
+    const float *last = NULL;
+    if (s->gpu && n == 1) gpu_decode(s->gpu_state, ids, &s->pos);
+    else if (s->gpu) gpu_prefill(s->gpu_state, 0, ids, n, s->pos);
+    else
+        for (int i = 0, T; i < n; i += T) {
+            T = n - i < s->state->max_T ? n - i : s->state->max_T;
+            forward(s->model, s->state, ids + i, T, s->pos + i);
+            if (i + T == n) last = logits(s->model, s->state, T - 1, 1);
+        }
+    s->pos += n;
     s->queue.n = 0;
-    return logits(s->model, s->state, T - 1, 1);
+    return last;
+}
+
+/* The token that follows the queue. The likeliest is known on the GPU; logits need not leave it. */
+static int next_token(Session *s) {
+    const float *l = feed(s);
+    if (s->gpu && s->sampler.temperature == 0) {
+        int token = gpu_chosen(s->gpu_state)[0];
+        if (token < 0) die("%s: a logit is NaN or infinite: the weights are damaged", s->path);
+        return token;
+    }
+    return sample(&s->sampler, s->gpu ? gpu_logits(s->gpu_state) : l, s->model->config.vocab_size);
 }
 
 static void print_token(Session *s, int id) {
@@ -332,10 +372,10 @@ static bool generate_text(Session *s, int limit) {
     bool room = true;
     for (int n = 0; limit == 0 || n < limit; n++) {
         int queued = s->queue.n;
-        room = s->pos + queued <= s->state->context;
+        room = s->pos + queued <= s->context;
         if (!room) break;
         double start = seconds();
-        int token = sample(&s->sampler, feed(s), s->model->config.vocab_size);
+        int token = next_token(s);
         if (n == 0) {
             s->speed.prompt_tokens += queued;
             s->speed.prompt_seconds += seconds() - start;
@@ -351,7 +391,7 @@ static bool generate_text(Session *s, int limit) {
     utf8_write(&s->out, "", 0, true, stdout);
     putchar('\n');
     fflush(stdout);
-    if (!room) fprintf(stderr, "the context of %d tokens is full\n", s->state->context);
+    if (!room) fprintf(stderr, "the context of %d tokens is full\n", s->context);
     return room;
 }
 
@@ -371,9 +411,8 @@ static void generate(Session *s, const Options *o) {
     if (s->model->config.bos >= 0) push(prompt, &s->model->config.bos, 1);
     if (o->prompt) push_text(prompt, s->tokenizer, o->prompt, strlen(o->prompt), true);
     if (prompt->n == 0) die("%s has no bos_token_id: without -i there is no prompt", o->model);
-    if (prompt->n > s->state->context)
-        die("the prompt has %d tokens, the context only %d (-l sets it)", prompt->n,
-            s->state->context);
+    if (prompt->n > s->context)
+        die("the prompt has %d tokens, the context only %d (-l sets it)", prompt->n, s->context);
     print_model(s);
     s->sampler = new_sampler(o, s->model->config.vocab_size);
     for (int i = 0; i < prompt->n; i++) print_token(s, prompt->ids[i]);
@@ -423,9 +462,9 @@ static bool chat_turn(Session *s, int eot, const char *text, size_t bytes, int l
     push_message(s, "user", text, bytes);
     push(&s->queue, &eot, 1);
     push_message(s, "assistant", "", 0);
-    if (s->pos + s->queue.n > s->state->context)
+    if (s->pos + s->queue.n > s->context)
         die("the message makes the chat %d tokens long, the context is only %d (-l sets it)",
-            s->pos + s->queue.n, s->state->context);
+            s->pos + s->queue.n, s->context);
     bool room = generate_text(s, limit);
     push(&s->queue, &eot, 1);
     return room;
@@ -472,7 +511,10 @@ static void print_perplexity(Session *s, const Options *o) {
     if (s->queue.n < length)
         die("%s: it has %d tokens, a window needs %d (-l sets it)", o->file, s->queue.n, length);
     print_model(s);
-    double ppl = perplexity(s->model, s->queue.ids, s->queue.n, length, 0, &windows, show_windows);
+    double ppl =
+        s->gpu ? gpu_perplexity(s->gpu_model, s->queue.ids, s->queue.n, length, 0, &windows,
+                                show_windows)
+               : perplexity(s->model, s->queue.ids, s->queue.n, length, 0, &windows, show_windows);
     if (!isfinite(ppl)) die("%s: the perplexity is %f: the weights are damaged", o->model, ppl);
     printf("perplexity %.4f (%d windows of %d)\n", ppl, windows, length);
 }
@@ -528,7 +570,7 @@ static double memory_bandwidth(void) {
 /* Prefill: 1024 tokens at once, fewer where they would take longer than 15 s. Decode: the next
  * 256, one by one, or as many as 10 s allow. A decoded token must read all weights and the KV
  * cache up to it; that, a second, against the memory's bandwidth is how good the decoder is. */
-static void benchmark(Session *s, const Options *o) {
+static void benchmark_cpu(Session *s, const Options *o) {
     const Config *c = &s->model->config;
     int limit = o->length ? o->length : c->max_context, context = limit < 1280 ? limit : 1280;
     int prefill = context - context / 5, probe = prefill < 32 ? prefill : 32;
@@ -570,6 +612,66 @@ static void benchmark(Session *s, const Options *o) {
            memory / 1e9);
 }
 
+/* Prefill: 1024 tokens of each sequence. Decode: the 128 after them, of all sequences together. A
+ * step reads all weights and the KV cache; that, a second, against what a copy reads and writes. */
+static void benchmark_gpu(Session *s, const Options *o) {
+    static const int batches[] = {1, 4, 16, 64};
+    const Config *c = &s->model->config;
+    int limit = o->length ? o->length : c->max_context, context = limit < 1153 ? limit : 1153;
+    int steps = context / 9, prompt = context - steps - 1; // 128, 1024
+    if (prompt < 1) die_usage("-l %d: a benchmark needs a context of 11 or more", limit);
+    print_model(s);
+    int *tokens = allocate(prompt, sizeof *tokens);
+    double copy = gpu_copy_bandwidth();
+    double kv = 2.0 * c->n_layers * c->n_kv_heads * c->head_dim * 2; // of a position
+    printf("%s, %s, on %s; prompts of %d tokens, %d decoded\n\n", o->model, weights_kind(s->model),
+           s->gpu, prompt, steps);
+    printf("batch  memory GB  prefill tokens/s  decode tokens/s  ms/step    GB/s  of copy's %.0f "
+           "GB/s\n",
+           copy / 1e9);
+    char csv[sizeof batches / sizeof *batches][200] = {0};
+    for (size_t i = 0; i < sizeof batches / sizeof *batches; i++) {
+        int batch = batches[i];
+        size_t memory = gpu_state_bytes(s->gpu_model, batch, context);
+        if (memory > gpu_free_memory()) {
+            printf("%5d  does not fit: it needs %.2f GB beside the model\n", batch, memory / 1e9);
+            break;
+        }
+        GpuState *state = gpu_state_new(s->gpu_model, batch, context);
+        double start = 0;
+        for (int b = -1; b < batch; b++) { // -1: once to warm up
+            for (int t = 0; t < prompt; t++)
+                tokens[t] = (int)((t * 7919ll + b * 104729ll + 104729) % c->vocab_size);
+            if (b == 0) start = seconds();
+            gpu_prefill(state, b < 0 ? 0 : b, tokens, prompt, 0);
+            if (b < 0) gpu_chosen(state); // waits
+        }
+        gpu_chosen(state);
+        double prefill = seconds() - start;
+        gpu_decode(state, NULL, NULL); // makes the graph
+        gpu_chosen(state);
+        start = seconds();
+        for (int step = 0; step < steps; step++) gpu_decode(state, NULL, NULL);
+        const int *chosen = gpu_chosen(state);
+        double decode = (seconds() - start) / steps;
+        for (int b = 0; b < batch; b++)
+            if (chosen[b] < 0) die("%s: a logit is NaN or infinite", o->model);
+        gpu_state_free(state);
+        double bytes = gpu_step_bytes(s->gpu_model) + kv * batch * (prompt + 1 + (steps + 1) / 2.0);
+        double all = (gpu_model_bytes(s->gpu_model) + memory) / 1e9;
+        printf("%5d  %9.2f  %16.0f  %15.1f  %7.3f  %6.0f  %.0f %%\n", batch, all,
+               batch * prompt / prefill, batch / decode, decode * 1e3, bytes / decode / 1e9,
+               100 * bytes / decode / copy);
+        snprintf(csv[i], sizeof csv[i], "%d,%.3f,%d,%.1f,%d,%.2f,%.1f,%.1f\n", batch, all, prompt,
+                 batch * prompt / prefill, steps, batch / decode, bytes / decode / 1e9, copy / 1e9);
+    }
+    printf("\nmodel,weights,device,batch,memory_GB,prefill_tokens,prefill_tokens_per_s,"
+           "decode_tokens,decode_tokens_per_s,decode_GB_per_s,copy_GB_per_s\n");
+    for (size_t i = 0; i < sizeof batches / sizeof *batches && *csv[i]; i++)
+        printf("%s,%s,%s,%s", o->model, weights_kind(s->model), s->gpu, csv[i]);
+    free(tokens);
+}
+
 int main(int argc, char **argv) {
     Options o = parse_options(argc, argv);
     if (o.task == TOKEN_IDS) {
@@ -579,7 +681,7 @@ int main(int argc, char **argv) {
         if (o.task == GENERATE) generate(&s, &o);
         if (o.task == CHAT) chat(&s, &o);
         if (o.task == PERPLEXITY) print_perplexity(&s, &o);
-        if (o.task == BENCHMARK) benchmark(&s, &o);
+        if (o.task == BENCHMARK) (s.gpu ? benchmark_gpu : benchmark_cpu)(&s, &o);
         close_session(&s);
     }
     free(o.model);

@@ -189,7 +189,7 @@ int main(int argc, char **argv) {
                             GpuLinear l = {s.N, s.K, (uint32_t *)(pool + copy * bytes),
                                            groups ? scales + copy * (bytes / 64) : NULL, s_channel};
                             gpu_gemm_run(gpu_gemm_choose(&l, M, portable), &l, a, s_a, M, y, NULL,
-                                         workspace, stream);
+                                         NULL, workspace, stream);
                         });
                     }
                 }

@@ -133,6 +133,7 @@ void test_quantize(void);
 void test_run(void);
 void test_slow(void);
 void test_quantize_slow(void);
+void test_gpu(void);
 
 int main(int argc, char **argv) {
     if (system("mkdir -p build/test")) die("build/test: cannot be made");
@@ -141,6 +142,10 @@ int main(int argc, char **argv) {
     if (argc > 1 && !strcmp(argv[1], "slow")) {
         test_slow();
         test_quantize_slow();
+        return test_end();
+    }
+    if (argc > 1 && !strcmp(argv[1], "gpu")) {
+        test_gpu();
         return test_end();
     }
     test_tokenizer();

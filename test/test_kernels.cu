@@ -246,7 +246,7 @@ static void compare(const Case &c, int M, GemmKernel kernel, bool sums) {
 
 static void run_kernel(const Case &c, int M, GemmKernel kernel) {
     poison(c, M);
-    gpu_gemm_run(kernel, &c.l, c.a, c.s_a, M, c.y, c.acc, workspace, 0);
+    gpu_gemm_run(kernel, &c.l, c.a, c.s_a, M, c.y, NULL, c.acc, workspace, 0);
     compare(c, M, kernel, true);
 }
 
@@ -258,7 +258,7 @@ static void run_case(const Case &c, int M, bool every_kernel) {
         run_kernel(c, M, gpu_gemm_choose(&c.l, M, true));
     }
     poison(c, M);
-    gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, workspace, 0);
+    gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, NULL, workspace, 0);
     compare(c, M, gpu_gemm_choose(&c.l, M, false), false);
 }
 
@@ -332,7 +332,8 @@ static void test_repeated(bool groups) {
         for (int kernel = 0; kernel < N_GEMM_KERNELS; kernel++) {
             poison(c, M);
             for (int i = 0; i < 20; i++) {
-                gpu_gemm_run((GemmKernel)kernel, &c.l, c.a, c.s_a, M, c.y, c.acc, workspace, 0);
+                gpu_gemm_run((GemmKernel)kernel, &c.l, c.a, c.s_a, M, c.y, NULL, c.acc, workspace,
+                             0);
             }
             compare(c, M, (GemmKernel)kernel, true);
         }
@@ -359,7 +360,7 @@ static void test_graph(bool groups) {
         gpu(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
         for (int i = 0; i < 5; i++) {
             gpu_quantize(x_gpu, M, K, c.a, c.s_a, stream);
-            gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, workspace, stream);
+            gpu_gemm_w4a8(&c.l, c.a, c.s_a, M, c.y, NULL, workspace, stream);
         }
         gpu(cudaStreamEndCapture(stream, &graph));
         gpu(cudaGraphInstantiate(&exec, graph, 0));

@@ -1,0 +1,251 @@
+/* The forward pass on the GPU against the one in C. Run by `make test-gpu`. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "test.h"
+
+static const struct {
+    const char *name, *path;
+} models[] = {{"tiny", "data/tiny"},
+              {"small", "../shared/models/small"},
+              {"tiny-outliers", "../shared/models/tiny-outliers"}};
+static const struct {
+    const char *name, *options; // of ./quantize; NULL: as it is
+} formats[] = {{"16 bits", NULL}, {"W4A8 per channel", "-g -1"}, {"W4A8 g128", "-g 128"}};
+enum { N_MODELS = 3, N_FORMATS = 3 };
+
+/* A model in memory and on the GPU, with the evaluation text. */
+typedef struct {
+    Checkpoint *checkpoint;
+    Model *model;
+    GpuModel *gpu;
+    int *tokens, n_tokens;
+} Loaded;
+
+static bool available(int m) {
+    if (exists(models[m].path)) return true;
+    test_skip("the model is not there");
+    return false;
+}
+
+static Loaded load(int m, int f) {
+    const char *path = models[m].path;
+    if (formats[f].options) {
+        char command[500], out[5000];
+        path = "build/test/gpu.bin";
+        snprintf(command, sizeof command, "./quantize %s %s %s -n 4 -l 512", models[m].path, path,
+                 formats[f].options);
+        if (run_command(command, out, sizeof out)) die("%s: %s", command, out);
+    }
+    Loaded x;
+    x.checkpoint = checkpoint_open(path);
+    x.model = model_load(x.checkpoint);
+    x.gpu = gpu_model_load(x.model);
+    x.tokens = text_tokens(x.checkpoint, x.model->config.bos, "data/eval.txt", &x.n_tokens);
+    return x;
+}
+
+static void unload(Loaded x) {
+    gpu_model_free(x.gpu);
+    model_free(x.model);
+    checkpoint_close(x.checkpoint);
+    free(x.tokens);
+}
+
+/* The largest difference of two rows of logits. */
+static float difference(const float *a, const float *b, int n) {
+    float most = 0;
+    for (int i = 0; i < n; i++) most = fabsf(a[i] - b[i]) <= most ? most : fabsf(a[i] - b[i]);
+    return most;
+}
+
+/* Perplexity of the whole text, and the logits of its first window's first 512 tokens' last. */
+static void test_perplexity(int m, int f) {
+    char name[100];
+    snprintf(name, sizeof name, "GPU: perplexity of %s, %s", models[m].name, formats[f].name);
+    test_begin(name);
+    if (!available(m)) return;
+    Loaded x = load(m, f);
+    int windows, gpu_windows;
+    double c = perplexity(x.model, x.tokens, x.n_tokens, 2048, 0, &windows, NULL);
+    double g = gpu_perplexity(x.gpu, x.tokens, x.n_tokens, 2048, 0, &gpu_windows, NULL);
+    printf("     CPU %.4f, GPU %.4f: %+.4f %%\n", c, g, 100 * (g / c - 1));
+    check(windows == 37 && gpu_windows == 37, "%d and %d windows", windows, gpu_windows);
+    check(fabs(g / c - 1) < 1e-3, "more than 0.1 %% apart");
+    unload(x);
+}
+
+/* Logits after contexts of several lengths, all of it a prompt or the last token decoded. The
+ * bounds are some times what rounding to halves (and from there to other int8) gives. */
+static void test_contexts(int m, int f, float bound) {
+    static const int lengths[] = {1, 17, 2048, 8192, 32768};
+    char name[100];
+    snprintf(name, sizeof name, "GPU: logits after 1 to 32768 tokens, %s, %s", models[m].name,
+             formats[f].name);
+    test_begin(name);
+    if (!available(m)) return;
+    Loaded x = load(m, f);
+    int vocab = x.model->config.vocab_size, longest = 32768;
+    GpuState *gpu = gpu_state_new(x.gpu, 1, longest);
+    State *s = state_new(&x.model->config, longest, 512);
+    for (int pos = 0, i = 0; i < 5; i++) {
+        int length = lengths[i], T = 0;
+        for (; pos < length; pos += T) {
+            T = length - pos < 512 ? length - pos : 512;
+            forward(x.model, s, x.tokens + pos, T, pos);
+        }
+        const float *expected = logits(x.model, s, T - 1, 1);
+        gpu_prefill(gpu, 0, x.tokens, length, 0);
+        float prompt = difference(gpu_logits(gpu), expected, vocab), decoded = 0;
+        if (length > 1) {
+            int last = length - 1;
+            gpu_prefill(gpu, 0, x.tokens, last, 0);
+            gpu_decode(gpu, x.tokens + last, &last);
+            decoded = difference(gpu_logits(gpu), expected, vocab);
+        }
+        printf("     %5d tokens: off by %.4f as a prompt, %.4f decoded\n", length, prompt, decoded);
+        check(prompt < bound && decoded < bound, "more than %g", bound);
+    }
+    state_free(s);
+    gpu_state_free(gpu);
+    unload(x);
+}
+
+static int *integers(const Json *j, const char *key, int *n) {
+    int *values = NULL;
+    *n = 0;
+    int node = json_get(j, 0, key);
+    for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i)) {
+        double value = -1;
+        json_number(j, i, &value);
+        values = realloc(values, (*n + 1) * sizeof *values);
+        values[(*n)++] = (int)value;
+    }
+    return values;
+}
+
+/* 100 greedy tokens, fed back on the GPU itself. */
+static void test_oracle(int m, const char *oracle) {
+    char name[100];
+    snprintf(name, sizeof name, "GPU: 100 greedy tokens of Hugging Face transformers, %s",
+             models[m].name);
+    test_begin(name);
+    if (!available(m)) return;
+    size_t bytes;
+    char *text = read_text(oracle, &bytes);
+    Json *j = json_parse(oracle, text, bytes);
+    int T, n;
+    int *prompt = integers(j, "prompt_ids", &T), *greedy = integers(j, "greedy_ids", &n);
+    Loaded x = load(m, 0);
+    GpuState *s = gpu_state_new(x.gpu, 1, n);
+    check(n == T + 100, "%d greedy tokens after %d", n, T);
+    gpu_prefill(s, 0, prompt, T, 0);
+    for (int t = T; t < n; t++) {
+        int token = gpu_chosen(s)[0];
+        if (token != greedy[t]) {
+            const float *l = gpu_logits(s);
+            float gap = token < 0 ? NAN : l[token] - l[greedy[t]];
+            printf("     token %d is %d, not %d: its logit is larger by %g\n", t - T, token,
+                   greedy[t], gap);
+            check(gap < 0.02f, "that is no tie");
+            break;
+        }
+        if (t + 1 < n) gpu_decode(s, NULL, NULL);
+    }
+    gpu_state_free(s);
+    unload(x);
+    free(prompt);
+    free(greedy);
+    json_free(j);
+    free(text);
+}
+
+/* Seven sequences of different lengths side by side, and each alone: same logits, same tokens. */
+static void test_batch(int m, int f, float bound) {
+    enum { BATCH = 7, STEPS = 40 };
+    static const int lengths[BATCH] = {1, 5, 64, 130, 700, 1025, 33};
+    char name[100];
+    snprintf(name, sizeof name, "GPU: seven sequences as one by one, %s, %s", models[m].name,
+             formats[f].name);
+    test_begin(name);
+    if (!available(m)) return;
+    Loaded x = load(m, f);
+    int vocab = x.model->config.vocab_size, at[BATCH], tokens[BATCH];
+    float most = 0;
+    GpuState *all = gpu_state_new(x.gpu, BATCH, 2048), *one = gpu_state_new(x.gpu, 1, 2048);
+    float *alone = allocate((size_t)BATCH * STEPS * vocab, sizeof *alone);
+    for (int b = 0; b < BATCH; b++) { // fed with the text's own tokens
+        gpu_prefill(one, 0, x.tokens + 3000 * b, lengths[b], 0);
+        for (int i = 0; i < STEPS; i++) {
+            int pos = lengths[b] + i;
+            gpu_decode(one, x.tokens + 3000 * b + pos, &pos);
+            memcpy(alone + ((size_t)b * STEPS + i) * vocab, gpu_logits(one), vocab * sizeof(float));
+        }
+        gpu_prefill(all, b, x.tokens + 3000 * b, lengths[b], 0);
+    }
+    for (int i = 0; i < STEPS; i++) {
+        for (int b = 0; b < BATCH; b++) {
+            at[b] = lengths[b] + i;
+            tokens[b] = x.tokens[3000 * b + at[b]];
+        }
+        gpu_decode(all, tokens, at);
+        const float *l = gpu_logits(all);
+        for (int b = 0; b < BATCH; b++)
+            most = fmaxf(most, difference(l + (size_t)b * vocab,
+                                          alone + ((size_t)b * STEPS + i) * vocab, vocab));
+    }
+    printf("     off by at most %.4f\n", most);
+    check(most < bound, "more than %g", bound);
+    free(alone);
+    gpu_state_free(all);
+    gpu_state_free(one);
+    unload(x);
+}
+
+/* What ./run prints is the same on both devices. */
+static void test_program(void) {
+    char cpu[20000], gpu[20000];
+    test_begin("GPU: ./run prints the same greedy text as on the CPU");
+    const char *command = "./run data/tiny -t 0 -n 60 -i 'Once upon a time' -d %s 2>/dev/null";
+    char line[300];
+    snprintf(line, sizeof line, command, "cpu");
+    check(run_command(line, cpu, sizeof cpu) == 0, "-d cpu: %s", cpu);
+    snprintf(line, sizeof line, command, "cuda");
+    check(run_command(line, gpu, sizeof gpu) == 0, "-d cuda: %s", gpu);
+    check(strlen(gpu) > 100 && !strcmp(cpu, gpu), "other text:\n%s%s", cpu, gpu);
+
+    test_begin("GPU: ./run samples, chats, measures");
+    check(run_command("./run data/tiny -s 1 -n 40 -i 'A king' -d cuda", gpu, sizeof gpu) == 0 &&
+              strstr(gpu, "on NVIDIA") && strstr(gpu, "generation 40 tokens"),
+          "%s", gpu);
+    check(run_command("echo Hello | ./run data/tiny -m chat -t 0 -n 20 -d cuda", gpu, sizeof gpu) ==
+              0,
+          "%s", gpu);
+    check(run_command("./run data/tiny -b -d cuda", gpu, sizeof gpu) == 0 &&
+              strstr(gpu, "decode_tokens_per_s"),
+          "%s", gpu);
+
+    test_begin("GPU: a context that does not fit is refused in one line");
+    int status = run_command("./run data/tiny -n 1 -l 131072 -d cuda", gpu, sizeof gpu);
+    check(status == 0, "131072 tokens of tiny fit: %s", gpu);
+}
+
+void test_gpu(void) {
+    if (!gpu_name || !gpu_name()) {
+        test_begin("GPU");
+        test_skip(gpu_name ? "no GPU found" : "built without CUDA");
+        return;
+    }
+    test_program();
+    test_oracle(0, "test/data/tiny_oracle.json");
+    test_oracle(1, "test/data/small_oracle.json");
+    for (int f = 0; f < N_FORMATS; f++) test_batch(0, f, 0.05f);
+    test_batch(1, 2, 0.05f);
+    test_contexts(0, 0, 0.1f);
+    test_contexts(0, 1, 0.5f);
+    test_contexts(1, 0, 0.1f);
+    test_contexts(1, 2, 0.5f);
+    for (int m = 0; m < N_MODELS; m++)
+        for (int f = 0; f < N_FORMATS; f++) test_perplexity(m, f);
+}
