@@ -336,10 +336,24 @@ __device__ __forceinline__ void mma(int (&c)[4], const uint32_t (&a)[4], uint32_
 }
 
 /* An 8x8 matrix of 16-bit numbers, two a lane, becomes its transpose. */
-__device__ __forceinline__ uint32_t transpose_8x8(half2 x) {
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
     uint32_t y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(*(uint32_t *)&x));
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
     return y;
+}
+
+/* One of floats, in two steps: the lower halves of their bits, the upper ones. */
+__device__ __forceinline__ float2 transpose_8x8(float x, float y) {
+    uint32_t a = __float_as_uint(x), b = __float_as_uint(y);
+    uint32_t low = transpose_8x8(__byte_perm(a, b, 0x5410));
+    uint32_t high = transpose_8x8(__byte_perm(a, b, 0x7632));
+    return make_float2(__uint_as_float(__byte_perm(low, high, 0x5410)),
+                       __uint_as_float(__byte_perm(low, high, 0x7632)));
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    half2 pair = __floats2half2_rn(low, high);
+    return *(uint32_t *)&pair;
 }
 
 /* ---- Hopper's own: wgmma, only in code for sm_90a ---------------------------------------------
@@ -418,8 +432,8 @@ struct GemmArgs {
     const float *s_channel;  // [N]
     const int8_t *a;         // [M][K]
     const float *s_a;        // [M]
-    half *y;                 // [M][N]
-    float *residual;         // [M][N]
+    half *y;                 // [M][N], unless there is a residual
+    float *residual;         // [M][N] or NULL
     int *acc;                // [M][N] or NULL
     int4 *partial;           // [gridDim.x][2][TILE / 4] sums of blocks that share a tile
     int *arrived;            // [split_tiles] chunks whose sums are in `partial`; zero in between
@@ -663,9 +677,9 @@ __device__ __forceinline__ bool add_blocks(const GemmArgs &p, int (&acc)[2][TOKE
     return true;
 }
 
-/* Scales a warp's sums, 32 channels from n0 and TOKENS tokens from m0, and writes them to y: they
- * are y^T in the registers, so 8x8 matrices of halves are transposed, after which (channel_place())
- * a lane has 8 consecutive channels of one token. */
+/* Scales a warp's sums, 32 channels from n0 and TOKENS tokens from m0, and writes them to y or adds
+ * them to the residual stream: they are y^T in the registers, so 8x8 matrices are transposed, after
+ * which (channel_place()) a lane has 8 consecutive channels of one token. */
 template <int N_TILES, bool GROUPS>
 __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2][N_TILES][4],
                                            int m0, int n0) {
@@ -677,26 +691,30 @@ __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2
     }
 #pragma unroll
     for (int j = 0; j < N_TILES; j++) {
-        int token = m0 + j * 8 + lane % 4 * 2;
+        const int token = m0 + j * 8 + lane % 4 * 2, row = m0 + j * 8 + lane / 4;
+        const size_t at = (size_t)row * p.N + n0 + lane % 4 * 8;
         float s_a[2];
         for (int i = 0; i < 2; i++) s_a[i] = token + i < p.M ? p.s_a[token + i] : 0;
-        uint32_t out[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int *c = acc[i / 2][j] + i % 2 * 2;
-            out[i] = transpose_8x8(__floats2half2_rn(((float)c[0] * s_a[0]) * s_channel[i],
-                                                     ((float)c[1] * s_a[1]) * s_channel[i]));
-        }
-        int row = m0 + j * 8 + lane / 4;
+        auto scaled = [&](int i, int t) {
+            int sum = acc[i / 2][j][i % 2 * 2 + t];
+            return __fmul_rn(__fmul_rn((float)sum, s_a[t]), s_channel[i]);
+        };
         if (p.residual) {
-            float *to = p.residual + (size_t)token * p.N + n0 + lane / 8 * 8 + lane / 4 % 2;
-            for (int i = 0; i < 8; i++)
-                if (token + i % 2 < p.M)
-                    to[i % 2 * p.N + i / 2 * 2] +=
-                        ((float)acc[i / 4][j][i % 4] * s_a[i % 2]) * s_channel[i / 2];
-        } else if (row < p.M) {
-            *(uint4 *)(p.y + (size_t)row * p.N + n0 + lane % 4 * 8) =
-                make_uint4(out[0], out[1], out[2], out[3]);
+            float4 *x = (float4 *)(p.residual + at);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float4 to = row < p.M ? x[i] : make_float4(0, 0, 0, 0);
+                float2 a = transpose_8x8(scaled(2 * i, 0), scaled(2 * i, 1));
+                float2 b = transpose_8x8(scaled(2 * i + 1, 0), scaled(2 * i + 1, 1));
+                to = make_float4(__fadd_rn(to.x, a.x), __fadd_rn(to.y, a.y), __fadd_rn(to.z, b.x),
+                                 __fadd_rn(to.w, b.y));
+                if (row < p.M) x[i] = to;
+            }
+        } else {
+            uint32_t out[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) out[i] = transpose_8x8(pack(scaled(i, 0), scaled(i, 1)));
+            if (row < p.M) *(uint4 *)(p.y + at) = make_uint4(out[0], out[1], out[2], out[3]);
         }
         if (p.acc) {
             int *to = p.acc + (size_t)token * p.N + n0 + lane / 8 * 8 + lane / 4 % 2;
@@ -767,6 +785,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     aim(next);
 #pragma unroll
     for (int u = 0; u < DEPTH; u++) load_weights(u);
+    prefetch(p.s_channel + (next.n * S::TEAM_WARPS + warp) * STRIP, valid > 0);
     launch_dependents();
     wait_for_previous_kernel();
     load_activations<TOKENS, TEAMS>(p, next, team, stages, 0);
@@ -839,22 +858,31 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
 /* ---- launching ------------------------------------------------------------------------------- */
 
+struct LaunchShape {
+    dim3 grid;
+    int threads;
+    size_t shared = 0; // bytes of dynamic shared memory
+    int cluster = 1;   // blocks, along y, that see each other's shared memory (Hopper)
+};
+
 /* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel
  * launched so must wait_for_previous_kernel(), whatever it does: the one after it relies on that.
  */
 template <typename... Parameters, typename... Arguments>
-static void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
-                   cudaStream_t stream, Arguments... arguments) {
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
+                   Arguments... arguments) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {1, (unsigned)shape.cluster, 1};
     cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared;
+    config.gridDim = shape.grid;
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
     config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = compute_capability() >= 9;
+    config.attrs = attributes;
+    config.numAttrs = compute_capability() < 9 ? 0 : shape.cluster > 1 ? 2 : 1;
     cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
@@ -907,7 +935,7 @@ static void launch_gemm(GemmArgs p, int blocks, bool split, cudaStream_t stream)
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     cuda_check(allowed, "shared memory");
-    launch(kernel, blocks, THREADS, shared, stream, p);
+    launch(kernel, {dim3(blocks), THREADS, shared}, stream, p);
 }
 
 template <bool GROUPS>
@@ -1029,7 +1057,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream_t stream) {
-    launch(quantize_kernel, M, THREADS, 0, stream, x, K, a, s_a);
+    launch(quantize_kernel, {dim3(M), THREADS}, stream, x, K, a, s_a);
 }
 
 /* ================================================================================================
@@ -1124,6 +1152,7 @@ __device__ __forceinline__ uint32_t magnitude(const Eight &e) {
 }
 
 constexpr uint32_t INFINITE = 0x7f800000;
+constexpr int MAX_CLUSTER = 8; // blocks: as many as every Hopper GPU allows
 
 /* s_a of a row whose largest magnitude is `most`. */
 __device__ __forceinline__ float activation_scale(uint32_t most) {
@@ -1141,10 +1170,46 @@ __device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
     return make_uint2(bytes[0], bytes[1]);
 }
 
-/* The end of both kernels: the block's row, of K values with the largest magnitude `most`. */
-__device__ static void write_row(const SharedRow &row, int K, uint32_t most,
+/* The part of a row that is this block's: all of it, or one of gridDim.y equal parts if a cluster
+ * shares the row. */
+struct Slice {
+    int first, end; // in Eights
+};
+
+__device__ __forceinline__ Slice my_slice(int K) {
+    int eights = K / 8, each = (eights + gridDim.y - 1) / gridDim.y;
+    return {(int)blockIdx.y * each, min(eights, ((int)blockIdx.y + 1) * each)};
+}
+
+/* The maximum over the blocks of a cluster, which are all there once they have passed
+ * cluster_start(): each block writes its own into the shared memory of all. */
+__device__ __forceinline__ void cluster_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+#endif
+}
+
+__device__ static uint32_t cluster_max(uint32_t x) {
+#if __CUDA_ARCH__ >= 900
+    __shared__ uint32_t maxima[MAX_CLUSTER];
+    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+    if (threadIdx.x < gridDim.y) {
+        uint32_t mine = (uint32_t)__cvta_generic_to_shared(&maxima[blockIdx.y]), its;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(its) : "r"(mine), "r"(threadIdx.x));
+        asm volatile("st.shared::cluster.u32 [%0], %1;\n" ::"r"(its), "r"(x) : "memory");
+    }
+    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;\n" ::
+                     : "memory");
+    for (int i = 0; i < (int)gridDim.y; i++) x = max(x, maxima[i]);
+#endif
+    return x;
+}
+
+/* The end of both kernels: the block's slice of row blockIdx.x, of K values whose largest magnitude
+ * is `most`. */
+__device__ static void write_row(const SharedRow &row, Slice slice, int K, uint32_t most,
                                  const LinearInput &out) {
-    most = block_max(most);
     float s = 1;
     if (out.a) {
         s = activation_scale(most);
@@ -1153,14 +1218,15 @@ __device__ static void write_row(const SharedRow &row, int K, uint32_t most,
         int exponent = (int)(most >> 23) - 127;
         if (exponent > 14) s = __int_as_float((exponent - 14 + 127) << 23);
     }
-    if (out.scale && threadIdx.x == 0) out.scale[blockIdx.x] = s;
-    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
-        Eight e = row.get(i);
+    if (out.scale && threadIdx.x == 0 && blockIdx.y == 0) out.scale[blockIdx.x] = s;
+    const size_t at = (size_t)blockIdx.x * (K / 8);
+    for (int i = slice.first + threadIdx.x; i < slice.end; i += blockDim.x) {
+        Eight e = row.get(i - slice.first);
         if (out.a) {
-            ((uint2 *)(out.a + (size_t)blockIdx.x * K))[i] = quantize_eight(e, s);
+            ((uint2 *)out.a)[at + i] = quantize_eight(e, s);
         } else {
             for (int j = 0; j < 8; j++) e.v[j] /= s;
-            ((uint4 *)(out.h + (size_t)blockIdx.x * K))[i] = to_halves(e);
+            ((uint4 *)out.h)[at + i] = to_halves(e);
         }
     }
 }
@@ -1171,6 +1237,9 @@ __global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, flo
     extern __shared__ float4 shared_row[];
     SharedRow row = {shared_row, dim / 8};
     launch_dependents();
+    // Nobody writes the weights: they are on their way while the kernel before is still at work.
+    Eight w = {};
+    if (threadIdx.x < dim / 8) w = from_floats((const float4 *)weight + 2 * threadIdx.x);
     wait_for_previous_kernel();
     const float4 *x_row = (const float4 *)(x + (size_t)blockIdx.x * dim);
     float sum = 0;
@@ -1182,30 +1251,35 @@ __global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, flo
     float scale = 1.0f / sqrtf(block_sum(sum) / dim + eps);
     uint32_t most = 0;
     for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
-        Eight e = row.get(i), w = from_floats((const float4 *)weight + 2 * i);
+        Eight e = row.get(i);
+        if (i >= blockDim.x) w = from_floats((const float4 *)weight + 2 * i);
         for (int j = 0; j < 8; j++) e.v[j] = e.v[j] * scale * w.v[j];
         most = max(most, magnitude(e));
         row.put(i, e);
     }
-    write_row(row, dim, most, out);
+    write_row(row, {0, dim / 8}, dim, block_max(most), out);
 }
 
-/* gate_up [T][2][hidden_dim]. Twin: swiglu(), quantize_row(). */
+/* gate_up [T][2][hidden_dim]. Few rows are shared by clusters. Twin: swiglu(), quantize_row(). */
 __global__ void swiglu_kernel(const half *gate_up, int hidden_dim, LinearInput out) {
     extern __shared__ float4 shared_row[];
-    SharedRow row = {shared_row, hidden_dim / 8};
+    const Slice slice = my_slice(hidden_dim);
+    SharedRow row = {shared_row, max(0, slice.end - slice.first)};
+    if (gridDim.y > 1) cluster_start();
     launch_dependents();
     wait_for_previous_kernel();
     const uint4 *gate = (const uint4 *)(gate_up + (size_t)blockIdx.x * 2 * hidden_dim);
     const uint4 *up = gate + hidden_dim / 8;
     uint32_t most = 0;
-    for (int i = threadIdx.x; i < hidden_dim / 8; i += blockDim.x) {
+    for (int i = slice.first + threadIdx.x; i < slice.end; i += blockDim.x) {
         Eight e = from_halves(gate[i]), u = from_halves(up[i]);
         for (int j = 0; j < 8; j++) e.v[j] = e.v[j] / (1.0f + expf(-e.v[j])) * u.v[j];
         most = max(most, magnitude(e));
-        row.put(i, e);
+        row.put(i - slice.first, e);
     }
-    write_row(row, hidden_dim, most, out);
+    most = block_max(most);
+    if (gridDim.y > 1) most = cluster_max(most);
+    write_row(row, slice, hidden_dim, most, out);
 }
 
 /* Threads of a block for a row of K: few rows are to be done soon, many side by side. */
@@ -1222,24 +1296,36 @@ template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes)
 
 void gpu_rmsnorm(const float *x, const float *weight, int T, int dim, float eps, LinearInput out,
                  cudaStream_t stream) {
-    allow_shared(rmsnorm_kernel, dim * sizeof(float));
-    launch(rmsnorm_kernel, T, row_threads(T, dim), dim * sizeof(float), stream, x, weight, dim, eps,
+    size_t shared = dim * sizeof(float);
+    allow_shared(rmsnorm_kernel, shared);
+    launch(rmsnorm_kernel, {dim3(T), row_threads(T, dim), shared}, stream, x, weight, dim, eps,
            out);
 }
 
 void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cudaStream_t stream) {
-    allow_shared(swiglu_kernel, hidden_dim * sizeof(float));
-    launch(swiglu_kernel, T, row_threads(T, hidden_dim), hidden_dim * sizeof(float), stream,
+    bool few = T * MAX_CLUSTER <= 4 * multiprocessors() && compute_capability() >= 9;
+    int cluster = few ? MAX_CLUSTER : 1, eights = (hidden_dim / 8 + cluster - 1) / cluster;
+    size_t shared = eights * 8 * sizeof(float);
+    allow_shared(swiglu_kernel, shared);
+    launch(swiglu_kernel, {dim3(T, cluster), row_threads(T, eights * 8), shared, cluster}, stream,
            gate_up, hidden_dim, out);
 }
 
-/* x [T][dim] = rows of the embedding [vocab_size][dim]. */
+/* The block's row of x [T][dim] = the embedding [vocab_size][dim] of a token. */
+__device__ static void embed(const half *embedding, int token, int dim, float *x) {
+    const uint4 *from = (const uint4 *)(embedding + (size_t)token * dim);
+    float4 *to = (float4 *)(x + (size_t)blockIdx.x * dim);
+    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
+        Eight e = from_halves(from[i]);
+        to[2 * i] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
+        to[2 * i + 1] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
+    }
+}
+
 __global__ void embed_kernel(const half *embedding, const int *tokens, int dim, float *x) {
     launch_dependents();
     wait_for_previous_kernel();
-    const half *from = embedding + (size_t)tokens[blockIdx.x] * dim;
-    float *to = x + (size_t)blockIdx.x * dim;
-    for (int i = threadIdx.x; i < dim; i += blockDim.x) to[i] = __half2float(from[i]);
+    embed(embedding, tokens[blockIdx.x], dim, x);
 }
 
 /* ================================================================================================
@@ -1285,11 +1371,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&b)[4], uint3
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                  : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
                  : "r"(address));
-}
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    half2 pair = __floats2half2_rn(low, high);
-    return *(uint32_t *)&pair;
 }
 
 /* Turns the pair of halves (first, second), head_dim / 2 apart, by an angle: twice, for the two
@@ -1481,8 +1562,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 /* ---- a decoded token ------------------------------------------------------------------------- */
 
-constexpr int DECODE_WARPS = 4;
-constexpr int MAX_SPLITS = 32; // blocks that share a sequence's positions: a lane each at the end
+constexpr int MAX_SPLITS = 16; // blocks that share a sequence's positions: half a warp's lanes
 constexpr int HEADS = 8;       // query heads of a block: mma's right side is 8 wide
 
 /* Attention of one new token for each sequence, its RoPE and its place in the cache included. Block
@@ -1497,16 +1577,19 @@ constexpr int HEADS = 8;       // query heads of a block: mma's right side is 8 
  *     of k, positions g and g + 8:            dimensions 32 j + 8 t .. + 7, for two steps of mma
  *     of v, positions 2t, 2t+1, 2t+8, 2t+9:   dimensions 64 i + 8 g .. + 7, for four tiles of o^T
  *
- * partial [blocks][HEADS * (HEAD_DIM + 2)]: o, m, l for the block that comes last. */
-template <int HEAD_DIM>
-__global__ void __launch_bounds__(DECODE_WARPS * 32, 3)
+ * The block of a row of blocks that comes last joins them, through partial [blocks][HEADS *
+ * (HEAD_DIM + 2)]: o, m, l of each; that of a token quantizes its row for o. arrived counts them:
+ * [sequences][rows of blocks + 1]. */
+template <int HEAD_DIM, int DECODE_WARPS>
+__global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
     attention_decode_kernel(const half *qkv, int group, const int *positions, const float4 *rope,
-                            Cache cache, half *out, float *partial, int *arrived) {
+                            Cache cache, half *out, LinearInput quantized, float *partial,
+                            int *arrived) {
     constexpr int K_LOADS = HEAD_DIM / 32, V_LOADS = HEAD_DIM / 64;
     __shared__ float sums[DECODE_WARPS][HEADS][HEAD_DIM + 1]; // + 1: other banks
     __shared__ uint4 q[K_LOADS][32];
     __shared__ float maxima[DECODE_WARPS][HEADS], totals[DECODE_WARPS][HEADS];
-    __shared__ float factors[HEADS][MAX_SPLITS];
+    __shared__ float joined[2][HEADS]; // m, l of the block
     __shared__ bool last;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int eights = (group + HEADS - 1) / HEADS; // of query heads, to a KV head
@@ -1515,8 +1598,6 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 3)
     const int n_heads = min(HEADS, (kv_head + 1) * group - head0);
     const int q_dim = cache.n_kv_heads * group * HEAD_DIM, kv_dim = cache.n_kv_heads * HEAD_DIM;
     launch_dependents();
-    wait_for_previous_kernel();
-
     const int pos = positions[sequence], tiles = pos / 16 + 1;
     const int tile0 = (int)((long long)tiles * blockIdx.x / gridDim.x);
     const int tile1 = (int)((long long)tiles * (blockIdx.x + 1) / gridDim.x);
@@ -1524,6 +1605,38 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 3)
     half *values = cache.values + cache.at(sequence, kv_head, HEAD_DIM);
     const half *row = qkv + (size_t)sequence * (q_dim + 2 * kv_dim);
     const float4 *angles = rope + (size_t)pos * (HEAD_DIM / 4);
+
+    uint4 k[K_LOADS][2], v[V_LOADS][4];
+    // The cache has room for whole tiles, and past the end old numbers, whose weight will be 0.
+    auto load_keys = [&](int tile) {
+        const half *from = keys + (tile * 16 + g) * HEAD_DIM + t * 8;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int j = 0; j < K_LOADS; j++) {
+                k[j][i] = __ldcg((const uint4 *)(from + i * 8 * HEAD_DIM + j * 32));
+            }
+        }
+    };
+    auto load_values = [&](int tile) {
+        const half *from = values + (tile * 16 + 2 * t) * HEAD_DIM + g * 8;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+#pragma unroll
+            for (int j = 0; j < V_LOADS; j++) {
+                v[j][i] = __ldcg((const uint4 *)(from + (i / 2 * 8 + i % 2) * HEAD_DIM + j * 64));
+            }
+        }
+    };
+
+    // A tile of older tokens has been in the cache since earlier steps: see embed_chosen_kernel.
+    int tile = tile0 + warp;
+    const bool early = tile < tile1 && tile < pos / 16;
+    if (early) {
+        load_keys(tile);
+        load_values(tile);
+    }
+    wait_for_previous_kernel();
 
     // The new token's k and v: by the block whose part they are in.
     if (tile1 == tiles && threadIdx.x < HEAD_DIM / 4) {
@@ -1558,47 +1671,24 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 3)
     }
     __syncthreads(); // now there are q, and the new token's k and v
 
-    uint4 k[K_LOADS][2], v[V_LOADS][4];
-    // Past the end the last position is read again: its weight there will be 0.
-    auto load_keys = [&](int tile) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int from = min(tile * 16 + g + 8 * i, pos) * HEAD_DIM + t * 8;
-#pragma unroll
-            for (int j = 0; j < K_LOADS; j++) {
-                k[j][i] = __ldcg((const uint4 *)(keys + from + j * 32));
-            }
-        }
-    };
-    auto load_values = [&](int tile) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int from = min(tile * 16 + i / 2 * 8 + 2 * t + i % 2, pos) * HEAD_DIM + g * 8;
-#pragma unroll
-            for (int j = 0; j < V_LOADS; j++) {
-                v[j][i] = __ldcg((const uint4 *)(values + from + j * 64));
-            }
-        }
-    };
-
     float o[V_LOADS][4][4] = {};                    // rows 64 i + 8 g + 2 e, + 1; heads
     float m[2] = {-INFINITY, -INFINITY}, l[2] = {}; // of heads 2 t, 2 t + 1
     const float scale = score_scale(HEAD_DIM);
-    int tile = tile0 + warp;
-    if (tile < tile1) {
+    if (!early && tile < tile1) {
         load_keys(tile);
         load_values(tile);
     }
     for (; tile < tile1; tile += DECODE_WARPS) {
-        float s[4] = {};
+        float s[4] = {}, odd[4] = {}; // two chains of mma, half the wait
 #pragma unroll
         for (int j = 0; j < K_LOADS; j++) {
             const uint32_t a[4] = {k[j][0].x, k[j][1].x, k[j][0].y, k[j][1].y};
             const uint32_t b[4] = {k[j][0].z, k[j][1].z, k[j][0].w, k[j][1].w};
             const uint4 q_j = q[j][lane];
             mma(s, a, q_j.x, q_j.y);
-            mma(s, b, q_j.z, q_j.w);
+            mma(odd, b, q_j.z, q_j.w);
         }
+        for (int i = 0; i < 4; i++) s[i] += odd[i];
         // What is used up makes room for the next tile.
         if (tile + DECODE_WARPS < tile1) load_keys(tile + DECODE_WARPS);
         float p[4], shrink[2];
@@ -1618,8 +1708,8 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 3)
             p[2 + h] = exp2f(s[2 + h] - most);
             l[h] = l[h] * shrink[h] + p[h] + p[2 + h];
         }
-        const uint32_t b0 = transpose_8x8(__floats2half2_rn(p[0], p[1]));
-        const uint32_t b1 = transpose_8x8(__floats2half2_rn(p[2], p[3]));
+        const uint32_t b0 = transpose_8x8(pack(p[0], p[1]));
+        const uint32_t b1 = transpose_8x8(pack(p[2], p[3]));
 #pragma unroll
         for (int i = 0; i < V_LOADS; i++) {
             const uint32_t *rows[4] = {(uint32_t *)&v[i][0], (uint32_t *)&v[i][1],
@@ -1659,6 +1749,20 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 3)
     }
     __syncthreads();
 
+    if (threadIdx.x < HEADS) {
+        const int head = threadIdx.x;
+        float most = -INFINITY, total = 0;
+        for (int w = 0; w < DECODE_WARPS; w++) most = fmaxf(most, maxima[w][head]);
+        for (int w = 0; w < DECODE_WARPS; w++) {
+            float factor = maxima[w][head] == -INFINITY ? 0 : exp2f(maxima[w][head] - most);
+            total += totals[w][head] * factor;
+            maxima[w][head] = factor;
+        }
+        joined[0][head] = most;
+        joined[1][head] = total;
+    }
+    __syncthreads();
+
     constexpr int PARTIAL = HEADS * (HEAD_DIM + 2); // floats of a block: o, m, l
     const int row_of_blocks = (sequence * gridDim.y + blockIdx.y) * gridDim.x;
     float *parts = partial + (size_t)row_of_blocks * PARTIAL;
@@ -1666,59 +1770,89 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 3)
     half *to = out + (size_t)sequence * q_dim + head0 * HEAD_DIM;
     for (int i = threadIdx.x; i < n_heads * HEAD_DIM; i += blockDim.x) {
         int head = i / HEAD_DIM, d = i % HEAD_DIM;
-        float most = -INFINITY, total = 0, sum = 0;
-        for (int w = 0; w < DECODE_WARPS; w++) most = fmaxf(most, maxima[w][head]);
-        for (int w = 0; w < DECODE_WARPS; w++) {
-            if (maxima[w][head] == -INFINITY) continue; // it had no tile
-            float factor = exp2f(maxima[w][head] - most);
-            total += totals[w][head] * factor;
-            sum += sums[w][head][d] * factor;
+        float sum = 0;
+        for (int w = 0; w < DECODE_WARPS; w++) sum += sums[w][head][d] * maxima[w][head];
+        if (gridDim.x == 1) to[i] = __float2half(sum / joined[1][head]);
+        else mine[i] = sum;
+    }
+    if (gridDim.x > 1 && threadIdx.x < 2 * HEADS) {
+        mine[HEADS * HEAD_DIM + threadIdx.x] = joined[0][threadIdx.x];
+    }
+
+    // The last of n blocks to come here finds what all of them have written, as in add_blocks().
+    auto is_last = [&](int *counter, int n) {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            last = add_in_order(counter, 1) + 1 == n;
+            if (last) *counter = 0; // as the next launch wants it
         }
-        if (gridDim.x == 1) {
-            to[i] = __float2half(sum / total);
-        } else {
-            mine[i] = sum;
-            if (d == 0) {
-                mine[HEADS * HEAD_DIM + head] = most;
-                mine[HEADS * HEAD_DIM + HEADS + head] = total;
+        __syncthreads();
+        return last;
+    };
+    int *counters = arrived + sequence * (gridDim.y + 1);
+    if (gridDim.x > 1) { // joins the blocks
+        if (!is_last(counters + blockIdx.y, gridDim.x)) return;
+        const int n = n_heads * HEAD_DIM / 4, blocks = gridDim.x;
+        for (int i = threadIdx.x; i < (n + 31) / 32 * 32; i += blockDim.x) {
+            float4 x[MAX_SPLITS]; // all on their way at once
+#pragma unroll
+            for (int b = 0; b < MAX_SPLITS; b++) {
+                if (b < blocks)
+                    x[b] = __ldcg((const float4 *)(parts + b * PARTIAL) + min(i, n - 1));
+            }
+            // Lane b knows block b's factor for this head, and so does lane b + 16: for the next
+            // head, if that is 64 wide.
+            const int head = min(i, n - 1) / (HEAD_DIM / 4);
+            const int its = lane % MAX_SPLITS;
+            const float *part = parts + min(its, blocks - 1) * PARTIAL + HEADS * HEAD_DIM + head;
+            float most = __ldcg(part), total = __ldcg(part + HEADS), all = most;
+            for (int j = 8; j > 0; j /= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, j));
+            float factor = most == -INFINITY || its >= blocks ? 0 : exp2f(most - all);
+            total *= factor;
+            for (int j = 8; j > 0; j /= 2) total += __shfl_xor_sync(~0u, total, j);
+            float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int b = 0; b < MAX_SPLITS; b++) {
+                float f = __shfl_sync(~0u, factor, b, MAX_SPLITS);
+                if (b >= blocks) break;
+                sum.x += x[b].x * f;
+                sum.y += x[b].y * f;
+                sum.z += x[b].z * f;
+                sum.w += x[b].w * f;
+            }
+            if (i < n) {
+                ((uint2 *)to)[i] = make_uint2(pack(sum.x / total, sum.y / total),
+                                              pack(sum.z / total, sum.w / total));
             }
         }
     }
-    if (gridDim.x == 1) return;
 
-    // Joins the blocks, as add_blocks() does: the last to arrive finds all the others' parts.
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int *counter = arrived + sequence * gridDim.y + blockIdx.y;
-        last = add_in_order(counter, 1) + 1 == (int)gridDim.x;
-        if (last) *counter = 0; // as the next launch wants it
+    // The last block of a token quantizes its row, of which a thread keeps so much in registers.
+    if (!quantized.a || !is_last(counters + gridDim.y, gridDim.y)) return;
+    constexpr int KEPT = 4;
+    const uint4 *att = (const uint4 *)(out + (size_t)sequence * q_dim);
+    uint4 kept[KEPT] = {};
+    uint32_t most = 0;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * blockDim.x;
+        if (i < q_dim / 8) kept[j] = __ldcg(att + i);
     }
-    __syncthreads();
-    if (!last) return;
-    for (int head = warp; head < n_heads; head += DECODE_WARPS) { // a lane is a block
-        const float *part = parts + lane * PARTIAL + HEADS * HEAD_DIM + head;
-        bool there = lane < (int)gridDim.x;
-        float most = there ? __ldcg(part) : -INFINITY, total = there ? __ldcg(part + HEADS) : 0;
-        float all = most;
-        for (int i = 16; i > 0; i /= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, i));
-        float factor = most == -INFINITY ? 0 : exp2f(most - all);
-        total *= factor;
-        for (int i = 16; i > 0; i /= 2) total += __shfl_xor_sync(~0u, total, i);
-        factors[head][lane] = factor / total;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) most = max(most, magnitude(from_halves(kept[j])));
+    for (int i = threadIdx.x + KEPT * blockDim.x; i < q_dim / 8; i += blockDim.x) {
+        most = max(most, magnitude(from_halves(__ldcg(att + i))));
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < n_heads * HEAD_DIM / 4; i += blockDim.x) {
-        const float *factor = factors[i / (HEAD_DIM / 4)];
-        float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-        for (int b = 0; b < (int)gridDim.x; b++) {
-            float4 x = __ldcg((const float4 *)(parts + b * PARTIAL) + i);
-            sum.x += x.x * factor[b];
-            sum.y += x.y * factor[b];
-            sum.z += x.z * factor[b];
-            sum.w += x.w * factor[b];
-        }
-        ((uint2 *)to)[i] = make_uint2(pack(sum.x, sum.y), pack(sum.z, sum.w));
+    const float s_a = activation_scale(block_max(most));
+    if (threadIdx.x == 0) quantized.scale[sequence] = s_a;
+    uint2 *a = (uint2 *)(quantized.a + (size_t)sequence * q_dim);
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * blockDim.x;
+        if (i < q_dim / 8) a[i] = quantize_eight(from_halves(kept[j]), s_a);
+    }
+    for (int i = threadIdx.x + KEPT * blockDim.x; i < q_dim / 8; i += blockDim.x) {
+        a[i] = quantize_eight(from_halves(__ldcg(att + i)), s_a);
     }
 }
 
@@ -1728,10 +1862,11 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 3)
  *     x <- x + o(attention(rope(q(h)), rope(k(h)), v(h))),   h = rmsnorm(x)
  *     x <- x + down(silu(gate(h)) * up(h)),                  h = rmsnorm(x)
  *
- * as in qqq.c, section 3, with q, k, v as one product and gate, up as one. A layer is nine kernels:
+ * as in qqq.c, section 3, with q, k, v as one product and gate, up as one. A layer is eight
+ * kernels:
  *
- *     rmsnorm+quantize  qkv  [cache]  attention  quantize  o+add  rmsnorm+quantize  gate,up
- *     swiglu+quantize  down+add                       ([cache]: of prompts; else attention does it)
+ *     rmsnorm+quantize  qkv  attention+quantize  o+add  rmsnorm+quantize  gate,up
+ *     swiglu+quantize  down+add              (prompts: cache, attention, quantize one by one)
  *
  * W4A8 linears are section 1's. 16-bit ones, and lm_head always, are cuBLAS's, or gemv_kernel's for
  * a single token, which is bound by reading the weights and needs no tensor cores. 16-bit weights
@@ -2011,13 +2146,18 @@ static int decode_rows(const Config *c) {
     return c->n_kv_heads * ((group + HEADS - 1) / HEADS);
 }
 
+/* Positions that the cache has room for: whole tiles of attention_decode_kernel. */
+static size_t padded_context(const GpuState *s) {
+    return (s->context + 15) / 16 * 16;
+}
+
 /* Lays the buffers out in s->memory, or from address 0 on: returns their size. */
 static size_t place_buffers(GpuState *s) {
     const Config *c = &s->model->config;
     const size_t T = s->max_T, B = s->n_sequences;
     const size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
     const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
-    const size_t cache = c->n_layers * B * s->context * kv_dim;
+    const size_t cache = c->n_layers * B * padded_context(s) * kv_dim;
     const bool q = s->model->quantized;
     size_t used = 0;
     auto take = [&](auto *&p, size_t count) {
@@ -2041,7 +2181,7 @@ static size_t place_buffers(GpuState *s) {
     take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
     take(s->nll, LOGIT_ROWS);
     take(s->partial, B * decode_rows(c) * s->splits * HEADS * (c->head_dim + 2));
-    take(s->arrived, B * decode_rows(c));
+    take(s->arrived, B * (decode_rows(c) + 1));
     uint8_t *workspace;
     take(workspace, CUBLAS_WORKSPACE);
     s->cublas_workspace = workspace;
@@ -2055,9 +2195,9 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context) {
     s.n_sequences = n_sequences;
     s.context = context;
     s.max_T = max(min(context, CHUNK_TOKENS), n_sequences);
-    // Enough blocks to fill the GPU, four to a multiprocessor.
+    // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor.
     int rows = decode_rows(&g->config) * n_sequences;
-    s.splits = max(1, min(MAX_SPLITS, 4 * multiprocessors() / rows));
+    s.splits = max(1, min(MAX_SPLITS, 2 * multiprocessors() / rows));
     s.bytes = place_buffers(&s);
     return s;
 }
@@ -2076,7 +2216,8 @@ GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
     s->memory = (uint8_t *)device_alloc(s->bytes);
     place_buffers(s);
     s->gemm_workspace = gpu_gemm_workspace();
-    cuda_check(cudaMemset(s->arrived, 0, n_sequences * decode_rows(c) * sizeof(int)), "cudaMemset");
+    // Zeros: counters, and the cache, where what is not written yet must at least be finite.
+    cuda_check(cudaMemset(s->memory, 0, s->bytes), "cudaMemset");
     float *rope = (float *)allocate((size_t)context * c->head_dim, sizeof *rope);
     for (int pos = 0; pos < context; pos++) rope_angles(c, pos, rope + (size_t)pos * c->head_dim);
     cuda_check(cudaMemcpy(s->rope, rope, (size_t)context * c->head_dim * sizeof *rope,
@@ -2176,13 +2317,13 @@ static void multiply_halves(GpuState *s, const Matrix *w, const half *in, const 
     if (T == 1) {
         int rows = WARPS * GEMV_ROWS;
         allow_shared(gemv_kernel, w->K * sizeof(half));
-        launch(gemv_kernel, (w->N + rows - 1) / rows, THREADS, w->K * sizeof(half), s->stream, w->w,
-               w->N, w->K, in, scale, y16, y32, add);
+        launch(gemv_kernel, {dim3((w->N + rows - 1) / rows), THREADS, w->K * sizeof(half)},
+               s->stream, w->w, w->N, w->K, in, scale, y16, y32, add);
         return;
     }
     if (scale) { // of each row apart
         multiply_halves(s, w, in, NULL, T, NULL, s->y, false);
-        launch(add_scaled_kernel, T, THREADS, 0, s->stream, s->y, scale, w->N, y32);
+        launch(add_scaled_kernel, {dim3(T), THREADS}, s->stream, s->y, scale, w->N, y32);
         return;
     }
     const float one = 1, beta = add;
@@ -2222,19 +2363,22 @@ template <int HEAD_DIM> static void attention(GpuState *s, Cache cache, const Ro
     const Config *c = &s->model->config;
     const int group = c->n_heads / c->n_kv_heads;
     if (rows.sequence < 0) {
-        launch(attention_decode_kernel<HEAD_DIM>, dim3(s->splits, decode_rows(c), rows.T),
-               DECODE_WARPS * 32, 0, s->stream, s->qkv, group, s->positions, s->rope, cache, s->att,
-               s->partial, s->arrived);
+        // Four warps each, if that many blocks fill the GPU: less to join.
+        bool many = decode_rows(c) * rows.T >= 3 * multiprocessors();
+        launch(many ? attention_decode_kernel<HEAD_DIM, 4> : attention_decode_kernel<HEAD_DIM, 8>,
+               {dim3(s->splits, decode_rows(c), rows.T), many ? 128 : 256}, s->stream, s->qkv,
+               group, s->positions, s->rope, cache, s->att, linear_input(s), s->partial,
+               s->arrived);
         return;
     }
-    launch(write_cache_kernel, rows.T, THREADS, 0, s->stream, s->qkv, c->n_heads * c->head_dim,
+    launch(write_cache_kernel, {dim3(rows.T), THREADS}, s->stream, s->qkv, c->n_heads * c->head_dim,
            c->head_dim, rows.sequence, rows.pos, s->rope, cache);
     constexpr int shared = 2 * 2 * KEYS * HEAD_DIM * sizeof(half);
     allow_shared(attention_prefill_kernel<HEAD_DIM>, shared);
     const int tokens = 16 * WARPS / group;
-    launch(attention_prefill_kernel<HEAD_DIM>, dim3(c->n_kv_heads, (rows.T + tokens - 1) / tokens),
-           THREADS, shared, s->stream, s->qkv, rows.T, group, rows.sequence, rows.pos, s->rope,
-           cache, s->att);
+    launch(attention_prefill_kernel<HEAD_DIM>,
+           {dim3(c->n_kv_heads, (rows.T + tokens - 1) / tokens), THREADS, shared}, s->stream,
+           s->qkv, rows.T, group, rows.sequence, rows.pos, s->rope, cache, s->att);
 }
 
 static void layer(GpuState *s, int l, const Rows &rows) {
@@ -2243,14 +2387,17 @@ static void layer(GpuState *s, int l, const Rows &rows) {
     const GpuLayer *w = &g->layers[l];
     const LinearInput input = linear_input(s);
     const int T = rows.T, q_dim = c->n_heads * c->head_dim;
-    const size_t cached = (size_t)l * s->n_sequences * c->n_kv_heads * s->context * c->head_dim;
-    Cache cache = {s->keys + cached, s->values + cached, c->n_kv_heads, s->context};
+    const int context = (int)padded_context(s);
+    const size_t cached = (size_t)l * s->n_sequences * c->n_kv_heads * context * c->head_dim;
+    Cache cache = {s->keys + cached, s->values + cached, c->n_kv_heads, context};
 
     gpu_rmsnorm(s->x, w->attention_norm, T, c->dim, c->norm_eps, input, s->stream);
     apply(s, &w->qkv, T, s->qkv);
     if (c->head_dim == 64) attention<64>(s, cache, rows);
     else attention<128>(s, cache, rows);
-    if (g->quantized) gpu_quantize(s->att, T, q_dim, s->a, s->scale, s->stream);
+    if (g->quantized && rows.sequence >= 0) { // a decoded token's is quantized already
+        gpu_quantize(s->att, T, q_dim, s->a, s->scale, s->stream);
+    }
     apply_and_add(s, &w->o, T, s->att, NULL);
 
     gpu_rmsnorm(s->x, w->ffn_norm, T, c->dim, c->norm_eps, input, s->stream);
@@ -2305,18 +2452,18 @@ __global__ void choose_kernel(const float *logits, int vocab_size, Choice *chose
 
 /* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
 __global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
-    launch_dependents();
+    // In this order: no kernel of a step starts before the step before has finished. So they may
+    // read what that left, positions and cache, without waiting for each other.
     wait_for_previous_kernel();
+    launch_dependents();
     const int token = max(0, chosen_token(chosen[blockIdx.x])); // the host sees to what is none
     __syncthreads();
     if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
-    const half *from = embedding + (size_t)token * dim;
-    float *to = x + (size_t)blockIdx.x * dim;
-    for (int i = threadIdx.x; i < dim; i += blockDim.x) to[i] = __half2float(from[i]);
+    embed(embedding, token, dim, x);
 }
 
 static void choose(GpuState *s, int sequence, int n) {
-    launch(choose_kernel, dim3(32, n), THREADS, 0, s->stream, s->logits,
+    launch(choose_kernel, {dim3(max(8, 128 / n), n), THREADS}, s->stream, s->logits,
            s->model->config.vocab_size, s->chosen + sequence, s->positions + sequence);
 }
 
@@ -2341,7 +2488,8 @@ static void upload(GpuState *s, void *to, const void *from, size_t bytes) {
 static void forward_chunk(GpuState *s, int sequence, const int *tokens, int T, int pos) {
     const Config *c = &s->model->config;
     upload(s, s->tokens, tokens, T * sizeof *tokens);
-    launch(embed_kernel, T, THREADS, 0, s->stream, s->model->embedding, s->tokens, c->dim, s->x);
+    launch(embed_kernel, {dim3(T), row_threads(T, c->dim)}, s->stream, s->model->embedding,
+           s->tokens, c->dim, s->x);
     layers(s, {T, sequence, pos});
 }
 
@@ -2371,8 +2519,9 @@ void gpu_decode(GpuState *s, const int *tokens, const int *positions) {
     if (!s->step) {
         cudaGraph_t graph;
         cuda_check(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal), "capture");
-        launch(embed_chosen_kernel, s->n_sequences, THREADS, 0, s->stream, g->embedding, s->chosen,
-               g->config.dim, s->x);
+        launch(embed_chosen_kernel,
+               {dim3(s->n_sequences), row_threads(s->n_sequences, g->config.dim)}, s->stream,
+               g->embedding, s->chosen, g->config.dim, s->x);
         layers(s, {s->n_sequences, -1, 0});
         lm_head(s, 0, s->n_sequences);
         choose(s, 0, s->n_sequences);
@@ -2440,8 +2589,8 @@ static double window_loss(void *state, const int *window, int length) {
             double nll[LOGIT_ROWS];
             int rows = min(LOGIT_ROWS, known - t);
             lm_head(s, t, rows);
-            launch(nll_kernel, rows, THREADS, 0, s->stream, s->logits, s->model->config.vocab_size,
-                   s->tokens + t, s->nll);
+            launch(nll_kernel, {dim3(rows), THREADS}, s->stream, s->logits,
+                   s->model->config.vocab_size, s->tokens + t, s->nll);
             cuda_check(
                 cudaMemcpyAsync(nll, s->nll, rows * sizeof *nll, cudaMemcpyDeviceToHost, s->stream),
                 "download of losses");

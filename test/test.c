@@ -10,23 +10,23 @@
 
 #include "test.h"
 
-static const char *running; // the test that is on, NULL before the first
+static char running[200];   // the test that is on, empty before the first
 static const char *skipped; // why it is skipped, or NULL
 static bool failed;
 static int n_passed, n_failed, n_skipped;
 
 static void finish(void) {
-    if (!running) return;
+    if (!*running) return;
     if (failed) n_failed++, printf("FAIL %s\n", running);
     else if (skipped) n_skipped++, printf("skip %s: %s\n", running, skipped);
     else n_passed++, printf("ok   %s\n", running);
     fflush(stdout);
-    running = NULL;
+    *running = 0;
 }
 
 void test_begin(const char *name) {
     finish();
-    running = name;
+    snprintf(running, sizeof running, "%s", name);
     skipped = NULL;
     failed = false;
 }

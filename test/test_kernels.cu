@@ -173,6 +173,29 @@ __global__ void compare_kernel(const int *want, const float *s_a, const float *s
     if (ulps > 0) atomicAdd(errors + 2, 1);
 }
 
+/* The residual stream before a product is added to it; after row M it must stay so. */
+__device__ float residual_before(size_t i) {
+    return (float)(i * 2654435761 % 4001) - 2000;
+}
+
+__global__ void fill_residual_kernel(float *x, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) x[i] = residual_before(i);
+}
+
+/* errors[0]: sums that are not those of plain C, bit for bit, [1]: writes past row M. */
+__global__ void compare_residual_kernel(const int *want, const float *s_a, const float *s_channel,
+                                        int M, int N, int guard, const float *x, int *errors) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)(M + guard) * N) return;
+    float right = residual_before(i);
+    if (i < (size_t)M * N) {
+        float y = __fmul_rn(__fmul_rn((float)want[i], s_a[i / N]), s_channel[i % N]);
+        right = __fadd_rn(right, y);
+    }
+    if (x[i] != right) atomicAdd(errors + (i < (size_t)M * N ? 0 : 1), 1);
+}
+
 constexpr int GUARD = 8; // rows after the output that must stay as they were
 
 struct Case {
@@ -185,6 +208,7 @@ struct Case {
     int *want;                  // [max_M][N]
     int *acc;                   // [max_M + GUARD][N]
     half *y;                    // [max_M + GUARD][N]
+    float *x;                   // [max_M + GUARD][N]
     int *errors;                // [4]
 };
 
@@ -215,6 +239,7 @@ static Case make_case(const Weights &w, int max_M, Kind kind) {
     c.want = device<int>((size_t)max_M * w.N);
     c.acc = device<int>((size_t)(max_M + GUARD) * w.N);
     c.y = device<half>((size_t)(max_M + GUARD) * w.N);
+    c.x = device<float>((size_t)(max_M + GUARD) * w.N);
     c.errors = device<int>(4);
     reference(c, max_M);
     return c;
@@ -222,7 +247,8 @@ static Case make_case(const Weights &w, int max_M, Kind kind) {
 
 static void free_case(Case &c) {
     gpu_linear_free(&c.l);
-    void *all[] = {c.a, c.s_a, c.s_channel, c.qweight, c.s_group, c.want, c.acc, c.y, c.errors};
+    void *all[] = {c.a,    c.s_a, c.s_channel, c.qweight, c.s_group,
+                   c.want, c.acc, c.y,         c.x,       c.errors};
     for (void *p : all) gpu(cudaFree(p));
 }
 
@@ -248,6 +274,17 @@ static void run_kernel(const Case &c, int M, GemmKernel kernel) {
     poison(c, M);
     gpu_gemm_run(kernel, &c.l, c.a, c.s_a, M, c.y, NULL, c.acc, workspace, 0);
     compare(c, M, kernel, true);
+
+    size_t n = (size_t)(M + GUARD) * c.N;
+    fill_residual_kernel<<<(n + 255) / 256, 256>>>(c.x, n);
+    gpu(cudaMemset(c.errors, 0, 4 * sizeof(int)));
+    gpu_gemm_run(kernel, &c.l, c.a, c.s_a, M, NULL, c.x, NULL, workspace, 0);
+    compare_residual_kernel<<<(n + 255) / 256, 256>>>(c.want, c.s_a, c.s_channel, M, c.N, GUARD,
+                                                      c.x, c.errors);
+    gpu(cudaGetLastError());
+    std::vector<int> e = download(c.errors, 2);
+    check(!e[0] && !e[1], "M=%d N=%d K=%d, kernel %d: %d residuals not equal, %d past the end", M,
+          c.N, c.K, kernel, e[0], e[1]);
 }
 
 /* What gpu_gemm_w4a8() chooses for M tokens, or every kernel. */
@@ -416,11 +453,110 @@ static void test_quantize() {
     }
 }
 
+/* One row of a linear's input against `want` [K], in both forms. float rounding may differ in its
+ * last bits: then s_a does too, and an a that was near a half may be one off. */
+static void check_input(const char *what, int row, const std::vector<float> &want, const int8_t *a,
+                        float s_a, const half *h, float scale) {
+    const int K = want.size();
+    std::vector<int8_t> right(K);
+    float s = quantize_row(want.data(), K, right.data());
+    check(fabsf(s_a - s) <= 2e-6f * s, "%s, row %d: s_a %g, want %g", what, row, s_a, s);
+    int off = 0, far = 0, unequal = 0;
+    for (int k = 0; k < K; k++) {
+        off += a[k] != right[k];
+        far += abs(a[k] - right[k]) > 1;
+        float f = __half2float(h[k]) * scale, smallest = 6e-8f * scale;
+        unequal += !(fabsf(f - want[k]) <= fabsf(want[k]) * 0.0005f + smallest);
+    }
+    check(far == 0 && off <= 1 + K / 500, "%s, row %d: %d of %d a differ, %d by more than one",
+          what, row, off, K, far);
+    check(unequal == 0, "%s, row %d: %d halves differ", what, row, unequal);
+    int exponent;
+    check(frexpf(scale, &exponent) == 0.5f && exponent >= 1, "%s: scale %g", what, scale);
+}
+
+/* A kernel's output in both forms, K values a row, against want [T][K]. */
+template <typename Launch>
+static void check_inputs(const char *what, int T, int K,
+                         const std::vector<std::vector<float>> &want, Launch launch) {
+    int8_t *a = device<int8_t>((size_t)T * K);
+    half *h = device<half>((size_t)T * K);
+    float *s_a = device<float>(T), *scale = device<float>(T);
+    gpu(cudaMemset(a, 0x55, (size_t)T * K));
+    gpu(cudaMemset(h, 0xff, (size_t)T * K * sizeof(half)));
+    launch(LinearInput{a, NULL, s_a});
+    launch(LinearInput{NULL, h, scale});
+    std::vector<int8_t> got_a = download(a, (size_t)T * K);
+    std::vector<half> got_h = download(h, (size_t)T * K);
+    std::vector<float> got_s = download(s_a, T), got_scale = download(scale, T);
+    for (int t = 0; t < T; t++) {
+        check_input(what, t, want[t], &got_a[(size_t)t * K], got_s[t], &got_h[(size_t)t * K],
+                    got_scale[t]);
+    }
+    void *all[] = {a, h, s_a, scale};
+    for (void *p : all) gpu(cudaFree(p));
+}
+
+static float random_normal() {
+    float sum = -6;
+    for (int i = 0; i < 12; i++) sum += (float)(random_bits() % 65536) / 65536;
+    return sum;
+}
+
+/* rmsnorm() of qqq.c; residual values in the thousands, as LLaMA's are. */
+static void test_rmsnorm() {
+    for (int dim : {256, 1032, 4096, 16384}) {
+        for (int T : {1, 5, 300}) {
+            std::vector<float> x((size_t)T * dim), weight(dim), row(dim);
+            for (size_t i = 0; i < x.size(); i++) x[i] = random_normal() * (i % 97 ? 1 : 3000);
+            for (float &w : weight) w = 1 + 0.3f * random_normal();
+            std::vector<std::vector<float>> want(T, row);
+            for (int t = 0; t < T; t++) {
+                rmsnorm(&x[(size_t)t * dim], weight.data(), 1, dim, 1e-5f, want[t].data());
+            }
+            float *x_gpu = upload(x), *weight_gpu = upload(weight);
+            check_inputs("rmsnorm", T, dim, want, [&](LinearInput out) {
+                gpu_rmsnorm(x_gpu, weight_gpu, T, dim, 1e-5f, out, 0);
+            });
+            gpu(cudaFree(x_gpu));
+            gpu(cudaFree(weight_gpu));
+        }
+    }
+}
+
+/* silu(gate) * up, also where the product is beyond the largest half. */
+static void test_swiglu() {
+    for (int hidden : {896, 1800, 14336, 28672}) {
+        for (int T : {1, 7, 300}) {
+            std::vector<half> in((size_t)T * 2 * hidden);
+            std::vector<std::vector<float>> want(T, std::vector<float>(hidden));
+            for (int t = 0; t < T; t++) {
+                half *gate = &in[(size_t)t * 2 * hidden], *up = gate + hidden;
+                for (int k = 0; k < hidden; k++) {
+                    float factor = t % 3 == 1 && k == 77 ? 700 : 1;
+                    gate[k] = __float2half(random_normal() * factor);
+                    up[k] = __float2half(random_normal() * factor);
+                    float g = __half2float(gate[k]);
+                    want[t][k] = g / (1 + expf(-g)) * __half2float(up[k]);
+                }
+            }
+            half *in_gpu = upload(in);
+            check_inputs("swiglu", T, hidden, want,
+                         [&](LinearInput out) { gpu_swiglu(in_gpu, T, hidden, out, 0); });
+            gpu(cudaFree(in_gpu));
+        }
+    }
+}
+
 int main(int argc, char **argv) {
     bool quick = argc > 1 && strcmp(argv[1], "quick") == 0;
     workspace = gpu_gemm_workspace();
     test_begin("quantizer equals plain C");
     test_quantize();
+    test_begin("RMSNorm equals plain C");
+    test_rmsnorm();
+    test_begin("SwiGLU equals plain C");
+    test_swiglu();
     for (bool groups : {false, true}) {
         const char *kind = groups ? "g128" : "channel";
         static char names[64][80];
