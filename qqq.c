@@ -2186,7 +2186,7 @@ float search_smoothing_published(const Config *c, const Layer *layer, State *sta
  * ============================================================================================ */
 
 static const double DAMPING = 0.01;   // of the mean of diag H
-static const double CORRECTION = 0.5; // how far to go towards the float path's output
+static const double CORRECTION = 0.25; // how far to go towards the float path's output
 
 void add_moments(double *M, const float *a, int N, const float *b, int K, int T) {
     float *a_t = allocate((size_t)N * T, sizeof *a_t); // [N][T]

@@ -427,10 +427,10 @@ void inverse_free(Inverse *inverse);
 Linear gptq(const float *w, int N, const Inverse *inverse, const float *importance, int group_size);
 
 /* What GPTQ should aim at when its inputs X are no longer the float model's inputs F:
- *     target = w + 1/2 (w C + R) (X^T X + damping)^-1,   C = (F - X)^T X [K][K],  R [N][K] = D^T X,
+ *     target = w + 1/4 (w C + R) (X^T X + damping)^-1,   C = (F - X)^T X [K][K],  R [N][K] = D^T X,
  * D [T][N] the residual stream's distance to the float model's, which o and down can make up for;
- * R may be NULL. The whole step (1 instead of 1/2) would be least squares, as in GPTAQ
- * (arXiv 2504.02692); half of it generalizes better. */
+ * R may be NULL. The whole step (1 instead of 1/4) would be least squares, as in GPTAQ
+ * (arXiv 2504.02692); a quarter of it generalizes better. */
 void corrected_target(const float *w, int N, const Inverse *inverse, const double *C,
                       const double *R, float *target);
 

@@ -228,6 +228,7 @@ typedef struct {
     Model *model;
     Tokenizer *tokenizer; // NULL for -b
     const char *gpu;      // its name; NULL: on the CPU
+    bool fallback;        // for want of a GPU
     GpuModel *gpu_model;
     State *state; // NULL on the GPU; -e has its own
     GpuState *gpu_state;
@@ -255,7 +256,9 @@ static void print_model(const Session *s) {
             s->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim,
             c->vocab_size);
     fprintf(stderr, "weights %s, %.1f MB, on %s\n", weights_kind(s->model), bytes / 1e6,
-            s->gpu ? s->gpu : "the CPU");
+            s->gpu        ? s->gpu
+            : s->fallback ? "the CPU: no GPU found"
+                          : "the CPU");
     if (!s->checkpoint->quantization) return;
     fputs("made with ", stderr);
     for (const char *p = s->checkpoint->quantization; *p; p++)
@@ -275,12 +278,12 @@ static const char *find_gpu(Device device) {
         die_usage("-d cuda: this program was built without CUDA, only -d cpu works");
     const char *name = gpu_name ? gpu_name() : NULL;
     if (!name && device == CUDA) die("-d cuda: found no GPU of compute capability 8.0 or newer");
-    if (!name && gpu_name) fputs("no GPU found: this runs on the CPU\n", stderr);
     return name;
 }
 
 static Session open_session(const Options *o) {
     Session s = {.path = o->model, .gpu = find_gpu(o->device)};
+    s.fallback = !s.gpu && gpu_name && o->device != CPU;
     s.checkpoint = checkpoint_open(o->model);
     s.model = model_load(s.checkpoint);
     const Config *c = &s.model->config;

@@ -1097,7 +1097,7 @@ static void test_gptq_degenerate(void) {
 }
 
 static void test_corrected_target(void) {
-    test_begin("corrected_target: w + 1/2 (w C + R) (H + damping)^-1 by a dense solve");
+    test_begin("corrected_target: w + 1/4 (w C + R) (H + damping)^-1 by a dense solve");
     uint64_t seed = 21;
     for (int K = 8; K <= 96; K *= 12)
         for (int i = 0; i < 4; i++) {
@@ -1116,7 +1116,7 @@ static void test_corrected_target(void) {
                 for (int j = 0; j < K; j++) {
                     double m = R ? R[n * K + j] : 0;
                     for (int k = 0; k < K; k++) m += (double)w[n * K + k] * C[k * K + j];
-                    for (int k = 0; k < K; k++) want[n * K + k] += m * dense[j * K + k] / 2;
+                    for (int k = 0; k < K; k++) want[n * K + k] += m * dense[j * K + k] / 4;
                 }
             check_near("target", target, want, N * K, 1e-5);
             memset(C, 0, sizeof *C * K * K);
