@@ -35,9 +35,17 @@ static int multiprocessors() {
     return count;
 }
 
-static int compute_capability() { // 8 Ampere, 9 Hopper
-    static const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-    return major;
+__global__ void empty_kernel() {}
+
+/* Whether the kernels may use what came with Hopper (sm_90): what counts is the code that was
+ * compiled. A GPU that is newer than all of it runs that of sm_80. */
+static bool hopper_code() {
+    static const int version = [] {
+        cudaFuncAttributes attributes;
+        cuda_check(cudaFuncGetAttributes(&attributes, empty_kernel), "cudaFuncGetAttributes");
+        return attributes.ptxVersion;
+    }();
+    return version >= 90;
 }
 
 /* ================================================================================================
@@ -423,6 +431,9 @@ template <int TOKENS, int TEAMS> struct Shape {
     static constexpr int CHUNK = TEAMS * DEPTH;              // units of a chunk
     static constexpr int STAGE = TOKENS * DEPTH * UNIT;      // bytes: a team's part of a chunk of a
     static constexpr int TEAM_SUMS = (TEAMS - 1) * TILE * 4; // bytes: for adding up the teams
+    // With 64 tokens and one team the blocks of a cluster may share a tile: write_shared_tile().
+    static constexpr bool CLUSTERS = TOKENS == 64 && TEAMS == 1;
+    static constexpr int BLOCK_SUMS = CLUSTERS ? 2 * TILE * 4 : 0; // bytes: for adding those up
 };
 
 struct GemmArgs {
@@ -677,33 +688,54 @@ __device__ __forceinline__ bool add_blocks(const GemmArgs &p, int (&acc)[2][TOKE
     return true;
 }
 
-/* Scales a warp's sums, 32 channels from n0 and TOKENS tokens from m0, and writes them to y or adds
- * them to the residual stream: they are y^T in the registers, so 8x8 matrices are transposed, after
- * which (channel_place()) a lane has 8 consecutive channels of one token. */
-template <int N_TILES, bool GROUPS>
-__device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2][N_TILES][4],
-                                           int m0, int n0) {
-    const int lane = threadIdx.x % 32;
+/* What a lane needs to turn the sums of 32 channels from n0 and 8 tokens from m0 into outputs. */
+struct Scales {
     float s_channel[4]; // of (m16 tile, half) 0,0 0,1 1,0 1,1
+    float s_a[2];
+    float4 x[2]; // the residual stream so far
+};
+
+__device__ __forceinline__ void load_channel_scales(const GemmArgs &p, int n0, Scales &s) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        s_channel[i] = p.s_channel[n0 + lane / 8 * 8 + 2 * i + lane / 4 % 2];
+        s.s_channel[i] = n0 < p.N ? p.s_channel[n0 + lane / 8 * 8 + 2 * i + lane / 4 % 2] : 0;
     }
+}
+
+__device__ __forceinline__ void load_token_scales(const GemmArgs &p, int m0, int n0, Scales &s) {
+    const int lane = threadIdx.x % 32;
+    const int token = m0 + lane % 4 * 2, row = m0 + lane / 4;
+    for (int i = 0; i < 2; i++) s.s_a[i] = token + i < p.M ? p.s_a[token + i] : 0;
+    if (!p.residual) return;
+    const float4 *x = (const float4 *)(p.residual + (size_t)row * p.N + n0 + lane % 4 * 8);
+    for (int i = 0; i < 2; i++) {
+        s.x[i] = row < p.M && n0 < p.N ? x[i] : make_float4(0, 0, 0, 0);
+    }
+}
+
+/* Scales a warp's sums, 32 channels from n0 and TOKENS tokens from m0, and writes them to y or adds
+ * them to the residual stream: they are y^T in the registers, so 8x8 matrices are transposed, after
+ * which (channel_place()) a lane has 8 consecutive channels of one token. s holds the scales of the
+ * channels and those of the first 8 tokens. */
+template <int N_TILES, bool GROUPS>
+__device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2][N_TILES][4],
+                                           Scales s, int m0, int n0) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < N_TILES; j++) {
         const int token = m0 + j * 8 + lane % 4 * 2, row = m0 + j * 8 + lane / 4;
         const size_t at = (size_t)row * p.N + n0 + lane % 4 * 8;
-        float s_a[2];
-        for (int i = 0; i < 2; i++) s_a[i] = token + i < p.M ? p.s_a[token + i] : 0;
+        if (j > 0) load_token_scales(p, m0 + j * 8, n0, s);
         auto scaled = [&](int i, int t) {
             int sum = acc[i / 2][j][i % 2 * 2 + t];
-            return __fmul_rn(__fmul_rn((float)sum, s_a[t]), s_channel[i]);
+            return __fmul_rn(__fmul_rn((float)sum, s.s_a[t]), s.s_channel[i]);
         };
         if (p.residual) {
             float4 *x = (float4 *)(p.residual + at);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float4 to = row < p.M ? x[i] : make_float4(0, 0, 0, 0);
+                float4 to = s.x[i];
                 float2 a = transpose_8x8(scaled(2 * i, 0), scaled(2 * i, 1));
                 float2 b = transpose_8x8(scaled(2 * i + 1, 0), scaled(2 * i + 1, 1));
                 to = make_float4(__fadd_rn(to.x, a.x), __fadd_rn(to.y, a.y), __fadd_rn(to.z, b.x),
@@ -724,6 +756,87 @@ __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2
                 if (token + i % 2 < p.M) to[i % 2 * p.N + i / 2 * 2] = GROUPS ? sum : sum / 16;
             }
         }
+    }
+}
+
+/* The blocks of a cluster see each other's shared memory (Hopper), once all have started. What was
+ * written before cluster_barrier() is seen behind it. */
+__device__ __forceinline__ void cluster_started() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+#endif
+    cluster_wait();
+}
+
+/* The address of a variable of this block in another block of the cluster. */
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int block) {
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.shared::cluster.u32 %0, %0, %1;\n" : "+r"(address) : "r"(block));
+#endif
+    return address;
+}
+
+__device__ __forceinline__ void cluster_store(uint32_t to, uint32_t x) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.shared::cluster.u32 [%0], %1;\n" ::"r"(to), "r"(x) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_store(uint32_t to, int4 x) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(x.x),
+                 "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+#endif
+}
+
+/* For a tile that a cluster shares, each block with the sums of its part of K: a block receives
+ * from all of them the sums of its share of the tokens, adds them up and writes the output.
+ * sums [blocks][n8 tiles of a share][2][THREADS]. */
+template <int TOKENS, bool GROUPS>
+__device__ __forceinline__ void write_shared_tile(const GemmArgs &p,
+                                                  const int (&acc)[2][TOKENS / 8][4], int4 *sums,
+                                                  int m0, int n0) {
+    const int blocks = gridDim.y, share = (TOKENS / 8 + blocks - 1) / blocks;
+    auto place = [&](int block, int j, int i) {
+        return ((block * share + j) * 2 + i) * THREADS + threadIdx.x;
+    };
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(sums);
+    cluster_wait();
+    int to_block = 0, to_j = 0;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint32_t to = address + place(blockIdx.y, to_j, i) * sizeof(int4);
+            cluster_store(cluster_address(to, to_block), as_int4(acc[i][j]));
+        }
+        if (++to_j == share) to_j = 0, to_block++;
+    }
+    Scales s;
+    load_channel_scales(p, n0, s);
+    load_token_scales(p, m0 + blockIdx.y * share * 8, n0, s);
+    cluster_barrier();
+    for (int j = 0; j < share && blockIdx.y * share + j < TOKENS / 8; j++) {
+        int sum[2][1][4] = {};
+        for (int block = 0; block < blocks; block++) {
+            for (int i = 0; i < 2; i++) add(sum[i][0], sums[place(block, j, i)]);
+        }
+        const int m = m0 + (blockIdx.y * share + j) * 8;
+        if (j > 0) load_token_scales(p, m, n0, s);
+        if (n0 < p.N) write_tile<1, GROUPS>(p, sum, s, m, n0);
     }
 }
 
@@ -782,6 +895,11 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
     // Weights are nobody's output: they may be read while the kernel before is still at work.
     Work next = first_work(p);
+    if (S::CLUSTERS) { // the tile's K is shared out among the blocks of a cluster
+        if (gridDim.y > 1) cluster_started();
+        next.chunk = blockIdx.y * p.chunks / gridDim.y;
+        next.end = (blockIdx.y + 1) * p.chunks / gridDim.y;
+    }
     aim(next);
 #pragma unroll
     for (int u = 0; u < DEPTH; u++) load_weights(u);
@@ -845,18 +963,38 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
         }
         if constexpr (WGMMA) wgmma_wait<0>();
 
-        if (TEAMS > 1) {
-            add_teams<TOKENS, TEAMS>(acc, (int4 *)(shared + TEAMS * STAGES * S::STAGE), team);
+        int4 *sums = (int4 *)(shared + TEAMS * STAGES * S::STAGE);
+        Scales s;
+        int m0, n0;
+        auto place_and_load_scales = [&]() {
+            place_tile(now, p); // again, rather than keep it in registers
+            m0 = now.m * TOKENS;
+            n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
+            if (S::CLUSTERS && gridDim.y > 1) return;
+            load_channel_scales(p, n0, s);
+            load_token_scales(p, m0, n0, s);
+        };
+        // One n8 tile leaves the registers to do it early, where every microsecond counts.
+        if (TOKENS == 8) place_and_load_scales();
+        if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
+        if constexpr (!S::CLUSTERS) {
+            bool whole = now.end - now.chunk == p.chunks;
+            if (!whole && !add_blocks<TOKENS, TEAMS>(p, acc, now, team)) continue;
         }
-        bool whole = now.end - now.chunk == p.chunks;
-        if (!whole && !add_blocks<TOKENS, TEAMS>(p, acc, now, team)) continue;
-        place_tile(now, p); // again, rather than keep it in registers
-        int n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
-        if (team == 0 && n0 < p.N) write_tile<TOKENS / 8, GROUPS>(p, acc, now.m * TOKENS, n0);
+        if (TOKENS > 8) place_and_load_scales();
+        if constexpr (S::CLUSTERS) {
+            if (gridDim.y > 1) {
+                write_shared_tile<TOKENS, GROUPS>(p, acc, sums, m0, n0);
+                continue;
+            }
+        }
+        if (team == 0 && n0 < p.N) write_tile<TOKENS / 8, GROUPS>(p, acc, s, m0, n0);
     }
 }
 
 /* ---- launching ------------------------------------------------------------------------------- */
+
+constexpr int MAX_CLUSTER = 8; // blocks: as many as every Hopper GPU allows
 
 struct LaunchShape {
     dim3 grid;
@@ -882,7 +1020,7 @@ static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = compute_capability() < 9 ? 0 : shape.cluster > 1 ? 2 : 1;
+    config.numAttrs = !hopper_code() ? 0 : shape.cluster > 1 ? 2 : 1;
     cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
@@ -903,8 +1041,36 @@ int *gpu_gemm_workspace(void) {
     return workspace;
 }
 
-/* Splits the work over `blocks` blocks. Unless told to `split`, every tile is one block's, and each
- * block gets the same number of tiles. */
+/* Of how many blocks the clusters should be that share a tile's chunks of K: as few as leave the
+ * fewest chunks to each, of so many that all clusters run at once. */
+template <typename Kernel>
+static int choose_cluster(Kernel kernel, int tiles, int chunks, size_t shared) {
+    static int at_once[MAX_CLUSTER + 1]; // [blocks] clusters
+    int best = 1;
+    for (int blocks = 2; blocks <= MAX_CLUSTER && hopper_code(); blocks++) {
+        if (!at_once[blocks]) {
+            cudaLaunchAttribute cluster = {};
+            cluster.id = cudaLaunchAttributeClusterDimension;
+            cluster.val.clusterDim = {1, (unsigned)blocks, 1};
+            cudaLaunchConfig_t config = {};
+            config.gridDim = dim3(1, blocks);
+            config.blockDim = dim3(THREADS);
+            config.dynamicSmemBytes = shared;
+            config.attrs = &cluster;
+            config.numAttrs = 1;
+            cuda_check(cudaOccupancyMaxActiveClusters(&at_once[blocks], kernel, &config),
+                       "cudaOccupancyMaxActiveClusters");
+        }
+        auto each = [&](int n) { return (chunks + n - 1) / n; };
+        if (tiles <= at_once[blocks] && blocks <= chunks && each(blocks) < each(best)) {
+            best = blocks;
+        }
+    }
+    return best;
+}
+
+/* Splits the work over `blocks` blocks. Unless told to `split`, every tile is one block's, or one
+ * cluster's, and each block gets the same number of tiles. */
 template <int TOKENS, int TEAMS, bool GROUPS, bool HOPPER>
 static void launch_gemm(GemmArgs p, int blocks, bool split, cudaStream_t stream) {
     using S = Shape<TOKENS, TEAMS>;
@@ -913,6 +1079,12 @@ static void launch_gemm(GemmArgs p, int blocks, bool split, cudaStream_t stream)
     p.tiles = p.tiles_m * p.tiles_n;
     p.units = p.K / UNIT;
     p.chunks = (p.units + S::CHUNK - 1) / S::CHUNK;
+    auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS, HOPPER>;
+    constexpr int shared = TEAMS * (HOPPER ? 3 : 2) * S::STAGE + S::TEAM_SUMS + S::BLOCK_SUMS;
+    static const cudaError_t allowed =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    cuda_check(allowed, "shared memory");
+    const int cluster = S::CLUSTERS ? choose_cluster(kernel, p.tiles, p.chunks, shared) : 1;
     if (split) {
         // Whole tiles, if that keeps the blocks busy for 13/14 of the time. Else the tiles of the
         // last, incomplete round are split. Very few would be split very finely, with more to add
@@ -930,12 +1102,7 @@ static void launch_gemm(GemmArgs p, int blocks, bool split, cudaStream_t stream)
     p.share = p.split_tiles * p.chunks / blocks;
     p.longer = p.split_tiles * p.chunks % blocks;
 
-    auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS, HOPPER>;
-    constexpr int shared = TEAMS * (HOPPER ? 3 : 2) * S::STAGE + S::TEAM_SUMS;
-    static const cudaError_t allowed =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    cuda_check(allowed, "shared memory");
-    launch(kernel, {dim3(blocks), THREADS, shared}, stream, p);
+    launch(kernel, {dim3(blocks, cluster), THREADS, shared, cluster}, stream, p);
 }
 
 template <bool GROUPS>
@@ -957,6 +1124,9 @@ static void launch_kernel(GemmKernel kernel, const GemmArgs &p, cudaStream_t str
     case GEMM_64X2:
         launch_gemm<64, 2, GROUPS, false>(p, sms, true, stream);
         break;
+    case GEMM_64:
+        launch_gemm<64, 1, GROUPS, false>(p, sms, false, stream);
+        break;
     case GEMM_128:
         launch_gemm<128, 1, GROUPS, false>(p, sms, true, stream);
         break;
@@ -971,12 +1141,13 @@ static void launch_kernel(GemmKernel kernel, const GemmArgs &p, cudaStream_t str
 /* Measured, not derived: build and run `make bench` before changing a number. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     static const int largest_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    const bool wgmma = compute_capability() == 9 && !portable;
+    const bool wgmma = hopper_code() && !portable;
     const int sms = multiprocessors();
     auto tiles = [](int x, int tile) { return (x + tile - 1) / tile; };
     if (M <= 8) return GEMM_8X8;
     if (M <= 16) return GEMM_16X8;
     if (M <= 32) return GEMM_32X4;
+    if (M <= 64 && hopper_code() && tiles(l->N, 256) <= sms) return GEMM_64;
     // Large tiles pay if a block gets some chunks for each time that it adds up with others.
     int chunks = tiles(M, 128) * tiles(l->N, 256) * tiles(l->K, DEPTH * UNIT);
     if (M > 64 && chunks >= 7 * sms) return wgmma ? GEMM_WGMMA : GEMM_128;
@@ -1152,7 +1323,6 @@ __device__ __forceinline__ uint32_t magnitude(const Eight &e) {
 }
 
 constexpr uint32_t INFINITE = 0x7f800000;
-constexpr int MAX_CLUSTER = 8; // blocks: as many as every Hopper GPU allows
 
 /* s_a of a row whose largest magnitude is `most`. */
 __device__ __forceinline__ float activation_scale(uint32_t most) {
@@ -1181,28 +1351,17 @@ __device__ __forceinline__ Slice my_slice(int K) {
     return {(int)blockIdx.y * each, min(eights, ((int)blockIdx.y + 1) * each)};
 }
 
-/* The maximum over the blocks of a cluster, which are all there once they have passed
- * cluster_start(): each block writes its own into the shared memory of all. */
-__device__ __forceinline__ void cluster_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
-#endif
-}
-
+/* The maximum over the blocks of a cluster, each of which has called cluster_started(): a block
+ * writes its own into the shared memory of all. */
 __device__ static uint32_t cluster_max(uint32_t x) {
-#if __CUDA_ARCH__ >= 900
     __shared__ uint32_t maxima[MAX_CLUSTER];
-    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+    cluster_wait();
     if (threadIdx.x < gridDim.y) {
-        uint32_t mine = (uint32_t)__cvta_generic_to_shared(&maxima[blockIdx.y]), its;
-        asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(its) : "r"(mine), "r"(threadIdx.x));
-        asm volatile("st.shared::cluster.u32 [%0], %1;\n" ::"r"(its), "r"(x) : "memory");
+        uint32_t mine = (uint32_t)__cvta_generic_to_shared(&maxima[blockIdx.y]);
+        cluster_store(cluster_address(mine, threadIdx.x), x);
     }
-    asm volatile("barrier.cluster.arrive.release.aligned;\n"
-                 "barrier.cluster.wait.acquire.aligned;\n" ::
-                     : "memory");
+    cluster_barrier();
     for (int i = 0; i < (int)gridDim.y; i++) x = max(x, maxima[i]);
-#endif
     return x;
 }
 
@@ -1265,7 +1424,7 @@ __global__ void swiglu_kernel(const half *gate_up, int hidden_dim, LinearInput o
     extern __shared__ float4 shared_row[];
     const Slice slice = my_slice(hidden_dim);
     SharedRow row = {shared_row, max(0, slice.end - slice.first)};
-    if (gridDim.y > 1) cluster_start();
+    if (gridDim.y > 1) cluster_started();
     launch_dependents();
     wait_for_previous_kernel();
     const uint4 *gate = (const uint4 *)(gate_up + (size_t)blockIdx.x * 2 * hidden_dim);
@@ -1303,7 +1462,7 @@ void gpu_rmsnorm(const float *x, const float *weight, int T, int dim, float eps,
 }
 
 void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cudaStream_t stream) {
-    bool few = T * MAX_CLUSTER <= 4 * multiprocessors() && compute_capability() >= 9;
+    bool few = T * MAX_CLUSTER <= 4 * multiprocessors() && hopper_code();
     int cluster = few ? MAX_CLUSTER : 1, eights = (hidden_dim / 8 + cluster - 1) / cluster;
     size_t shared = eights * 8 * sizeof(float);
     allow_shared(swiglu_kernel, shared);

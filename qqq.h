@@ -515,6 +515,7 @@ typedef enum {
     GEMM_32X4,
     GEMM_64X4,
     GEMM_64X2,
+    GEMM_64,
     GEMM_128,
     GEMM_WGMMA,
     N_GEMM_KERNELS

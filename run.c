@@ -255,10 +255,16 @@ static void print_model(const Session *s) {
     fprintf(stderr, "%s: LLaMA 3.1, dim %d, ffn %d, %d layers, %d/%d heads of %d, vocabulary %d\n",
             s->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim,
             c->vocab_size);
-    fprintf(stderr, "weights %s, %.1f MB, on %s\n", weights_kind(s->model), bytes / 1e6,
+    fprintf(stderr, "weights %s, %.1f MB, on %s", weights_kind(s->model), bytes / 1e6,
             s->gpu        ? s->gpu
             : s->fallback ? "the CPU: no GPU found"
                           : "the CPU");
+    if (s->gpu_state) {
+        size_t memory =
+            gpu_model_bytes(s->gpu_model) + gpu_state_bytes(s->gpu_model, 1, s->context);
+        fprintf(stderr, ", %.2f GB of its memory, %d tokens of context", memory / 1e9, s->context);
+    }
+    fputc('\n', stderr);
     if (!s->checkpoint->quantization) return;
     fputs("made with ", stderr);
     for (const char *p = s->checkpoint->quantization; *p; p++)
