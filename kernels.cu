@@ -431,8 +431,10 @@ template <int TOKENS, int TEAMS> struct Shape {
     static constexpr int CHUNK = TEAMS * DEPTH;              // units of a chunk
     static constexpr int STAGE = TOKENS * DEPTH * UNIT;      // bytes: a team's part of a chunk of a
     static constexpr int TEAM_SUMS = (TEAMS - 1) * TILE * 4; // bytes: for adding up the teams
-    // With 64 tokens and one team the blocks of a cluster may share a tile: write_shared_tile().
+    // How blocks share the K of a tile, if they do: as a cluster, write_shared_tile(); or any
+    // blocks whose shares meet there, add_blocks().
     static constexpr bool CLUSTERS = TOKENS == 64 && TEAMS == 1;
+    static constexpr bool SHARES = TOKENS > 16 && !CLUSTERS;
     static constexpr int BLOCK_SUMS = CLUSTERS ? 2 * TILE * 4 : 0; // bytes: for adding those up
 };
 
@@ -699,7 +701,7 @@ __device__ __forceinline__ void load_channel_scales(const GemmArgs &p, int n0, S
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        s.s_channel[i] = n0 < p.N ? p.s_channel[n0 + lane / 8 * 8 + 2 * i + lane / 4 % 2] : 0;
+        s.s_channel[i] = p.s_channel[n0 + lane / 8 * 8 + 2 * i + lane / 4 % 2];
     }
 }
 
@@ -707,11 +709,14 @@ __device__ __forceinline__ void load_token_scales(const GemmArgs &p, int m0, int
     const int lane = threadIdx.x % 32;
     const int token = m0 + lane % 4 * 2, row = m0 + lane / 4;
     for (int i = 0; i < 2; i++) s.s_a[i] = token + i < p.M ? p.s_a[token + i] : 0;
-    if (!p.residual) return;
     const float4 *x = (const float4 *)(p.residual + (size_t)row * p.N + n0 + lane % 4 * 8);
-    for (int i = 0; i < 2; i++) {
-        s.x[i] = row < p.M && n0 < p.N ? x[i] : make_float4(0, 0, 0, 0);
-    }
+    bool valid = p.residual && row < p.M;
+    for (int i = 0; i < 2; i++) s.x[i] = valid ? x[i] : make_float4(0, 0, 0, 0);
+}
+
+__device__ __forceinline__ void load_scales(const GemmArgs &p, int m0, int n0, Scales &s) {
+    load_channel_scales(p, n0, s);
+    load_token_scales(p, m0, n0, s);
 }
 
 /* Scales a warp's sums, 32 channels from n0 and TOKENS tokens from m0, and writes them to y or adds
@@ -826,9 +831,9 @@ __device__ __forceinline__ void write_shared_tile(const GemmArgs &p,
         if (++to_j == share) to_j = 0, to_block++;
     }
     Scales s;
-    load_channel_scales(p, n0, s);
-    load_token_scales(p, m0 + blockIdx.y * share * 8, n0, s);
+    if (n0 < p.N) load_scales(p, m0 + blockIdx.y * share * 8, n0, s);
     cluster_barrier();
+    if (n0 >= p.N) return;
     for (int j = 0; j < share && blockIdx.y * share + j < TOKENS / 8; j++) {
         int sum[2][1][4] = {};
         for (int block = 0; block < blocks; block++) {
@@ -836,7 +841,7 @@ __device__ __forceinline__ void write_shared_tile(const GemmArgs &p,
         }
         const int m = m0 + (blockIdx.y * share + j) * 8;
         if (j > 0) load_token_scales(p, m, n0, s);
-        if (n0 < p.N) write_tile<1, GROUPS>(p, sum, s, m, n0);
+        write_tile<1, GROUPS>(p, sum, s, m, n0);
     }
 }
 
@@ -965,30 +970,26 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
         int4 *sums = (int4 *)(shared + TEAMS * STAGES * S::STAGE);
         Scales s;
-        int m0, n0;
-        auto place_and_load_scales = [&]() {
-            place_tile(now, p); // again, rather than keep it in registers
-            m0 = now.m * TOKENS;
-            n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
-            if (S::CLUSTERS && gridDim.y > 1) return;
-            load_channel_scales(p, n0, s);
-            load_token_scales(p, m0, n0, s);
-        };
-        // One n8 tile leaves the registers to do it early, where every microsecond counts.
-        if (TOKENS == 8) place_and_load_scales();
+        if (TOKENS == 8) { // so early, as there are registers, and every microsecond counts
+            load_scales(p, now.m * TOKENS, (now.n * S::TEAM_WARPS + warp) * STRIP, s);
+        }
         if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
-        if constexpr (!S::CLUSTERS) {
+        if constexpr (S::SHARES) {
             bool whole = now.end - now.chunk == p.chunks;
             if (!whole && !add_blocks<TOKENS, TEAMS>(p, acc, now, team)) continue;
         }
-        if (TOKENS > 8) place_and_load_scales();
+        place_tile(now, p); // again, rather than keep it in registers
+        const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
         if constexpr (S::CLUSTERS) {
             if (gridDim.y > 1) {
                 write_shared_tile<TOKENS, GROUPS>(p, acc, sums, m0, n0);
                 continue;
             }
         }
-        if (team == 0 && n0 < p.N) write_tile<TOKENS / 8, GROUPS>(p, acc, s, m0, n0);
+        if (team == 0 && n0 < p.N) {
+            if (TOKENS > 8) load_scales(p, m0, n0, s);
+            write_tile<TOKENS / 8, GROUPS>(p, acc, s, m0, n0);
+        }
     }
 }
 
@@ -1069,10 +1070,10 @@ static int choose_cluster(Kernel kernel, int tiles, int chunks, size_t shared) {
     return best;
 }
 
-/* Splits the work over `blocks` blocks. Unless told to `split`, every tile is one block's, or one
+/* Shares the work out among `blocks` blocks. Unless SHARES, every tile is one block's, or one
  * cluster's, and each block gets the same number of tiles. */
 template <int TOKENS, int TEAMS, bool GROUPS, bool HOPPER>
-static void launch_gemm(GemmArgs p, int blocks, bool split, cudaStream_t stream) {
+static void launch_gemm(GemmArgs p, int blocks, cudaStream_t stream) {
     using S = Shape<TOKENS, TEAMS>;
     p.tiles_m = (p.M + TOKENS - 1) / TOKENS;
     p.tiles_n = (p.N + S::CHANNELS - 1) / S::CHANNELS;
@@ -1085,7 +1086,7 @@ static void launch_gemm(GemmArgs p, int blocks, bool split, cudaStream_t stream)
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     cuda_check(allowed, "shared memory");
     const int cluster = S::CLUSTERS ? choose_cluster(kernel, p.tiles, p.chunks, shared) : 1;
-    if (split) {
+    if (S::SHARES) {
         // Whole tiles, if that keeps the blocks busy for 13/14 of the time. Else the tiles of the
         // last, incomplete round are split. Very few would be split very finely, with more to add
         // than to multiply: then one round more.
@@ -1110,28 +1111,28 @@ static void launch_kernel(GemmKernel kernel, const GemmArgs &p, cudaStream_t str
     const int sms = multiprocessors();
     switch (kernel) {
     case GEMM_8X8:
-        launch_gemm<8, 8, GROUPS, false>(p, 2 * sms, false, stream);
+        launch_gemm<8, 8, GROUPS, false>(p, 2 * sms, stream);
         break;
     case GEMM_16X8:
-        launch_gemm<16, 8, GROUPS, false>(p, 2 * sms, false, stream);
+        launch_gemm<16, 8, GROUPS, false>(p, 2 * sms, stream);
         break;
     case GEMM_32X4:
-        launch_gemm<32, 4, GROUPS, false>(p, 2 * sms, true, stream);
+        launch_gemm<32, 4, GROUPS, false>(p, 2 * sms, stream);
         break;
     case GEMM_64X4:
-        launch_gemm<64, 4, GROUPS, false>(p, sms, true, stream);
+        launch_gemm<64, 4, GROUPS, false>(p, sms, stream);
         break;
     case GEMM_64X2:
-        launch_gemm<64, 2, GROUPS, false>(p, sms, true, stream);
+        launch_gemm<64, 2, GROUPS, false>(p, sms, stream);
         break;
     case GEMM_64:
-        launch_gemm<64, 1, GROUPS, false>(p, sms, false, stream);
+        launch_gemm<64, 1, GROUPS, false>(p, sms, stream);
         break;
     case GEMM_128:
-        launch_gemm<128, 1, GROUPS, false>(p, sms, true, stream);
+        launch_gemm<128, 1, GROUPS, false>(p, sms, stream);
         break;
     case GEMM_WGMMA:
-        launch_gemm<128, 1, GROUPS, true>(p, sms, true, stream);
+        launch_gemm<128, 1, GROUPS, true>(p, sms, stream);
         break;
     default:
         die("no such GEMM kernel: %d", kernel);
