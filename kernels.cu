@@ -1148,7 +1148,8 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     if (M <= 8) return GEMM_8X8;
     if (M <= 16) return GEMM_16X8;
     if (M <= 32) return GEMM_32X4;
-    if (M <= 64 && hopper_code() && tiles(l->N, 256) <= sms) return GEMM_64;
+    // Short sums are added up fastest by a cluster; long ones better keep all multiprocessors busy.
+    if (M <= 64 && l->K <= 8192 && hopper_code() && tiles(l->N, 256) <= sms) return GEMM_64;
     // Large tiles pay if a block gets some chunks for each time that it adds up with others.
     int chunks = tiles(M, 128) * tiles(l->N, 256) * tiles(l->K, DEPTH * UNIT);
     if (M > 64 && chunks >= 7 * sms) return wgmma ? GEMM_WGMMA : GEMM_128;
