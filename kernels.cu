@@ -4,6 +4,7 @@
  *   2 the small kernels around the linears: RMSNorm and SwiGLU, with quantization in one pass
  *   3 attention: of a prompt, and of one token of each sequence
  *   4 the forward pass: weights, KV cache, a prompt, a decode step as one graph, perplexity
+ *   5 quantization: rotation, ranges, smoothing, moments, Cholesky, GPTQ, layer by layer
  */
 #include "qqq.h"
 
@@ -181,6 +182,22 @@ __global__ void scale_kernel(float *x, int n, float factor) {
     if (i < n) x[i] *= factor;
 }
 
+/* N rows as in the file, in device memory, become rows first .. first + N - 1 of l. */
+static void layout_weights(const GpuLinear *l, int first, int N, const uint16_t *qweight,
+                           const uint8_t *s_group, const float *s_channel, cudaStream_t stream) {
+    size_t words = (size_t)N * (l->K / 8);
+    layout_weights_kernel<<<(words + 255) / 256, 256, 0, stream>>>(qweight, s_group, N, l->K, first,
+                                                                   l->w, l->s_group);
+    cuda_check(cudaGetLastError(), "layout_weights_kernel");
+    cuda_check(cudaMemcpyAsync(l->s_channel + first, s_channel, N * sizeof(float),
+                               cudaMemcpyDefault, stream),
+               "s_channel");
+    if (l->s_group) return;
+    // The kernel's sums are of 16 q; a power of two divides out exactly.
+    scale_kernel<<<(N + 255) / 256, 256, 0, stream>>>(l->s_channel + first, N, 1.0f / 16);
+    cuda_check(cudaGetLastError(), "scale_kernel");
+}
+
 GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
     GpuLinear l = {};
     l.K = parts[0].K;
@@ -208,23 +225,13 @@ GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
         size_t N = parts[i].N;
         cuda_check(cudaMemcpy(qweight, parts[i].qweight, N * l.K / 2, cudaMemcpyHostToDevice),
                    "upload of qweight");
-        cuda_check(cudaMemcpy(l.s_channel + first, parts[i].s_channel, N * sizeof(float),
-                              cudaMemcpyHostToDevice),
-                   "upload of s_channel");
         if (groups) {
             cuda_check(
                 cudaMemcpy(s_group, parts[i].s_group, N * (l.K / GROUP), cudaMemcpyHostToDevice),
                 "upload of s_group");
         }
-        size_t words = N * (l.K / 8);
-        layout_weights_kernel<<<(words + 255) / 256, 256>>>(qweight, s_group, N, l.K, first, l.w,
-                                                            l.s_group);
-        cuda_check(cudaGetLastError(), "layout_weights_kernel");
+        layout_weights(&l, first, N, qweight, s_group, parts[i].s_channel, 0);
         first += N;
-    }
-    if (!groups) { // the kernel's sums are of 16 q; a power of two divides out exactly
-        scale_kernel<<<(l.N + 255) / 256, 256>>>(l.s_channel, l.N, 1.0f / 16);
-        cuda_check(cudaGetLastError(), "scale_kernel");
     }
     cuda_check(cudaDeviceSynchronize(), "layout of weights");
     cuda_check(cudaFree(qweight), "cudaFree");
@@ -1907,40 +1914,62 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) {
     return __bfloat162float(x);
 }
 
-template <typename T>
-__global__ void convert_kernel(const T *from, size_t n, half *to, int *not_finite) {
+__device__ __forceinline__ void from_float(float x, half *to) {
+    *to = __float2half(x);
+}
+__device__ __forceinline__ void from_float(float x, float *to) {
+    *to = x;
+}
+
+template <typename From, typename To>
+__global__ void convert_kernel(const From *from, size_t n, To *to, int *not_finite) {
     size_t stride = (size_t)gridDim.x * blockDim.x;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
-        half h = __float2half(to_float(from[i]));
-        if (__hisinf(h) || __hisnan(h)) *not_finite = 1;
-        to[i] = h;
+        To x;
+        from_float(to_float(from[i]), &x);
+        if (!isfinite(to_float(x))) *not_finite = 1;
+        to[i] = x;
     }
 }
 
-/* Float weights as halves, by way of a buffer: the file's pages are read once and not copied on the
- * host. */
-static void upload_halves(const Linear *l, const char *name, half *to) {
-    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype);
-    const size_t most = min(count, (size_t)32 << 20); // elements at a time
-    uint8_t *buffer = (uint8_t *)device_alloc(most * size + sizeof(int));
-    int *not_finite = (int *)(buffer + most * size), found;
+/* Elements [n] of a dtype become To; *not_finite is set if one of them is NaN or infinite. */
+template <typename To>
+static void convert(const void *from, DType dtype, size_t n, To *to, int *not_finite,
+                    cudaStream_t stream) {
+    if (dtype == F32) {
+        convert_kernel<<<1024, 256, 0, stream>>>((const float *)from, n, to, not_finite);
+    } else if (dtype == F16) {
+        convert_kernel<<<1024, 256, 0, stream>>>((const half *)from, n, to, not_finite);
+    } else {
+        convert_kernel<<<1024, 256, 0, stream>>>((const __nv_bfloat16 *)from, n, to, not_finite);
+    }
+    cuda_check(cudaGetLastError(), "convert_kernel");
+}
+
+constexpr size_t UPLOAD = 64 << 20; // bytes at a time
+
+/* Uploads float weights as To, by way of `buffer` [UPLOAD + 4 bytes]: the file's pages are read
+ * once and not copied on the host. False if one is NaN or infinite. */
+template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer) {
+    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype), most = UPLOAD / size;
+    int *not_finite = (int *)(buffer + UPLOAD), found;
     cuda_check(cudaMemset(not_finite, 0, sizeof(int)), "cudaMemset");
     for (size_t i = 0; i < count; i += most) {
         size_t n = min(most, count - i);
         cuda_check(
             cudaMemcpy(buffer, (const uint8_t *)l->w + i * size, n * size, cudaMemcpyHostToDevice),
-            name);
-        if (l->dtype == F32) {
-            convert_kernel<<<1024, 256>>>((const float *)buffer, n, to + i, not_finite);
-        } else if (l->dtype == F16) {
-            convert_kernel<<<1024, 256>>>((const half *)buffer, n, to + i, not_finite);
-        } else {
-            convert_kernel<<<1024, 256>>>((const __nv_bfloat16 *)buffer, n, to + i, not_finite);
-        }
-        cuda_check(cudaGetLastError(), "convert_kernel");
+            "upload of weights");
+        convert(buffer, l->dtype, n, to + i, not_finite, 0);
     }
-    cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost), name);
-    if (found) die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
+    cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost),
+               "upload of weights");
+    return !found;
+}
+
+static void upload_halves(const Linear *l, const char *name, half *to) {
+    uint8_t *buffer = (uint8_t *)device_alloc(UPLOAD + sizeof(int));
+    if (!upload_weights(l, to, buffer))
+        die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
     cuda_check(cudaFree(buffer), "cudaFree");
 }
 
@@ -1991,11 +2020,8 @@ static void require_memory(const char *what, size_t bytes) {
     }
 }
 
-GpuModel *gpu_model_load(const Model *m) {
-    GpuModel *g = (GpuModel *)allocate(1, sizeof *g);
-    const Config *c = &g->config;
-    g->config = m->config;
-    g->quantized = m->group_size != 0;
+/* What the kernels ask of a model. */
+static void check_shape(const Config *c) {
     if (c->head_dim != 64 && c->head_dim != 128) {
         die("-d cuda: heads of %d, expected 64 or 128", c->head_dim);
     }
@@ -2006,6 +2032,14 @@ GpuModel *gpu_model_load(const Model *m) {
         die("-d cuda: %d query heads share a KV head, at most %d can", c->n_heads / c->n_kv_heads,
             16 * WARPS);
     }
+}
+
+GpuModel *gpu_model_load(const Model *m) {
+    GpuModel *g = (GpuModel *)allocate(1, sizeof *g);
+    const Config *c = &g->config;
+    g->config = m->config;
+    g->quantized = m->group_size != 0;
+    check_shape(c);
     const bool tied = m->lm_head.w == m->embedding.w;
     const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
     size_t layer_bytes = 2 * c->dim * sizeof(float);
@@ -2151,6 +2185,16 @@ static size_t padded_context(const GpuState *s) {
     return (s->context + 15) / 16 * 16;
 }
 
+/* Arrays that lie one after the other in one piece of memory. */
+struct Places {
+    uint8_t *memory;
+    size_t used;
+    template <typename T> void take(T *&p, size_t count) {
+        p = (T *)(memory + used);
+        used += (count * sizeof(T) + 255) / 256 * 256;
+    }
+};
+
 /* Lays the buffers out in s->memory, or from address 0 on: returns their size. */
 static size_t place_buffers(GpuState *s) {
     const Config *c = &s->model->config;
@@ -2159,11 +2203,8 @@ static size_t place_buffers(GpuState *s) {
     const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
     const size_t cache = c->n_layers * B * padded_context(s) * kv_dim;
     const bool q = s->model->quantized;
-    size_t used = 0;
-    auto take = [&](auto *&p, size_t count) {
-        p = (std::remove_reference_t<decltype(p)>)(s->memory + used);
-        used += (count * sizeof *p + 255) / 256 * 256;
-    };
+    Places places = {s->memory, 0};
+    auto take = [&](auto *&p, size_t count) { places.take(p, count); };
     take(s->tokens, T);
     take(s->positions, B);
     take(s->chosen, B);
@@ -2185,7 +2226,7 @@ static size_t place_buffers(GpuState *s) {
     uint8_t *workspace;
     take(workspace, CUBLAS_WORKSPACE);
     s->cublas_workspace = workspace;
-    return used;
+    return places.used;
 }
 
 /* The sizes of a state, before its memory is there. */
@@ -2206,6 +2247,15 @@ size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context) {
     return plan_state(g, n_sequences, context).bytes + gemm_workspace_bytes();
 }
 
+static void upload_rope(const Config *c, int context, float4 *to) {
+    float *rope = (float *)allocate((size_t)context * c->head_dim, sizeof *rope);
+    for (int pos = 0; pos < context; pos++) rope_angles(c, pos, rope + (size_t)pos * c->head_dim);
+    cuda_check(cudaMemcpy(to, rope, (size_t)context * c->head_dim * sizeof *rope,
+                          cudaMemcpyHostToDevice),
+               "upload of RoPE's angles");
+    free(rope);
+}
+
 GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
     const Config *c = &g->config;
     char what[100];
@@ -2218,12 +2268,7 @@ GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
     s->gemm_workspace = gpu_gemm_workspace();
     // Zeros: counters, and the cache, where what is not written yet must at least be finite.
     cuda_check(cudaMemset(s->memory, 0, s->bytes), "cudaMemset");
-    float *rope = (float *)allocate((size_t)context * c->head_dim, sizeof *rope);
-    for (int pos = 0; pos < context; pos++) rope_angles(c, pos, rope + (size_t)pos * c->head_dim);
-    cuda_check(cudaMemcpy(s->rope, rope, (size_t)context * c->head_dim * sizeof *rope,
-                          cudaMemcpyHostToDevice),
-               "upload of RoPE's angles");
-    free(rope);
+    upload_rope(c, context, s->rope);
     cuda_check(cudaMallocHost(&s->host_logits, (size_t)n_sequences * c->vocab_size * sizeof(float)),
                "pinned memory");
     s->host_chosen = (int *)allocate(n_sequences, sizeof *s->host_chosen);
@@ -2359,6 +2404,20 @@ struct Rows {
     int sequence, pos; // of the first; sequence -1: a decode step
 };
 
+template <int HEAD_DIM>
+static void prefill_attention(const Config *c, const half *qkv, int T, int sequence, int pos,
+                              const float4 *rope, Cache cache, half *att, cudaStream_t stream) {
+    const int group = c->n_heads / c->n_kv_heads;
+    launch(write_cache_kernel, {dim3(T), THREADS}, stream, qkv, c->n_heads * c->head_dim,
+           c->head_dim, sequence, pos, rope, cache);
+    constexpr int shared = 2 * 2 * KEYS * HEAD_DIM * sizeof(half);
+    allow_shared(attention_prefill_kernel<HEAD_DIM>, shared);
+    const int tokens = 16 * WARPS / group;
+    launch(attention_prefill_kernel<HEAD_DIM>,
+           {dim3(c->n_kv_heads, (T + tokens - 1) / tokens), THREADS, shared}, stream, qkv, T, group,
+           sequence, pos, rope, cache, att);
+}
+
 template <int HEAD_DIM> static void attention(GpuState *s, Cache cache, const Rows &rows) {
     const Config *c = &s->model->config;
     const int group = c->n_heads / c->n_kv_heads;
@@ -2371,14 +2430,8 @@ template <int HEAD_DIM> static void attention(GpuState *s, Cache cache, const Ro
                s->arrived);
         return;
     }
-    launch(write_cache_kernel, {dim3(rows.T), THREADS}, s->stream, s->qkv, c->n_heads * c->head_dim,
-           c->head_dim, rows.sequence, rows.pos, s->rope, cache);
-    constexpr int shared = 2 * 2 * KEYS * HEAD_DIM * sizeof(half);
-    allow_shared(attention_prefill_kernel<HEAD_DIM>, shared);
-    const int tokens = 16 * WARPS / group;
-    launch(attention_prefill_kernel<HEAD_DIM>,
-           {dim3(c->n_kv_heads, (rows.T + tokens - 1) / tokens), THREADS, shared}, s->stream,
-           s->qkv, rows.T, group, rows.sequence, rows.pos, s->rope, cache, s->att);
+    prefill_attention<HEAD_DIM>(c, s->qkv, rows.T, rows.sequence, rows.pos, s->rope, cache, s->att,
+                                s->stream);
 }
 
 static void layer(GpuState *s, int l, const Rows &rows) {

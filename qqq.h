@@ -6,7 +6,8 @@
  *   qqq.c        0 errors and JSON · 1 files · 2 number formats · 3 forward pass · 4 rotation ·
  *                5 adaptive smoothing · 6 GPTQ
  *   tokenizer.c  byte-level BPE
- *   kernels.cu   1 W4A8 GEMM · 2 small kernels · 3 attention · 4 forward pass, on the GPU
+ *   kernels.cu   1 W4A8 GEMM · 2 small kernels · 3 attention · 4 forward pass · 5 quantization,
+ *                on the GPU
  *
  * Conventions. Matrices are row-major and a shape stands beside each: w [N][K] has N rows of K.
  * A linear layer is y = x W^T with x [T][K], W [N][K], y [T][N]; T counts tokens, N output
@@ -407,8 +408,15 @@ float search_smoothing_published(const Config *c, const Layer *layer, State *sta
 
 /* ---- qqq.c 6: GPTQ ------------------------------------------------------------------------- */
 
+static const double DAMPING = 0.01;    // of the mean of diag H
+static const double CORRECTION = 0.25; // how far to go towards the float model's output
+
 /* M [N][K] += a^T b for a [T][N], b [T][K]: with a = b the Hessian X^T X. */
 void add_moments(double *M, const float *a, int N, const float *b, int K, int T);
+
+/* The order of the columns: by falling diagonal [K] of H, equal ones as they stand; or, without
+ * act_order, all as they stand. malloc'ed [K]. */
+int *column_order(const double *diagonal, int K, bool act_order);
 
 /* U [K][K], upper triangular, with (H + 0.01 mean(diag H) I)^-1 = U^T U, rows and columns in the
  * order order [K]: by falling diag H with act_order, else as they stand. */
