@@ -2744,9 +2744,9 @@ struct GpuQuantizer {
     int8_t *codes;  // [N][K]
     // of inverting a matrix
     double *half_matrix; // [K / 2][K / 2]
-    // of the search for smoothing, in the place of H and U, and of a chunk
-    float *sample[3];         // [SEARCH_TOKENS][K]
-    float *output, *distance; // [SEARCH_TOKENS][N]
+    // of the search for smoothing: tokens in the place of H, M and U; outputs in that of a chunk
+    float *sample[3];         // [T][K]
+    float *output, *distance; // [T][N]
     double start, spent[N_PHASES];
     Phase phase;
 };
@@ -3557,12 +3557,23 @@ __global__ void sample_kernel(const float *x, int first, int T, int K, int strid
         sample[(size_t)(token / stride) * K + k] = x[(size_t)blockIdx.x * K + k];
 }
 
+/* The sample that the search looks at: every stride-th token of the first windows. */
+struct Sample {
+    int windows, stride, T;
+};
+
+static Sample sample_of(const GpuQuantizer *q) {
+    const int windows = min(q->n, SEARCH_WINDOWS), tokens = windows * q->length;
+    const int stride = max(1, tokens / SEARCH_TOKENS);
+    return {windows, stride, tokens / stride};
+}
+
 /* Finds the thresholds and folds their scales into the layer; norms [2][dim] in host memory.
  * Twins: smooth() and record_inputs() of quantize.c, smooth_layer(). */
 static void smooth(GpuQuantizer *q, int l, float *norms, Smoothing *found) {
     const Config *c = &q->config;
-    const int windows = min(q->n, SEARCH_WINDOWS), total = windows * q->length;
-    const int stride = max(1, total / SEARCH_TOKENS), T = total / stride, dim = c->dim;
+    const Sample sample = sample_of(q);
+    const int dim = c->dim;
     const int K[3] = {dim, dim, c->hidden_dim}, linears[3] = {0, 4, 6}, counts[3] = {3, 2, 1};
     GpuLinear *candidates[3] = {&q->qkv, &q->gate_up, &q->down};
     uint32_t *most[3] = {q->most, q->most + dim, q->most + 2 * dim};
@@ -3570,12 +3581,12 @@ static void smooth(GpuQuantizer *q, int l, float *norms, Smoothing *found) {
     auto record = [&](int i, Chunk chunk) {
         dim3 grid((K[i] + THREADS - 1) / THREADS, 64);
         column_max_kernel<<<grid, THREADS, 0, q->stream>>>(q->f, chunk.T, K[i], most[i]);
-        sample_kernel<<<chunk.T, THREADS, 0, q->stream>>>(q->f, chunk.first, chunk.T, K[i], stride,
-                                                          T, q->sample[i]);
+        sample_kernel<<<chunk.T, THREADS, 0, q->stream>>>(q->f, chunk.first, chunk.T, K[i],
+                                                          sample.stride, sample.T, q->sample[i]);
         cuda_check(cudaGetLastError(), "record inputs");
     };
     const GpuHalf attention = half_of(q, false), ffn = half_of(q, true);
-    for_chunks(q, windows, [&](Chunk chunk) {
+    for_chunks(q, sample.windows, [&](Chunk chunk) {
         const float *from = stream_part(q, q->x_float, chunk);
         float *x = q->lacking; // a copy
         cuda_check(cudaMemcpyAsync(x, from, (size_t)chunk.T * dim * sizeof(float),
@@ -3598,8 +3609,8 @@ static void smooth(GpuQuantizer *q, int l, float *norms, Smoothing *found) {
         for (int k = 0; k < K[i]; k++)
             if (!(max[k] < INFINITY))
                 die("layer %d: the input of %s holds NaN or infinity", l, linear_names[linears[i]]);
-        found[i].t = search_smoothing(q, linears[i], counts[i], candidates[i], q->sample[i], T, max,
-                                      scales[i]);
+        found[i].t = search_smoothing(q, linears[i], counts[i], candidates[i], q->sample[i],
+                                      sample.T, max, scales[i]);
         found[i].n = 0;
         for (int k = 0; k < K[i]; k++) found[i].n += max[k] > found[i].t;
         free(max);
@@ -3866,6 +3877,7 @@ static size_t place_buffers(GpuQuantizer *q) {
     take(q->gemm_workspace, gemm_workspace_bytes() / sizeof(int));
     take(q->cublas_workspace, CUBLAS_WORKSPACE);
 
+    const size_t searched = q->method.smooth ? sample_of(q).T : 0;
     const size_t moments = places.used;
     take(q->H, q->calibrate ? K * K : 0);
     take(q->M, q->calibrate ? dim * K : 0);
@@ -3873,9 +3885,9 @@ static size_t place_buffers(GpuQuantizer *q) {
     size_t end = places.used;
     if (q->method.smooth) {
         places.used = moments;
-        take(q->sample[SMOOTH_QKV], SEARCH_TOKENS * dim);
-        take(q->sample[SMOOTH_GATE_UP], SEARCH_TOKENS * dim);
-        take(q->sample[SMOOTH_DOWN], SEARCH_TOKENS * hidden);
+        take(q->sample[SMOOTH_QKV], searched * dim);
+        take(q->sample[SMOOTH_GATE_UP], searched * dim);
+        take(q->sample[SMOOTH_DOWN], searched * hidden);
         end = max(end, places.used);
     }
     const size_t scratch = places.used = end; // and now what takes turns
@@ -3884,7 +3896,7 @@ static size_t place_buffers(GpuQuantizer *q) {
         places.used = scratch;
     };
     const size_t wide = max((size_t)q->qkv.N, (size_t)q->gate_up.N);
-    const size_t rows = max(T, (size_t)(q->method.smooth ? SEARCH_TOKENS : 0));
+    const size_t rows = max(T, searched);
     take(q->in.a, rows * K);
     take(q->in.scale, rows);
     const size_t pass = places.used;
@@ -3899,8 +3911,8 @@ static size_t place_buffers(GpuQuantizer *q) {
     take(q->values, calibrated ? cache : 0);
     end = max(end, places.used);
     places.used = pass; // beside q->in
-    take(q->output, q->method.smooth ? SEARCH_TOKENS * wide : 0);
-    take(q->distance, q->method.smooth ? SEARCH_TOKENS * wide : 0);
+    take(q->output, searched * wide);
+    take(q->distance, searched * wide);
     turn();
     take(q->t, max(q->calibrate ? most : 0, UPLOAD / sizeof(double) + 1)); // or what is uploaded
     take(q->product, q->calibrate ? most : 0);
@@ -3917,7 +3929,9 @@ static size_t place_buffers(GpuQuantizer *q) {
 /* Chooses what fits: the streams on the GPU, or else in host memory and then, if need be, fewer
  * windows at a time. */
 static void plan_quantizer(GpuQuantizer *q, size_t most_memory) {
-    const size_t free = gpu_free_memory(), limit = most_memory ? min(most_memory, free) : free;
+    const size_t later = 256 << 20; // what CUDA takes when it loads kernels
+    const size_t free = max(gpu_free_memory(), later) - later;
+    const size_t limit = most_memory ? min(most_memory, free) : free;
     q->chunk = q->n ? max(1, min(q->n, CALIBRATION_TOKENS / q->length)) : 0;
     q->bytes = place_buffers(q);
     if (q->bytes > limit) {
