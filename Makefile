@@ -37,19 +37,16 @@ $(BUILD)/%.o: %.c qqq.h test/test.h Makefile
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -c $< -o $@
 
-# With nvcc `run` is linked with the GPU's part. CUDA= on make's command line leaves it out.
+# With nvcc the programs are linked with the GPU's part. CUDA= on make's command line leaves it out.
 CUDA ?= $(NVCC)
 GPU_LIBS = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcublas -lcudart_static -ldl -lrt -lpthread -lstdc++
 CUDA_LIB = $(abspath $(dir $(NVCC))../lib64)
 
 $(BUILD)/tests: $(TESTS)
 $(BIN)/run: $(BUILD)/run.o
-$(BIN)/run $(BUILD)/tests: $(OBJECTS) $(if $(CUDA),$(BUILD)/kernels.cu.o)
+$(BIN)/quantize: $(BUILD)/quantize.o
+$(BIN)/run $(BIN)/quantize $(BUILD)/tests: $(OBJECTS) $(if $(CUDA),$(BUILD)/kernels.cu.o)
 	$(CC) $(FLAGS) $^ -o $@ $(LIBS) $(if $(CUDA),$(GPU_LIBS))
-
-$(BIN)/quantize: $(BUILD)/quantize.o $(OBJECTS)
-	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
-
 
 $(BUILD)/synthetic: $(BUILD)/test/synthetic.o $(OBJECTS)
 	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
@@ -73,11 +70,15 @@ $(BUILD)/%.cu.o: %.cu qqq.h Makefile
 	$(if $(NVCC),,$(error nvcc was not found; NVCC=... names it))
 	$(NVCC) $(NVCCFLAGS) $(ARCH) $(CPPFLAGS) -Xcompiler -Wall,-Wextra -c $< -o $@
 
-$(BUILD)/test_kernels $(BUILD)/bench_gemm: $(BUILD)/%: $(BUILD)/test/%.cu.o $(BUILD)/kernels.cu.o $(OBJECTS)
+# test_gpu_twins includes kernels.cu.
+$(BUILD)/test/test_gpu_twins.cu.o: kernels.cu
+$(BUILD)/test_kernels $(BUILD)/bench_gemm: $(BUILD)/kernels.cu.o
+$(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/bench_gemm: $(BUILD)/%: $(BUILD)/test/%.cu.o $(OBJECTS)
 	$(NVCC) $^ -o $@ $(LIBS) -lgomp -lcublas
 
-test-gpu: all $(BUILD)/test_kernels $(BUILD)/tests
+test-gpu: all $(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/tests
 	$(BUILD)/test_kernels
+	$(BUILD)/test_gpu_twins
 	$(BUILD)/tests gpu
 
 bench: $(BUILD)/bench_gemm

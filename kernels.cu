@@ -4,6 +4,7 @@
  *   2 the small kernels around the linears: RMSNorm and SwiGLU, with quantization in one pass
  *   3 attention: of a prompt, and of one token of each sequence
  *   4 the forward pass: weights, KV cache, a prompt, a decode step as one graph, perplexity
+ *   5 quantization: rotation, ranges, smoothing, moments, Cholesky, GPTQ, layer by layer
  */
 #include "qqq.h"
 
@@ -189,6 +190,22 @@ __global__ void scale_kernel(float *x, int n, float factor) {
     if (i < n) x[i] *= factor;
 }
 
+/* N rows as in the file, in device memory, become rows first .. first + N - 1 of l. */
+static void layout_weights(const GpuLinear *l, int first, int N, const uint16_t *qweight,
+                           const uint8_t *s_group, const float *s_channel, cudaStream_t stream) {
+    size_t words = (size_t)N * (l->K / 8);
+    layout_weights_kernel<<<(words + 255) / 256, 256, 0, stream>>>(qweight, s_group, N, l->K, first,
+                                                                   l->w, l->s_group);
+    cuda_check(cudaGetLastError(), "layout_weights_kernel");
+    cuda_check(cudaMemcpyAsync(l->s_channel + first, s_channel, N * sizeof(float),
+                               cudaMemcpyDefault, stream),
+               "s_channel");
+    if (l->s_group) return;
+    // The kernel's sums are of 16 q; a power of two divides out exactly.
+    scale_kernel<<<(N + 255) / 256, 256, 0, stream>>>(l->s_channel + first, N, 1.0f / 16);
+    cuda_check(cudaGetLastError(), "scale_kernel");
+}
+
 GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
     GpuLinear l = {};
     l.K = parts[0].K;
@@ -216,23 +233,13 @@ GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
         size_t N = parts[i].N;
         cuda_check(cudaMemcpy(qweight, parts[i].qweight, N * l.K / 2, cudaMemcpyHostToDevice),
                    "upload of qweight");
-        cuda_check(cudaMemcpy(l.s_channel + first, parts[i].s_channel, N * sizeof(float),
-                              cudaMemcpyHostToDevice),
-                   "upload of s_channel");
         if (groups) {
             cuda_check(
                 cudaMemcpy(s_group, parts[i].s_group, N * (l.K / GROUP), cudaMemcpyHostToDevice),
                 "upload of s_group");
         }
-        size_t words = N * (l.K / 8);
-        layout_weights_kernel<<<(words + 255) / 256, 256>>>(qweight, s_group, N, l.K, first, l.w,
-                                                            l.s_group);
-        cuda_check(cudaGetLastError(), "layout_weights_kernel");
+        layout_weights(&l, first, N, qweight, s_group, parts[i].s_channel, 0);
         first += N;
-    }
-    if (!groups) { // the kernel's sums are of 16 q; a power of two divides out exactly
-        scale_kernel<<<(l.N + 255) / 256, 256>>>(l.s_channel, l.N, 1.0f / 16);
-        cuda_check(cudaGetLastError(), "scale_kernel");
     }
     cuda_check(cudaDeviceSynchronize(), "layout of weights");
     cuda_check(cudaFree(qweight), "cudaFree");
@@ -2068,40 +2075,62 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) {
     return __bfloat162float(x);
 }
 
-template <typename T>
-__global__ void convert_kernel(const T *from, size_t n, half *to, int *not_finite) {
+__device__ __forceinline__ void from_float(float x, half *to) {
+    *to = __float2half(x);
+}
+__device__ __forceinline__ void from_float(float x, float *to) {
+    *to = x;
+}
+
+template <typename From, typename To>
+__global__ void convert_kernel(const From *from, size_t n, To *to, int *not_finite) {
     size_t stride = (size_t)gridDim.x * blockDim.x;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
-        half h = __float2half(to_float(from[i]));
-        if (__hisinf(h) || __hisnan(h)) *not_finite = 1;
-        to[i] = h;
+        To x;
+        from_float(to_float(from[i]), &x);
+        if (!isfinite(to_float(x))) *not_finite = 1;
+        to[i] = x;
     }
 }
 
-/* Float weights as halves, by way of a buffer: the file's pages are read once and not copied on the
- * host. */
-static void upload_halves(const Linear *l, const char *name, half *to) {
-    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype);
-    const size_t most = min(count, (size_t)32 << 20); // elements at a time
-    uint8_t *buffer = (uint8_t *)device_alloc(most * size + sizeof(int));
-    int *not_finite = (int *)(buffer + most * size), found;
+/* Elements [n] of a dtype become To; *not_finite is set if one of them is NaN or infinite. */
+template <typename To>
+static void convert(const void *from, DType dtype, size_t n, To *to, int *not_finite,
+                    cudaStream_t stream) {
+    if (dtype == F32) {
+        convert_kernel<<<1024, 256, 0, stream>>>((const float *)from, n, to, not_finite);
+    } else if (dtype == F16) {
+        convert_kernel<<<1024, 256, 0, stream>>>((const half *)from, n, to, not_finite);
+    } else {
+        convert_kernel<<<1024, 256, 0, stream>>>((const __nv_bfloat16 *)from, n, to, not_finite);
+    }
+    cuda_check(cudaGetLastError(), "convert_kernel");
+}
+
+constexpr size_t UPLOAD = 64 << 20; // bytes at a time
+
+/* Uploads float weights as To, by way of `buffer` [UPLOAD + 4 bytes]: the file's pages are read
+ * once and not copied on the host. False if one is NaN or infinite. */
+template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer) {
+    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype), most = UPLOAD / size;
+    int *not_finite = (int *)(buffer + UPLOAD), found;
     cuda_check(cudaMemset(not_finite, 0, sizeof(int)), "cudaMemset");
     for (size_t i = 0; i < count; i += most) {
         size_t n = min(most, count - i);
         cuda_check(
             cudaMemcpy(buffer, (const uint8_t *)l->w + i * size, n * size, cudaMemcpyHostToDevice),
-            name);
-        if (l->dtype == F32) {
-            convert_kernel<<<1024, 256>>>((const float *)buffer, n, to + i, not_finite);
-        } else if (l->dtype == F16) {
-            convert_kernel<<<1024, 256>>>((const half *)buffer, n, to + i, not_finite);
-        } else {
-            convert_kernel<<<1024, 256>>>((const __nv_bfloat16 *)buffer, n, to + i, not_finite);
-        }
-        cuda_check(cudaGetLastError(), "convert_kernel");
+            "upload of weights");
+        convert(buffer, l->dtype, n, to + i, not_finite, 0);
     }
-    cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost), name);
-    if (found) die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
+    cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost),
+               "upload of weights");
+    return !found;
+}
+
+static void upload_halves(const Linear *l, const char *name, half *to) {
+    uint8_t *buffer = (uint8_t *)device_alloc(UPLOAD + sizeof(int));
+    if (!upload_weights(l, to, buffer))
+        die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
     cuda_check(cudaFree(buffer), "cudaFree");
 }
 
@@ -2152,11 +2181,8 @@ static void require_memory(const char *what, size_t bytes) {
     }
 }
 
-GpuModel *gpu_model_load(const Model *m) {
-    GpuModel *g = (GpuModel *)allocate(1, sizeof *g);
-    const Config *c = &g->config;
-    g->config = m->config;
-    g->quantized = m->group_size != 0;
+/* What the kernels ask of a model. */
+static void check_shape(const Config *c) {
     if (c->head_dim != 64 && c->head_dim != 128) {
         die("-d cuda: heads of %d, expected 64 or 128", c->head_dim);
     }
@@ -2167,6 +2193,14 @@ GpuModel *gpu_model_load(const Model *m) {
         die("-d cuda: %d query heads share a KV head, at most %d can", c->n_heads / c->n_kv_heads,
             16 * WARPS);
     }
+}
+
+GpuModel *gpu_model_load(const Model *m) {
+    GpuModel *g = (GpuModel *)allocate(1, sizeof *g);
+    const Config *c = &g->config;
+    g->config = m->config;
+    g->quantized = m->group_size != 0;
+    check_shape(c);
     const bool tied = m->lm_head.w == m->embedding.w;
     const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
     size_t layer_bytes = 2 * c->dim * sizeof(float);
@@ -2312,6 +2346,16 @@ static size_t padded_context(const GpuState *s) {
     return (s->context + 15) / 16 * 16;
 }
 
+/* Arrays that lie one after the other in one piece of memory. */
+struct Places {
+    uint8_t *memory;
+    size_t used;
+    template <typename T> void take(T *&p, size_t count) {
+        p = (T *)(memory + used);
+        used += (count * sizeof(T) + 255) / 256 * 256;
+    }
+};
+
 /* Lays the buffers out in s->memory, or from address 0 on: returns their size. */
 static size_t place_buffers(GpuState *s) {
     const Config *c = &s->model->config;
@@ -2320,11 +2364,8 @@ static size_t place_buffers(GpuState *s) {
     const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
     const size_t cache = c->n_layers * B * padded_context(s) * kv_dim;
     const bool q = s->model->quantized;
-    size_t used = 0;
-    auto take = [&](auto *&p, size_t count) {
-        p = (std::remove_reference_t<decltype(p)>)(s->memory + used);
-        used += (count * sizeof *p + 255) / 256 * 256;
-    };
+    Places places = {s->memory, 0};
+    auto take = [&](auto *&p, size_t count) { places.take(p, count); };
     take(s->tokens, T);
     take(s->positions, B);
     take(s->chosen, B);
@@ -2346,7 +2387,7 @@ static size_t place_buffers(GpuState *s) {
     uint8_t *workspace;
     take(workspace, CUBLAS_WORKSPACE);
     s->cublas_workspace = workspace;
-    return used;
+    return places.used;
 }
 
 /* The sizes of a state, before its memory is there. */
@@ -2367,6 +2408,15 @@ size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context) {
     return plan_state(g, n_sequences, context).bytes + gemm_workspace_bytes();
 }
 
+static void upload_rope(const Config *c, int context, float4 *to) {
+    float *rope = (float *)allocate((size_t)context * c->head_dim, sizeof *rope);
+    for (int pos = 0; pos < context; pos++) rope_angles(c, pos, rope + (size_t)pos * c->head_dim);
+    cuda_check(
+        cudaMemcpy(to, rope, (size_t)context * c->head_dim * sizeof *rope, cudaMemcpyHostToDevice),
+        "upload of RoPE's angles");
+    free(rope);
+}
+
 GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
     const Config *c = &g->config;
     char what[100];
@@ -2379,12 +2429,7 @@ GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
     s->gemm_workspace = gpu_gemm_workspace();
     // Zeros: counters, and the cache, where what is not written yet must at least be finite.
     cuda_check(cudaMemset(s->memory, 0, s->bytes), "cudaMemset");
-    float *rope = (float *)allocate((size_t)context * c->head_dim, sizeof *rope);
-    for (int pos = 0; pos < context; pos++) rope_angles(c, pos, rope + (size_t)pos * c->head_dim);
-    cuda_check(cudaMemcpy(s->rope, rope, (size_t)context * c->head_dim * sizeof *rope,
-                          cudaMemcpyHostToDevice),
-               "upload of RoPE's angles");
-    free(rope);
+    upload_rope(c, context, s->rope);
     cuda_check(cudaMallocHost(&s->host_logits, (size_t)n_sequences * c->vocab_size * sizeof(float)),
                "pinned memory");
     s->host_chosen = (int *)allocate(n_sequences, sizeof *s->host_chosen);
@@ -2520,6 +2565,20 @@ struct Rows {
     int sequence, pos; // of the first; sequence -1: a decode step
 };
 
+template <int HEAD_DIM>
+static void prefill_attention(const Config *c, const half *qkv, int T, int sequence, int pos,
+                              const float4 *rope, Cache cache, half *att, cudaStream_t stream) {
+    const int group = c->n_heads / c->n_kv_heads;
+    launch(write_cache_kernel, {dim3(T), THREADS}, stream, qkv, c->n_heads * c->head_dim,
+           c->head_dim, sequence, pos, rope, cache);
+    constexpr int shared = 2 * 2 * KEYS * HEAD_DIM * sizeof(half);
+    allow_shared(attention_prefill_kernel<HEAD_DIM>, shared);
+    const int tokens = 16 * WARPS / group;
+    launch(attention_prefill_kernel<HEAD_DIM>,
+           {dim3(c->n_kv_heads, (T + tokens - 1) / tokens), THREADS, shared}, stream, qkv, T, group,
+           sequence, pos, rope, cache, att);
+}
+
 template <int HEAD_DIM> static void attention(GpuState *s, Cache cache, const Rows &rows) {
     const Config *c = &s->model->config;
     const int group = c->n_heads / c->n_kv_heads;
@@ -2532,14 +2591,8 @@ template <int HEAD_DIM> static void attention(GpuState *s, Cache cache, const Ro
                s->arrived);
         return;
     }
-    launch(write_cache_kernel, {dim3(rows.T), THREADS}, s->stream, s->qkv, c->n_heads * c->head_dim,
-           c->head_dim, rows.sequence, rows.pos, s->rope, cache);
-    constexpr int shared = 2 * 2 * KEYS * HEAD_DIM * sizeof(half);
-    allow_shared(attention_prefill_kernel<HEAD_DIM>, shared);
-    const int tokens = 16 * WARPS / group;
-    launch(attention_prefill_kernel<HEAD_DIM>,
-           {dim3(c->n_kv_heads, (rows.T + tokens - 1) / tokens), THREADS, shared}, s->stream,
-           s->qkv, rows.T, group, rows.sequence, rows.pos, s->rope, cache, s->att);
+    prefill_attention<HEAD_DIM>(c, s->qkv, rows.T, rows.sequence, rows.pos, s->rope, cache, s->att,
+                                s->stream);
 }
 
 static void layer(GpuState *s, int l, const Rows &rows) {
@@ -2768,4 +2821,1362 @@ double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, i
     double ppl = mean_perplexity(window_loss, s, tokens, n, length, max_windows, windows, progress);
     gpu_state_free(s);
     return ppl;
+}
+
+/* ================================================================================================
+ * 5. Quantization
+ *
+ *     X  what a linear of the quantized model reads, F the float model's, D = x_float - x_quant
+ *     H = X^T X,   H^-1 = U^T U (damped, U upper),   M = W (F - X)^T X + D^T X,   D for o and down
+ *     target = W + 1/4 M H^-1,   column by column:  e = (w_i - q_i) / U_ii,   w_j -= e U_ij, j > i
+ *
+ * as in qqq.c, sections 4 to 6, and quantize.c, sections 3 and 4, whose functions have the same
+ * names here. A layer at a time is on the GPU, in float32, with the residual streams of all windows
+ * if they fit; the windows go through it a chunk of some thousand tokens after the other.
+ *
+ * The products over tokens are cuBLAS's on TF32 tensor cores: sums in float32 of factors of 11
+ * bits, 3e-4 of H. From H on, where errors would grow by its condition, all is double: so GPTQ
+ * makes the codes of qqq.c. For o and down M is summed up as (D + (F - X) W^T)^T X, which is what
+ * their output lacks: [dim][K] instead of C [K][K] and R.
+ * ============================================================================================== */
+
+constexpr int CALIBRATION_TOKENS = 8192; // of a chunk, if a window has no more
+
+/* Where the time goes. */
+enum Phase {
+    READING,
+    SMOOTHING,
+    FLOAT_PASS,
+    W4A8_PASS,
+    MOMENTS,
+    INVERSE,
+    ROUNDING,
+    REST,
+    N_PHASES
+};
+static const char *const phase_names[N_PHASES] = {"reading",     "smoothing", "float passes",
+                                                  "W4A8 passes", "moments",   "inverses",
+                                                  "rounding",    "rest"};
+
+struct GpuQuantizer {
+    Config config;
+    Method method;
+    bool calibrate;           // the linears' inputs are wanted, not only the float model's
+    int n, length, chunk;     // windows; tokens of each; windows that go through a layer together
+    bool outside;             // the streams are in pinned host memory
+    float *x_float, *x_quant; // [n][length][dim] the residual streams
+    cudaStream_t stream;
+    cublasHandle_t cublas;
+    uint8_t *memory; // [bytes] of all that follows
+    size_t bytes;
+    float *staged[2];                 // [chunk * length][dim] of the streams, if outside
+    float *w;                         // all linears of the layer, stacked
+    float *attention_norm, *ffn_norm; // [dim]
+    GpuLinear qkv, o, gate_up, down;  // once they are quantized
+    uint16_t *qweight;                // of one linear, as in the file
+    uint8_t *s_group;
+    float *s_channel;
+    float *H;                     // [K][K]
+    float *M;                     // [dim][K] (C [K][K] for q, k, v, gate, up)
+    double *U;                    // [K][K]
+    int *order;                   // [K]
+    float *importance, *diagonal; // [K]
+    int8_t *signs;                // [dim]
+    float *scales[2];             // [widest] that are folded into a linear
+    float4 *rope;                 // [length][head_dim / 4]
+    double *sums;                 // [SUM_BLOCKS]
+    int *flag;                    // something is not finite or not positive
+    uint32_t *most;               // [widest] maxima of columns
+    int *gemm_workspace;
+    uint8_t *cublas_workspace;
+    // of a chunk of T tokens
+    float *f, *x;        // [T][K] F and X
+    LinearInput in;      // [T][K] X in int8
+    float *wide;         // [T][qkv or gate_up]
+    half *wide_half;     // the same
+    half *att;           // [T][q_dim]
+    float *lacking;      // [T][dim]
+    half *keys, *values; // [n_kv_heads][length][head_dim]
+    // of one linear, in the same place
+    double *p, *t;  // [N][K]
+    float *target;  // [N][K]
+    float *product; // [N][K]
+    double *e;      // [N][COLUMNS]
+    int8_t *codes;  // [N][K]
+    // of inverting a matrix
+    double *half_matrix; // [K / 2][K / 2]
+    // of the search for smoothing: tokens in the place of H, M and U; outputs in that of a chunk
+    float *sample[3];         // [T][K]
+    float *output, *distance; // [T][N]
+    double start, spent[N_PHASES];
+    Phase phase;
+};
+
+/* From now on the time is that phase's. Returns the one before. */
+static Phase enter(GpuQuantizer *q, Phase phase) {
+    cuda_check(cudaStreamSynchronize(q->stream), "quantization");
+    double now = seconds();
+    q->spent[q->phase] += now - q->start;
+    q->start = now;
+    Phase before = q->phase;
+    q->phase = phase;
+    return before;
+}
+
+static unsigned blocks_for(size_t threads) {
+    return (threads + THREADS - 1) / THREADS;
+}
+
+/* A kernel with a thread for each of so many things. */
+template <typename... Parameters, typename... Arguments>
+static void for_each(GpuQuantizer *q, size_t count, void (*kernel)(Parameters...),
+                     Arguments... arguments) {
+    if (count == 0) return;
+    kernel<<<blocks_for(count), THREADS, 0, q->stream>>>(arguments...);
+    cuda_check(cudaGetLastError(), "quantization");
+}
+
+/* A kernel with a block for each row. */
+template <typename... Parameters, typename... Arguments>
+static void for_rows(GpuQuantizer *q, size_t rows, size_t shared, void (*kernel)(Parameters...),
+                     Arguments... arguments) {
+    allow_shared(kernel, shared);
+    kernel<<<rows, THREADS, shared, q->stream>>>(arguments...);
+    cuda_check(cudaGetLastError(), "quantization");
+}
+
+template <typename T> static void to_gpu(GpuQuantizer *q, T *to, const T *from, size_t n) {
+    cuda_check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyHostToDevice, q->stream),
+               "upload");
+}
+
+template <typename T> static void to_host(GpuQuantizer *q, T *to, const T *from, size_t n) {
+    cuda_check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDeviceToHost, q->stream),
+               "download");
+    cuda_check(cudaStreamSynchronize(q->stream), "quantization");
+}
+
+static void zero(GpuQuantizer *q, void *p, size_t bytes) {
+    cuda_check(cudaMemsetAsync(p, 0, bytes, q->stream), "cudaMemset");
+}
+
+/* A row-major matrix, or its transposed. */
+template <typename T> struct Operand {
+    const T *p;
+    int columns; // as it lies in memory
+    bool transposed = false;
+};
+
+/* y [M][N] = alpha a b + beta y, a [M][K], b [K][N]. What is row-major here is transposed to
+ * cuBLAS, which so is asked for y^T = b^T a^T. */
+static void multiply(GpuQuantizer *q, int M, int N, int K, float alpha, Operand<float> a,
+                     Operand<float> b, float beta, float *y, int columns) {
+    cublas_check(cublasGemmEx(q->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+                              a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b.p,
+                              CUDA_R_32F, b.columns, a.p, CUDA_R_32F, a.columns, &beta, y,
+                              CUDA_R_32F, columns, CUBLAS_COMPUTE_32F_FAST_TF32,
+                              CUBLAS_GEMM_DEFAULT));
+}
+
+static void multiply(GpuQuantizer *q, int M, int N, int K, double alpha, Operand<double> a,
+                     Operand<double> b, double beta, double *y, int columns) {
+    cublas_check(cublasDgemm(q->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+                             a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b.p,
+                             b.columns, a.p, a.columns, &beta, y, columns));
+}
+
+constexpr int SUM_BLOCKS = 512;
+
+__global__ void dot_kernel(const float *x, const float *y, size_t n, double *sums) {
+    __shared__ double warps[WARPS];
+    double sum = 0;
+    for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * THREADS)
+        sum += (double)x[i] * y[i];
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int i = 1; i < WARPS; i++) sum += warps[i];
+    sums[blockIdx.x] = sum;
+}
+
+/* sum_i x_i y_i, in double and in a fixed order. */
+static double dot(GpuQuantizer *q, const float *x, const float *y, size_t n) {
+    double sums[SUM_BLOCKS], sum = 0;
+    dot_kernel<<<SUM_BLOCKS, THREADS, 0, q->stream>>>(x, y, n, q->sums);
+    cuda_check(cudaGetLastError(), "dot_kernel");
+    to_host(q, sums, q->sums, SUM_BLOCKS);
+    for (double s : sums) sum += s;
+    return sum;
+}
+
+/* ---- rotation -------------------------------------------------------------------------------- */
+
+/* Vectors of n numbers, `stride` apart, each x <- x diag(signs) H_n / sqrt(n) by the fast Hadamard
+ * transform in double. One block a vector; with a stride they are the columns of [n][stride]
+ * matrices. Twin: rotate_vector(). */
+__global__ void rotate_kernel(float *w, int n, int stride, const int8_t *signs) {
+    extern __shared__ double rotated[];
+    w += (size_t)(blockIdx.x / stride) * n * stride + blockIdx.x % stride;
+    for (int i = threadIdx.x; i < n; i += blockDim.x)
+        rotated[i] = (signs ? signs[i] : 1) * (double)w[(size_t)i * stride];
+    for (int span = 1; span < n; span *= 2) {
+        __syncthreads();
+        for (int pair = threadIdx.x; pair < n / 2; pair += blockDim.x) {
+            int i = pair / span * 2 * span + pair % span;
+            double a = rotated[i], b = rotated[i + span];
+            rotated[i] = a + b;
+            rotated[i + span] = a - b;
+        }
+    }
+    __syncthreads();
+    const double scale = 1 / sqrt((double)n);
+    for (int i = threadIdx.x; i < n; i += blockDim.x) w[(size_t)i * stride] = rotated[i] * scale;
+}
+
+static void rotate_inputs(GpuQuantizer *q, float *w, int N, int K, int n, const int8_t *signs) {
+    for_rows(q, (size_t)N * K / n, n * sizeof(double), rotate_kernel, w, n, 1, signs);
+}
+
+static void rotate_outputs(GpuQuantizer *q, float *w, int N, int K, int n, const int8_t *signs) {
+    for_rows(q, (size_t)N * K / n, n * sizeof(double), rotate_kernel, w, n, K, signs);
+}
+
+/* w [N][K] diag(columns), then each row divided by rows [N], unless NULL. */
+__global__ void scale_weights_kernel(float *w, size_t N, int K, const float *columns,
+                                     const float *rows) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= N * K) return;
+    float x = w[i] * columns[i % K];
+    w[i] = rows ? x / rows[i / K] : x;
+}
+
+/* ---- the choice of scales, and rounding ------------------------------------------------------ */
+
+constexpr int RANGES = 24;         // candidates of s_channel with groups
+constexpr int CHANNEL_RANGES = 80; // and without
+
+__device__ __forceinline__ float nearest_code(float w, float scale, float low) {
+    return fminf(fmaxf(rintf(w / scale), low), 7.0f);
+}
+
+/* importance (w - q scale)^2. The search multiplies by 1 / scale, which decides ties of rounding
+ * another way than a division, and adds a large number to round: half the instructions. */
+__device__ __forceinline__ float rounding_error(float w, float importance, float scale,
+                                                float inverse, float low) {
+    const float round = 12582912; // 1.5 * 2^23: its last bit is worth 1
+    float q = __fadd_rn(__fmaf_rn(w, inverse, round), -round);
+    float e = w - fminf(fmaxf(q, low), 7.0f) * scale;
+    return e * e * importance;
+}
+
+/* Row blockIdx.x of W diag(s), s NULL: of W. Twin: choose_scales(). */
+struct SmoothedRow {
+    const float *w, *s;
+    __device__ float operator[](int k) const { return s ? w[k] * s[k] : w[k]; }
+};
+
+/* s_channel of a row: of 80 ranges the one of least error. A warp takes ten. */
+__device__ static float search_channel_scale(SmoothedRow row, const float *importance, int K,
+                                             float max, float unit) {
+    __shared__ float errors[CHANNEL_RANGES];
+    constexpr int EACH = CHANNEL_RANGES / WARPS;
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * EACH;
+    float error[EACH] = {}, scale[EACH], inverse[EACH];
+    auto range = [=](int i) { return (1.0f - i / 100.0f) * max / 7; };
+    for (int i = 0; i < EACH; i++) {
+        scale[i] = range(first + i) * unit;
+        inverse[i] = 1 / scale[i];
+    }
+    for (int k = lane; k < K; k += 32) {
+        float w = row[k] * unit, weight = importance[k];
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            error[i] += rounding_error(w, weight, scale[i], inverse[i], -7);
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        for (int j = 16; j > 0; j /= 2) error[i] += __shfl_xor_sync(~0u, error[i], j);
+        if (lane == 0) errors[first + i] = error[i];
+    }
+    __syncthreads();
+    int best = 0;
+    for (int i = 1; i < CHANNEL_RANGES; i++)
+        if (errors[i] < errors[best]) best = i;
+    return range(best);
+}
+
+/* The same with groups, s_group [K/128] included. A warp takes a group and tries all s_group under
+ * two ranges at once, one in each lane. */
+__device__ static float search_group_scales(SmoothedRow row, const float *importance, int K,
+                                            float max, float unit, uint8_t *s_group) {
+    extern __shared__ float least[]; // [RANGES][groups] of the best s_group, which come behind
+    __shared__ float2 group[WARPS][GROUP]; // weights and their importance
+    __shared__ float totals[RANGES];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, groups = K / GROUP;
+    uint8_t *best = (uint8_t *)(least + RANGES * groups);
+    auto range = [=](int i) { return (1.0f - i / 40.0f) * max / 225 * 2; };
+    for (int g = warp; g < groups; g += WARPS) {
+        for (int k = lane; k < GROUP; k += 32)
+            group[warp][k] = make_float2(row[g * GROUP + k] * unit, importance[g * GROUP + k]);
+        __syncwarp();
+        for (int i = lane / 16; i < RANGES; i += 2) {
+            int s = lane % 16 + 1;
+            float scale = s * range(i) * unit, inverse = 1 / scale, error = 0;
+            const float4 *pairs = (const float4 *)group[warp];
+#pragma unroll 8
+            for (int k = 0; k < GROUP / 2; k++) {
+                float4 pair = pairs[k];
+                error += rounding_error(pair.x, pair.y, scale, inverse, -8);
+                error += rounding_error(pair.z, pair.w, scale, inverse, -8);
+            }
+            if (s == 16) error = INFINITY; // no scale: 15 is the largest
+            for (int j = 1; j < 16; j *= 2) {
+                float other = __shfl_xor_sync(~0u, error, j);
+                int its = __shfl_xor_sync(~0u, s, j);
+                if (other < error || (other == error && its < s)) error = other, s = its;
+            }
+            if (lane % 16 > 0) continue;
+            least[i * groups + g] = error;
+            best[i * groups + g] = s;
+        }
+        __syncwarp();
+    }
+    __syncthreads();
+    if (threadIdx.x < RANGES) {
+        float total = 0;
+        for (int g = 0; g < groups; g++) total += least[threadIdx.x * groups + g];
+        totals[threadIdx.x] = total;
+    }
+    __syncthreads();
+    int winner = 0;
+    for (int i = 1; i < RANGES; i++)
+        if (totals[i] < totals[winner]) winner = i;
+    for (int g = threadIdx.x; g < groups; g += THREADS) s_group[g] = best[winner * groups + g];
+    return range(winner);
+}
+
+/* s_group of a row under the plain choice; a warp takes a group. */
+__device__ static float plain_group_scales(SmoothedRow row, int K, float max, uint8_t *s_group) {
+    const float scale = max / 225 * 2;
+    for (int g = threadIdx.x / 32; g < K / GROUP; g += WARPS) {
+        uint32_t most = 0;
+        for (int k = threadIdx.x % 32; k < GROUP; k += 32)
+            most = ::max(most, __float_as_uint(fabsf(row[g * GROUP + k])));
+        float of_group = __uint_as_float(__reduce_max_sync(~0u, most));
+        s_group[g] = fminf(fmaxf(rintf(of_group / 15 * 2 / scale), 1), 15);
+    }
+    return scale;
+}
+
+/* choose_scales() of each row of W [N][K] diag(s). One block a row. */
+__global__ void __launch_bounds__(THREADS)
+    choose_scales_kernel(const float *w, const float *s, const float *importance, int K,
+                         float *s_channel, uint8_t *s_group) {
+    const SmoothedRow row = {w + (size_t)blockIdx.x * K, s};
+    if (s_group) s_group += (size_t)blockIdx.x * (K / GROUP);
+    uint32_t most = 0;
+    for (int k = threadIdx.x; k < K; k += THREADS)
+        most = ::max(most, __float_as_uint(fabsf(row[k])));
+    const float max = __uint_as_float(block_max(most));
+    float scale = 1;
+    if (max < 1.17549435e-38f) { // zeros, or so near to it that a scale would underflow
+        for (int g = threadIdx.x; s_group && g < K / GROUP; g += THREADS) s_group[g] = 1;
+    } else if (importance) {
+        float unit = ldexpf(1.0f, -ilogbf(max)); // so that squares neither over- nor underflow
+        scale = s_group ? search_group_scales(row, importance, K, max, unit, s_group)
+                        : search_channel_scale(row, importance, K, max, unit);
+    } else {
+        scale = s_group ? plain_group_scales(row, K, max, s_group) : max / 7;
+    }
+    if (threadIdx.x == 0) s_channel[blockIdx.x] = scale;
+}
+
+/* The codes of W [N][K] diag(s) under given scales. A thread packs four. */
+__global__ void round_kernel(const float *w, const float *s, size_t N, int K,
+                             const float *s_channel, const uint8_t *s_group, uint16_t *qweight) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= N * (K / 4)) return;
+    size_t n = i / (K / 4);
+    int k = i % (K / 4) * 4;
+    const SmoothedRow row = {w + n * K, s};
+    const float scale = s_channel[n] * (s_group ? s_group[n * (K / GROUP) + k / GROUP] : 1);
+    uint32_t packed = 0;
+    for (int j = 0; j < 4; j++) {
+        int code = nearest_code(row[k + j], scale, s_group ? -8 : -7);
+        packed |= (code + 8) << 4 * j;
+    }
+    qweight[i] = packed;
+}
+
+__global__ void pack_kernel(const int8_t *codes, size_t n, uint16_t *qweight) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= n / 4) return;
+    uint32_t packed = 0;
+    for (int j = 0; j < 4; j++) packed |= (codes[4 * i + j] + 8) << 4 * j;
+    qweight[i] = packed;
+}
+
+/* e [N][K] = the quantized minus the float weights. A thread takes four. */
+__global__ void error_kernel(const float *w, const uint16_t *qweight, const float *s_channel,
+                             const uint8_t *s_group, size_t N, int K, float *e) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= N * (K / 4)) return;
+    size_t n = i / (K / 4);
+    int k = i % (K / 4) * 4, scale = s_group ? s_group[n * (K / GROUP) + k / GROUP] : 1;
+    for (int j = 0; j < 4; j++) {
+        int code = (int)(qweight[i] >> 4 * j & 15) - 8;
+        e[4 * i + j] = (float)(code * scale) * s_channel[n] - w[4 * i + j];
+    }
+}
+
+/* Scales of W [N][K] diag(s) into q->s_channel and q->s_group. */
+static void choose_scales(GpuQuantizer *q, const float *w, const float *s, const float *importance,
+                          int N, int K) {
+    const int groups = q->method.group_size > 0 ? K / GROUP : 0;
+    for_rows(q, N, RANGES * groups * (sizeof(float) + 1), choose_scales_kernel, w, s, importance, K,
+             q->s_channel, groups ? q->s_group : NULL);
+}
+
+/* W [N][K] diag(s) into q->qweight, s_channel and s_group. */
+static void round_to_nearest(GpuQuantizer *q, const float *w, const float *s,
+                             const float *importance, int N, int K) {
+    choose_scales(q, w, s, importance, N, K);
+    for_each(q, (size_t)N * (K / 4), round_kernel, w, s, N, K, q->s_channel,
+             q->method.group_size > 0 ? q->s_group : NULL, q->qweight);
+}
+
+/* ---- the forward passes ---------------------------------------------------------------------- */
+
+/* rmsnorm() in float32. One block a row. */
+__global__ void norm_kernel(const float *x, const float *weight, int dim, float eps, float *y) {
+    x += (size_t)blockIdx.x * dim;
+    y += (size_t)blockIdx.x * dim;
+    float sum = 0;
+    for (int i = threadIdx.x; i < dim; i += THREADS) sum += x[i] * x[i];
+    const float scale = 1.0f / sqrtf(block_sum(sum) / dim + eps);
+    for (int i = threadIdx.x; i < dim; i += THREADS) y[i] = x[i] * scale * weight[i];
+}
+
+/* swiglu() in float32; gate_up [T][2][hidden_dim]. */
+__global__ void swiglu_float_kernel(const float *gate_up, size_t T, int hidden_dim, float *y) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= T * hidden_dim) return;
+    const float *gate = gate_up + i / hidden_dim * 2 * hidden_dim + i % hidden_dim;
+    y[i] = *gate / (1.0f + expf(-*gate)) * gate[hidden_dim];
+}
+
+/* Rounded to TF32's 11 bits; the tensor cores would cut it off, always towards 0. */
+__device__ __forceinline__ float to_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
+    return __uint_as_float(bits);
+}
+
+/* x = a s_a, f <- f - x: the inputs of the moments. */
+__global__ void inputs_kernel(const int8_t *a, const float *s_a, size_t T, int K, float *f,
+                              float *x) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= T * K) return;
+    float value = a[i] * s_a[i / K];
+    x[i] = to_tf32(value);
+    f[i] = to_tf32(f[i] - value);
+}
+
+__global__ void subtract_kernel(const float *x, const float *y, size_t n, float *difference) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n) difference[i] = x[i] - y[i];
+}
+
+/* Half a layer: attention (q, k, v inside, o outside) or FFN (gate and up, down). */
+struct GpuHalf {
+    bool ffn;
+    int first, n_inside; // linears
+    int N_inside, K;     // rows of those inside together; K of the one outside
+    float *norm;
+    float *inside, *outside; // float weights
+    GpuLinear *q_inside, *q_outside;
+};
+
+/* Where the float weights of linear number k are. */
+static float *float_weights(const GpuQuantizer *q, int k) {
+    float *w = q->w;
+    for (int i = 0, N, K; i < k; i++) {
+        linear_shape(&q->config, i, &N, &K);
+        w += (size_t)N * K;
+    }
+    return w;
+}
+
+static GpuHalf half_of(GpuQuantizer *q, bool ffn) {
+    GpuHalf h = {};
+    h.ffn = ffn;
+    h.first = ffn ? 4 : 0;
+    h.n_inside = ffn ? 2 : 3;
+    h.q_inside = ffn ? &q->gate_up : &q->qkv;
+    h.q_outside = ffn ? &q->down : &q->o;
+    h.N_inside = h.q_inside->N;
+    h.K = h.q_outside->K;
+    h.norm = ffn ? q->ffn_norm : q->attention_norm;
+    h.inside = float_weights(q, h.first);
+    h.outside = float_weights(q, h.first + h.n_inside);
+    return h;
+}
+
+/* q->att = attention of the windows in q->wide_half. */
+static void attention(GpuQuantizer *q, int T) {
+    const Config *c = &q->config;
+    const int q_dim = c->n_heads * c->head_dim;
+    const Cache cache = {q->keys, q->values, c->n_kv_heads, q->length};
+    auto *run = c->head_dim == 64 ? prefill_attention<64> : prefill_attention<128>;
+    for (size_t t = 0; t < (size_t)T; t += q->length)
+        run(c, q->wide_half + t * q->qkv.N, q->length, 0, 0, q->rope, cache, q->att + t * q_dim,
+            q->stream);
+}
+
+/* q->f = the input of the outside linear in the float model; x [T][dim]. */
+static void float_inside(GpuQuantizer *q, const GpuHalf *h, const float *x, int T) {
+    const Config *c = &q->config;
+    for_rows(q, T, 0, norm_kernel, x, h->norm, c->dim, c->norm_eps, q->f);
+    multiply(q, T, h->N_inside, c->dim, 1.0f, {q->f, c->dim}, {h->inside, c->dim, true}, 0.0f,
+             q->wide, h->N_inside);
+    if (h->ffn) {
+        for_each(q, (size_t)T * h->K, swiglu_float_kernel, q->wide, T, h->K, q->f);
+        return;
+    }
+    convert(q->wide, F32, (size_t)T * h->N_inside, q->wide_half, q->flag, q->stream);
+    attention(q, T);
+    convert(q->att, F16, (size_t)T * h->K, q->f, q->flag, q->stream);
+}
+
+/* The same in the quantized model, into q->in. */
+static void quantized_inside(GpuQuantizer *q, const GpuHalf *h, const float *x, int T) {
+    const Config *c = &q->config;
+    gpu_rmsnorm(x, h->norm, T, c->dim, c->norm_eps, q->in, q->stream);
+    gpu_gemm_w4a8(h->q_inside, q->in.a, q->in.scale, T, q->wide_half, NULL, q->gemm_workspace,
+                  q->stream);
+    if (h->ffn) {
+        gpu_swiglu(q->wide_half, T, h->K, q->in, q->stream);
+        return;
+    }
+    attention(q, T);
+    gpu_quantize(q->att, T, h->K, q->in.a, q->in.scale, q->stream);
+}
+
+/* x [T][dim] += f [T][K] W^T */
+static void add_linear(GpuQuantizer *q, const float *w, int K, const float *f, int T, float *x) {
+    const int dim = q->config.dim;
+    multiply(q, T, dim, K, 1.0f, {f, K}, {w, K, true}, 1.0f, x, dim);
+}
+
+/* A chunk of the windows: a part of a residual stream, brought to the GPU if need be and, once it
+ * is changed, put back. */
+struct Chunk {
+    int first, T; // token
+};
+
+static float *stream_part(GpuQuantizer *q, float *stream, Chunk c) {
+    float *part = stream + (size_t)c.first * q->config.dim;
+    if (!q->outside) return part;
+    float *to = q->staged[stream == q->x_quant];
+    to_gpu(q, to, part, (size_t)c.T * q->config.dim);
+    return to;
+}
+
+static void put_back(GpuQuantizer *q, float *stream, Chunk c, const float *part) {
+    if (!q->outside) return;
+    to_host(q, stream + (size_t)c.first * q->config.dim, part, (size_t)c.T * q->config.dim);
+}
+
+/* Calls f(chunk) for all windows, or the first few. */
+template <typename F> static void for_chunks(const GpuQuantizer *q, int windows, F f) {
+    for (int w = 0; w < windows; w += q->chunk)
+        f(Chunk{w * q->length, min(q->chunk, windows - w) * q->length});
+}
+
+/* ---- moments --------------------------------------------------------------------------------- */
+
+/* H [K][K] += x^T x for x [T][K], the part above the diagonal. */
+static void add_hessian(GpuQuantizer *q, const float *x, int K, int T) {
+    const int rows = 2048; // of a strip, which begins at the diagonal
+    for (int i = 0; i < K; i += rows)
+        multiply(q, min(rows, K - i), K - i, T, 1.0f, {x + i, K, true}, {x + i, K}, 1.0f,
+                 q->H + (size_t)i * (K + 1), K);
+}
+
+/* The other part. */
+__global__ void mirror_kernel(float *H, size_t K) {
+    size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x, i = at / K, j = at % K;
+    if (i < K && j < i) H[at] = H[j * K + i];
+}
+
+/* M [N][K] += d^T x for d [T][N], x [T][K]. */
+static void add_moments(GpuQuantizer *q, const float *d, int N, const float *x, int K, int T) {
+    multiply(q, N, K, T, 1.0f, {d, N, true}, {x, K}, 1.0f, q->M, K);
+}
+
+__global__ void diagonal_kernel(const float *H, size_t K, float *diagonal) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < K) diagonal[i] = H[i * (K + 1)];
+}
+
+/* ---- the inverse of H ------------------------------------------------------------------------ */
+
+/* V [K][K] = the damped H in the order of the columns, zeros below the diagonal. */
+__global__ void damp_kernel(const float *H, const int *order, size_t K, double dead, double damping,
+                            double *V) {
+    size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x, i = at / K, j = at % K;
+    if (i >= K) return;
+    double h = j < i ? 0 : H[order[i] * K + order[j]];
+    if (i == j) h = (h == 0 ? dead : h) + damping;
+    V[at] = h;
+}
+
+constexpr int LEAF = 64;
+
+/* V [n][n], n <= LEAF, rows `columns` apart: its upper triangle A, A = V V^T, becomes V^-1. One
+ * block. Twins: factor(), invert(). */
+__global__ void invert_leaf_kernel(double *V, int n, size_t columns, int *failed) {
+    __shared__ double v[LEAF][LEAF + 1]; // V above the diagonal; later its inverse^T below
+    __shared__ double root[LEAF];        // V's diagonal
+    for (int at = threadIdx.x; at < n * n; at += THREADS)
+        v[at / n][at % n] = V[at / n * columns + at % n];
+    const int t = threadIdx.x;
+    for (int i = n - 1; i >= 0; i--) {
+        __syncthreads();
+        double pivot = v[i][i];
+        if (!(pivot > 0 && pivot < INFINITY)) *failed = 1;
+        if (t == 0) root[i] = sqrt(pivot);
+        if (t < i) v[t][i] /= sqrt(pivot);
+        __syncthreads();
+        for (int at = t; at < i * i; at += THREADS) {
+            int j = at / i, k = at % i;
+            if (k >= j) v[j][k] -= v[j][i] * v[k][i];
+        }
+    }
+    __syncthreads();
+    // U_ij = -(sum_(i<k<=j) V_ik U_kj) / V_ii; thread j has column j, in its row of v.
+    const double last = t < n ? 1 / root[t] : 0;
+    for (int i = n - 2; i >= 0; i--) {
+        if (t <= i || t >= n) continue;
+        double sum = v[i][t] * last;
+        for (int k = i + 1; k < t; k++) sum += v[i][k] * v[t][k];
+        v[t][i] = -sum / root[i];
+    }
+    __syncthreads();
+    for (int at = t; at < n * n; at += THREADS) {
+        int i = at / n, j = at % n;
+        if (i <= j) V[i * columns + j] = i == j ? 1 / root[i] : v[j][i];
+    }
+}
+
+/* Replaces A [n][n], symmetric, its part below the diagonal zero, by U, upper triangular, with
+ * A^-1 = U^T U: U = V^-1, A = V V^T, by halves, from the lower right:
+ *
+ *     V22 V22^T = A22,  V12 = A12 U22^T,  V11 V11^T = A11 - V12 V12^T,  U12 = -U11 V12 U22    */
+static void invert(GpuQuantizer *q, double *A, int n, int columns) {
+    if (n <= LEAF) {
+        invert_leaf_kernel<<<1, THREADS, 0, q->stream>>>(A, n, columns, q->flag);
+        cuda_check(cudaGetLastError(), "invert_leaf_kernel");
+        return;
+    }
+    const int n1 = (n / 2 + LEAF - 1) / LEAF * LEAF, n2 = n - n1;
+    double *A12 = A + n1, *A22 = A12 + (size_t)n1 * columns, *half = q->half_matrix;
+    invert(q, A22, n2, columns);
+    multiply(q, n1, n2, n2, 1.0, {A12, columns}, {A22, columns, true}, 0.0, half, n2);
+    cuda_check(cudaMemcpy2DAsync(A12, columns * sizeof *A, half, n2 * sizeof *A, n2 * sizeof *A, n1,
+                                 cudaMemcpyDeviceToDevice, q->stream),
+               "copy");
+    const double one = 1, minus = -1; // the upper part of a row-major matrix is cuBLAS's lower
+    cublas_check(cublasDsyrk(q->cublas, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_T, n1, n2, &minus, A12,
+                             columns, &one, A, columns));
+    invert(q, A, n1, columns);
+    multiply(q, n1, n2, n2, 1.0, {A12, columns}, {A22, columns}, 0.0, half, n2);
+    multiply(q, n1, n2, n1, -1.0, {A, columns}, {half, n2}, 0.0, A12, columns);
+}
+
+/* q->U and q->order from H. Twin: hessian_inverse(). */
+static void hessian_inverse(GpuQuantizer *q, const double *diagonal, int K) {
+    double mean = 0;
+    for (int k = 0; k < K; k++) mean += diagonal[k] / K;
+    int *order = column_order(diagonal, K, q->method.act_order), failed;
+    to_gpu(q, q->order, order, K);
+    for_each(q, (size_t)K * K, damp_kernel, q->H, q->order, K, mean > 0 ? mean : 1, DAMPING * mean,
+             q->U);
+    zero(q, q->flag, sizeof *q->flag);
+    invert(q, q->U, K, K);
+    to_host(q, &failed, q->flag, 1);
+    if (failed) die("a Hessian is not positive definite: are the activations finite?");
+    free(order);
+}
+
+/* ---- GPTQ ------------------------------------------------------------------------------------ */
+
+constexpr int COLUMNS = 128; // of a block; a lane has four
+constexpr int GPTQ_ROWS = 4; // of a warp
+
+/* to [N][K] = from, the columns in order. */
+__global__ void permute_kernel(const float *from, const int *order, size_t N, int K, double *to) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < N * K) to[i] = from[i / K * K + order[i % K]];
+}
+
+/* target [N][K] = w + 1/4 p, p's columns in order. */
+__global__ void target_kernel(const float *w, const double *p, const int *order, size_t N, int K,
+                              double step, float *target) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= N * K) return;
+    size_t to = i / K * K + order[i % K];
+    target[to] = w[to] + step * p[i];
+}
+
+/* Columns first .. first + 127 of w [N][K], in the order of U: each is rounded and its error spread
+ * over those behind it in the block. The codes go to their own columns; e [N][128] are the errors,
+ * by which the other columns are corrected afterwards. A warp has four rows, which do not depend on
+ * each other; a lane the columns lane + 32 c. Twin: gptq_columns(). */
+__global__ void __launch_bounds__(THREADS)
+    gptq_kernel(const double *w, const double *U, const int *order, int N, int K, int first,
+                const float *s_channel, const uint8_t *s_group, int8_t *codes, double *e) {
+    const int lane = threadIdx.x % 32;
+    const int row0 = (blockIdx.x * WARPS + threadIdx.x / 32) * GPTQ_ROWS;
+    const int columns = min(COLUMNS, K - first);
+    constexpr int EACH = COLUMNS / 32;
+    double value[GPTQ_ROWS][EACH];
+    float scale[GPTQ_ROWS][EACH];
+    int to[EACH];
+#pragma unroll
+    for (int c = 0; c < EACH; c++) {
+        int j = lane + 32 * c;
+        to[c] = j < columns ? order[first + j] : 0;
+#pragma unroll
+        for (int r = 0; r < GPTQ_ROWS; r++) {
+            size_t n = min(row0 + r, N - 1);
+            value[r][c] = j < columns ? w[n * K + first + j] : 0;
+            scale[r][c] = s_channel[n] * (s_group ? s_group[n * (K / GROUP) + to[c] / GROUP] : 1);
+        }
+    }
+    const float low = s_group ? -8 : -7;
+#pragma unroll
+    for (int c = 0; c < EACH; c++) {
+        for (int i = 0; i < 32; i++) {
+            if (c * 32 + i >= columns) break;
+            const double *row = U + (size_t)(first + c * 32 + i) * K + first;
+            double u[EACH];
+#pragma unroll
+            for (int d = c; d < EACH; d++) u[d] = lane + 32 * d < columns ? row[lane + 32 * d] : 0;
+            const double u_ii = __shfl_sync(~0u, u[c], i);
+#pragma unroll
+            for (int r = 0; r < GPTQ_ROWS; r++) {
+                double w_i = __shfl_sync(~0u, value[r][c], i);
+                float s = __shfl_sync(~0u, scale[r][c], i);
+                float code = nearest_code(w_i, s, low);
+                double error = (w_i - (double)code * s) / u_ii;
+#pragma unroll
+                for (int d = c; d < EACH; d++) {
+                    if (lane + 32 * d > c * 32 + i) value[r][d] -= error * u[d];
+                }
+                if (lane == i) { // its weight is done with: its place keeps the error
+                    value[r][c] = error;
+                    if (row0 + r < N) codes[(size_t)(row0 + r) * K + to[c]] = code;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < EACH; c++) {
+        for (int r = 0; r < GPTQ_ROWS; r++) {
+            if (row0 + r < N) e[(size_t)(row0 + r) * COLUMNS + lane + 32 * c] = value[r][c];
+        }
+    }
+}
+
+/* q->target [N][K] = w + 1/4 M (H + damping)^-1. Twin: corrected_target(). */
+static void corrected_target(GpuQuantizer *q, const float *w, const float *M, int N, int K) {
+    const size_t n = (size_t)N * K;
+    for_each(q, n, permute_kernel, M, q->order, N, K, q->p);
+    multiply(q, N, K, K, 1.0, {q->p, K}, {q->U, K, true}, 0.0, q->t, K);
+    multiply(q, N, K, K, 1.0, {q->t, K}, {q->U, K}, 0.0, q->p, K);
+    for_each(q, n, target_kernel, w, q->p, q->order, N, K, CORRECTION, q->target);
+}
+
+/* w [N][K] into q->qweight, s_channel and s_group. Twin: gptq(). */
+static void gptq(GpuQuantizer *q, const float *w, const float *importance, int N, int K) {
+    choose_scales(q, w, NULL, importance, N, K);
+    for_each(q, (size_t)N * K, permute_kernel, w, q->order, N, K, q->p);
+    for (int i = 0; i < K; i += COLUMNS) {
+        const int rows = WARPS * GPTQ_ROWS, end = min(i + COLUMNS, K);
+        gptq_kernel<<<(N + rows - 1) / rows, THREADS, 0, q->stream>>>(
+            q->p, q->U, q->order, N, K, i, q->s_channel,
+            q->method.group_size > 0 ? q->s_group : NULL, q->codes, q->e);
+        cuda_check(cudaGetLastError(), "gptq_kernel");
+        if (end == K) break;
+        multiply(q, N, K - end, COLUMNS, -1.0, {q->e, COLUMNS}, {q->U + (size_t)i * K + end, K},
+                 1.0, q->p + end, K);
+    }
+    for_each(q, (size_t)N * (K / 4), pack_kernel, q->codes, (size_t)N * K, q->qweight);
+}
+
+/* tr(A H B^T) over A = B [N][K], H [K][K]. */
+static double squared_output(GpuQuantizer *q, const float *a, int N, int K) {
+    multiply(q, N, K, K, 1.0f, {a, K}, {q->H, K}, 0.0f, q->product, K);
+    return dot(q, a, q->product, (size_t)N * K);
+}
+
+/* relative_error() of q->qweight against w [N][K], whose output's square is `total`. */
+static double relative_error(GpuQuantizer *q, const float *w, double total, int N, int K) {
+    float *e = (float *)q->t;
+    for_each(q, (size_t)N * (K / 4), error_kernel, w, q->qweight, q->s_channel,
+             q->method.group_size > 0 ? q->s_group : NULL, N, K, e);
+    return total > 0 ? sqrt(squared_output(q, e, N, K) / total) : 0;
+}
+
+/* ---- smoothing ------------------------------------------------------------------------------- */
+
+/* most [K] = max|x| of each column of x [T][K], as bits. */
+__global__ void column_max_kernel(const float *x, int T, int K, uint32_t *most) {
+    int k = blockIdx.x * THREADS + threadIdx.x;
+    if (k >= K) return;
+    uint32_t m = 0;
+    for (int t = blockIdx.y; t < T; t += gridDim.y)
+        m = max(m, __float_as_uint(fabsf(x[(size_t)t * K + k])));
+    atomicMax(most + k, m);
+}
+
+/* mean_square [K] of x [T][K]. */
+__global__ void mean_square_kernel(const float *x, int T, int K, float *mean_square) {
+    int k = blockIdx.x * THREADS + threadIdx.x;
+    if (k >= K) return;
+    float sum = 0;
+    for (int t = 0; t < T; t++) sum += x[(size_t)t * K + k] * x[(size_t)t * K + k] / T;
+    mean_square[k] = sum;
+}
+
+/* quantize_row() of each row of x [T][K] / s. One block a row. */
+__global__ void divide_quantize_kernel(const float *x, const float *s, int K, int8_t *a,
+                                       float *s_a) {
+    x += (size_t)blockIdx.x * K;
+    a += (size_t)blockIdx.x * K;
+    uint32_t most = 0;
+    for (int k = threadIdx.x; k < K; k += THREADS)
+        most = max(most, __float_as_uint(fabsf(x[k] / s[k])));
+    const float scale = activation_scale(block_max(most));
+    if (threadIdx.x == 0) s_a[blockIdx.x] = scale;
+    for (int k = threadIdx.x; k < K; k += THREADS) {
+        float r = scale > 0 ? rintf(x[k] / s[k] / scale) : 0;
+        a[k] = fminf(fmaxf(r, -128.0f), 127.0f);
+    }
+}
+
+/* Searches t for linears first .. first + n - 1, which share their input x [T][K] and are stacked
+ * in `candidate`. max and s [K] are in host memory. Twin: search_smoothing(). */
+static float search_smoothing(GpuQuantizer *q, int first, int n, GpuLinear *candidate,
+                              const float *x, int T, const float *max, float *s) {
+    const int K = candidate->K, N = candidate->N;
+    float *mean_square = (float *)allocate(K, sizeof *s);
+    float *importance = (float *)allocate(K, sizeof *s);
+    for_each(q, K, mean_square_kernel, x, T, K, q->importance);
+    to_host(q, mean_square, q->importance, K);
+    multiply(q, T, N, K, -1.0f, {x, K}, {float_weights(q, first), K, true}, 0.0f, q->output, N);
+
+    float largest = 0;
+    for (int k = 0; k < K; k++) largest = ::max(largest, max[k]);
+    float best_t = largest;
+    double least = INFINITY;
+    for (float t = largest; t > 0.1f; t *= 0.8f) {
+        smoothing_scales(max, K, t, s);
+        for (int k = 0; k < K; k++) importance[k] = mean_square[k] / (s[k] * s[k]);
+        to_gpu(q, q->scales[0], s, K);
+        to_gpu(q, q->importance, importance, K);
+        for (int i = first, row = 0, rows; i < first + n; i++, row += rows) {
+            int unused;
+            linear_shape(&q->config, i, &rows, &unused);
+            round_to_nearest(q, float_weights(q, i), q->scales[0], q->importance, rows, K);
+            layout_weights(candidate, row, rows, q->qweight, q->s_group, q->s_channel, q->stream);
+        }
+        for_rows(q, T, 0, divide_quantize_kernel, x, q->scales[0], K, q->in.a, q->in.scale);
+        cuda_check(cudaMemcpyAsync(q->distance, q->output, (size_t)T * N * sizeof(float),
+                                   cudaMemcpyDeviceToDevice, q->stream),
+                   "copy");
+        gpu_gemm_w4a8(candidate, q->in.a, q->in.scale, T, NULL, q->distance, q->gemm_workspace,
+                      q->stream);
+        double distance = dot(q, q->distance, q->distance, (size_t)T * N);
+        if (distance < least) least = distance, best_t = t;
+    }
+    smoothing_scales(max, K, best_t, s);
+    free(mean_square);
+    free(importance);
+    return best_t;
+}
+
+/* Every `stride`-th of the tokens first .. first + T - 1, x [T][K], into its row of sample. */
+__global__ void sample_kernel(const float *x, int first, int T, int K, int stride, int rows,
+                              float *sample) {
+    int token = first + blockIdx.x;
+    if (token % stride || token / stride >= rows) return;
+    for (int k = threadIdx.x; k < K; k += THREADS)
+        sample[(size_t)(token / stride) * K + k] = x[(size_t)blockIdx.x * K + k];
+}
+
+/* The sample that the search looks at: every stride-th token of the first windows. */
+struct Sample {
+    int windows, stride, T;
+};
+
+static Sample sample_of(const GpuQuantizer *q) {
+    const int windows = min(q->n, SEARCH_WINDOWS), tokens = windows * q->length;
+    const int stride = max(1, tokens / SEARCH_TOKENS);
+    return {windows, stride, tokens / stride};
+}
+
+/* Finds the thresholds and folds their scales into the layer; norms [2][dim] in host memory.
+ * Twins: smooth() and record_inputs() of quantize.c, smooth_layer(). */
+static void smooth(GpuQuantizer *q, int l, float *norms, Smoothing *found) {
+    const Config *c = &q->config;
+    const Sample sample = sample_of(q);
+    const int dim = c->dim;
+    const int K[3] = {dim, dim, c->hidden_dim}, linears[3] = {0, 4, 6}, counts[3] = {3, 2, 1};
+    GpuLinear *candidates[3] = {&q->qkv, &q->gate_up, &q->down};
+    uint32_t *most[3] = {q->most, q->most + dim, q->most + 2 * dim};
+    zero(q, q->most, (2 * dim + c->hidden_dim) * sizeof *q->most);
+    auto record = [&](int i, Chunk chunk) {
+        dim3 grid((K[i] + THREADS - 1) / THREADS, 64);
+        column_max_kernel<<<grid, THREADS, 0, q->stream>>>(q->f, chunk.T, K[i], most[i]);
+        sample_kernel<<<chunk.T, THREADS, 0, q->stream>>>(q->f, chunk.first, chunk.T, K[i],
+                                                          sample.stride, sample.T, q->sample[i]);
+        cuda_check(cudaGetLastError(), "record inputs");
+    };
+    const GpuHalf attention = half_of(q, false), ffn = half_of(q, true);
+    for_chunks(q, sample.windows, [&](Chunk chunk) {
+        const float *from = stream_part(q, q->x_float, chunk);
+        float *x = q->lacking; // a copy
+        cuda_check(cudaMemcpyAsync(x, from, (size_t)chunk.T * dim * sizeof(float),
+                                   cudaMemcpyDeviceToDevice, q->stream),
+                   "copy");
+        for_rows(q, chunk.T, 0, norm_kernel, x, attention.norm, dim, c->norm_eps, q->f);
+        record(SMOOTH_QKV, chunk);
+        float_inside(q, &attention, x, chunk.T);
+        add_linear(q, attention.outside, attention.K, q->f, chunk.T, x);
+        for_rows(q, chunk.T, 0, norm_kernel, x, ffn.norm, dim, c->norm_eps, q->f);
+        record(SMOOTH_GATE_UP, chunk);
+        float_inside(q, &ffn, x, chunk.T);
+        record(SMOOTH_DOWN, chunk);
+    });
+    float *scales[3];
+    for (int i = 0; i < 3; i++) {
+        float *max = (float *)allocate(K[i], sizeof *max);
+        scales[i] = (float *)allocate(K[i], sizeof(float));
+        to_host(q, (uint32_t *)max, most[i], K[i]);
+        for (int k = 0; k < K[i]; k++)
+            if (!(max[k] < INFINITY))
+                die("layer %d: the input of %s holds NaN or infinity", l, linear_names[linears[i]]);
+        found[i].t = search_smoothing(q, linears[i], counts[i], candidates[i], q->sample[i],
+                                      sample.T, max, scales[i]);
+        found[i].n = 0;
+        for (int k = 0; k < K[i]; k++) found[i].n += max[k] > found[i].t;
+        free(max);
+    }
+    auto scale = [&](int k, const float *columns, const float *rows) {
+        int N, K;
+        linear_shape(c, k, &N, &K);
+        to_gpu(q, q->scales[0], columns, K);
+        if (rows) to_gpu(q, q->scales[1], rows, N);
+        for_each(q, (size_t)N * K, scale_weights_kernel, float_weights(q, k), N, K, q->scales[0],
+                 rows ? q->scales[1] : NULL);
+    };
+    for (int k = 0; k < 3; k++) scale(k, scales[SMOOTH_QKV], NULL);
+    scale(4, scales[SMOOTH_GATE_UP], NULL);
+    scale(5, scales[SMOOTH_GATE_UP], scales[SMOOTH_DOWN]);
+    scale(6, scales[SMOOTH_DOWN], NULL);
+    for (int i = 0; i < dim; i++) {
+        norms[i] /= scales[SMOOTH_QKV][i];
+        norms[dim + i] /= scales[SMOOTH_GATE_UP][i];
+    }
+    for (float *s : scales) free(s);
+}
+
+/* ---- a layer --------------------------------------------------------------------------------- */
+
+/* Twin: rotate_layer(); norms [2][dim] in host memory. */
+static void rotate_layer(GpuQuantizer *q, float *norms) {
+    const Config *c = &q->config;
+    to_gpu(q, q->attention_norm, norms, c->dim);
+    to_gpu(q, q->ffn_norm, norms + c->dim, c->dim);
+    for (int k = 0; k < N_LINEARS; k++) {
+        float *w = float_weights(q, k);
+        int N, K;
+        linear_shape(c, k, &N, &K);
+        if (k != 3 && k != 6) { // reads the residual stream
+            for_each(q, (size_t)N * K, scale_weights_kernel, w, N, K,
+                     k < 3 ? q->attention_norm : q->ffn_norm, (const float *)NULL);
+            rotate_inputs(q, w, N, K, K, q->signs);
+        }
+        if (k == 2) rotate_outputs(q, w, N, K, c->head_dim, NULL);
+        if (k == 3) rotate_inputs(q, w, N, K, c->head_dim, NULL);
+        if (k == 3 || k == 6) rotate_outputs(q, w, N, K, c->dim, q->signs);
+    }
+    for (int i = 0; i < 2 * c->dim; i++) norms[i] = 1;
+}
+
+/* Quantizes the linears first .. first + count - 1 of layer l, which share their input, from q->w
+ * into `to`, stacked, and into out. With H, and with M: for o and down; or C, for the others.
+ * Twin: quantize_linears() of quantize.c. */
+static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLinear *to,
+                             Layer *out, Errors *errors) {
+    const int K = to->K;
+    const bool groups = q->method.group_size > 0;
+    const float *importance = NULL;
+    if (q->calibrate) {
+        float *h = (float *)allocate(K, sizeof *h);
+        double *diagonal = (double *)allocate(K, sizeof *diagonal), mean = 0;
+        enter(q, MOMENTS);
+        for_each(q, (size_t)K * K, mirror_kernel, q->H, K);
+        for_each(q, K, diagonal_kernel, q->H, K, q->diagonal);
+        to_host(q, h, q->diagonal, K);
+        enter(q, INVERSE);
+        for (int k = 0; k < K; k++) {
+            diagonal[k] = h[k];
+            mean += diagonal[k] / K;
+        }
+        if (!(mean < INFINITY))
+            die("layer %d: the input of %s holds NaN or infinity", l, linear_names[first]);
+        for (int k = 0; k < K; k++) h[k] = h[k] > 0 ? h[k] : mean > 0 ? mean : 1;
+        to_gpu(q, q->importance, h, K);
+        if (q->method.search_ranges) importance = q->importance;
+        if (q->method.gptq) hessian_inverse(q, diagonal, K);
+        free(diagonal);
+        free(h);
+    }
+    enter(q, ROUNDING);
+    for (int i = first, row = 0; i < first + count; i++) {
+        const float *w = float_weights(q, i);
+        int N, unused;
+        linear_shape(&q->config, i, &N, &unused);
+        round_to_nearest(q, w, NULL, importance, N, K);
+        double total = q->calibrate ? squared_output(q, w, N, K) : 0;
+        errors[i].before = q->calibrate ? relative_error(q, w, total, N, K) : NAN;
+        errors[i].after = errors[i].before;
+        if (q->method.gptq) {
+            const float *M = q->M;
+            if (count > 1) { // q->M is C
+                multiply(q, N, K, K, 1.0f, {w, K}, {q->M, K}, 0.0f, q->product, K);
+                M = q->product;
+            }
+            corrected_target(q, w, M, N, K);
+            gptq(q, q->target, importance, N, K);
+            errors[i].after = relative_error(q, w, total, N, K);
+        }
+        layout_weights(to, row, N, q->qweight, q->s_group, q->s_channel, q->stream);
+        row += N;
+        Linear packed = quantized_new(N, K, q->method.group_size);
+        to_host(q, (uint16_t *)packed.qweight, q->qweight, (size_t)N * K / 4);
+        to_host(q, (float *)packed.s_channel, q->s_channel, N);
+        if (groups) to_host(q, (uint8_t *)packed.s_group, q->s_group, (size_t)N * (K / GROUP));
+        out->linears[i] = packed;
+    }
+}
+
+/* Twin: quantize_half() of quantize.c. */
+static void quantize_half(GpuQuantizer *q, int l, bool ffn, Layer *out, Errors *errors) {
+    const GpuHalf h = half_of(q, ffn);
+    const int dim = q->config.dim, K = h.K;
+    const float eps = q->config.norm_eps;
+
+    // q, k, v or gate, up: their inputs are the normed residual streams.
+    if (q->calibrate) {
+        enter(q, MOMENTS);
+        zero(q, q->H, (size_t)dim * dim * sizeof *q->H);
+        zero(q, q->M, (size_t)dim * dim * sizeof *q->M);
+        for_chunks(q, q->n, [&](Chunk c) {
+            const float *x_float = stream_part(q, q->x_float, c);
+            const float *x_quant = stream_part(q, q->x_quant, c);
+            for_rows(q, c.T, 0, norm_kernel, x_float, h.norm, dim, eps, q->f);
+            gpu_rmsnorm(x_quant, h.norm, c.T, dim, eps, q->in, q->stream);
+            for_each(q, (size_t)c.T * dim, inputs_kernel, q->in.a, q->in.scale, c.T, dim, q->f,
+                     q->x);
+            add_hessian(q, q->x, dim, c.T);
+            if (q->method.gptq) add_moments(q, q->f, dim, q->x, dim, c.T);
+        });
+    }
+    quantize_linears(q, l, h.first, h.n_inside, h.q_inside, out, errors);
+
+    // o or down: its input has passed the linears just quantized.
+    if (q->calibrate) {
+        zero(q, q->H, (size_t)K * K * sizeof *q->H);
+        zero(q, q->M, (size_t)dim * K * sizeof *q->M);
+    }
+    for_chunks(q, q->n, [&](Chunk c) {
+        enter(q, FLOAT_PASS);
+        float *x_float = stream_part(q, q->x_float, c), *x_quant = NULL;
+        const size_t n = (size_t)c.T * dim;
+        float_inside(q, &h, x_float, c.T);
+        if (q->calibrate) {
+            x_quant = stream_part(q, q->x_quant, c);
+            for_each(q, n, subtract_kernel, x_float, x_quant, n, q->lacking);
+        }
+        add_linear(q, h.outside, K, q->f, c.T, x_float); // the float model is done with this half
+        put_back(q, q->x_float, c, x_float);
+        if (!q->calibrate) return;
+        enter(q, W4A8_PASS);
+        quantized_inside(q, &h, x_quant, c.T);
+        enter(q, MOMENTS);
+        for_each(q, (size_t)c.T * K, inputs_kernel, q->in.a, q->in.scale, c.T, K, q->f, q->x);
+        add_hessian(q, q->x, K, c.T);
+        if (!q->method.gptq) return;
+        add_linear(q, h.outside, K, q->f, c.T, q->lacking);
+        add_moments(q, q->lacking, dim, q->x, K, c.T);
+    });
+    quantize_linears(q, l, h.first + h.n_inside, 1, h.q_outside, out, errors);
+
+    // The quantized model's residual stream.
+    if (!q->calibrate) return;
+    enter(q, W4A8_PASS);
+    for_chunks(q, q->n, [&](Chunk c) {
+        float *x_quant = stream_part(q, q->x_quant, c);
+        quantized_inside(q, &h, x_quant, c.T);
+        gpu_gemm_w4a8(h.q_outside, q->in.a, q->in.scale, c.T, NULL, x_quant, q->gemm_workspace,
+                      q->stream);
+        put_back(q, q->x_quant, c, x_quant);
+    });
+}
+
+void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
+                        Errors *errors) {
+    const Config *c = &q->config;
+    enter(q, READING);
+    for (int k = 0; k < N_LINEARS; k++)
+        if (!upload_weights(&layer->linears[k], float_weights(q, k), (uint8_t *)q->t))
+            die("tensor model.layers.%d.%s.weight holds NaN or infinity", l, linear_names[k]);
+    float *norms = (float *)allocate(2 * c->dim, sizeof *norms);
+    memcpy(norms, layer->attention_norm, c->dim * sizeof *norms);
+    memcpy(norms + c->dim, layer->ffn_norm, c->dim * sizeof *norms);
+    enter(q, SMOOTHING);
+    if (q->method.signs) rotate_layer(q, norms);
+    to_gpu(q, q->attention_norm, norms, c->dim);
+    to_gpu(q, q->ffn_norm, norms + c->dim, c->dim);
+    if (q->method.smooth) {
+        smooth(q, l, norms, found);
+        to_gpu(q, q->attention_norm, norms, c->dim);
+        to_gpu(q, q->ffn_norm, norms + c->dim, c->dim);
+    }
+    quantize_half(q, l, false, out, errors);
+    quantize_half(q, l, true, out, errors);
+    out->attention_norm = norms;
+    out->ffn_norm = norms + c->dim;
+    enter(q, REST);
+}
+
+void gpu_final_scale(GpuQuantizer *q, const float *norm, double *xf, double *xx) {
+    const Config *c = &q->config;
+    const int dim = c->dim;
+    *xf = *xx = 0;
+    to_gpu(q, q->ffn_norm, norm, dim);
+    for_chunks(q, q->n, [&](Chunk chunk) {
+        const size_t n = (size_t)chunk.T * dim;
+        for_rows(q, chunk.T, 0, norm_kernel, stream_part(q, q->x_float, chunk), q->ffn_norm, dim,
+                 c->norm_eps, q->f);
+        for_rows(q, chunk.T, 0, norm_kernel, stream_part(q, q->x_quant, chunk), q->ffn_norm, dim,
+                 c->norm_eps, q->x);
+        *xf += dot(q, q->x, q->f, n);
+        *xx += dot(q, q->x, q->x, n);
+    });
+}
+
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+static void place_linear(Places *places, const GpuQuantizer *q, int first, int n, GpuLinear *l) {
+    l->N = 0;
+    for (int i = first, N; i < first + n; i++) {
+        linear_shape(&q->config, i, &N, &l->K);
+        l->N += N;
+    }
+    const size_t weights = (size_t)l->N * l->K;
+    places->take(l->w, weights / 8);
+    places->take(l->s_channel, l->N);
+    places->take(l->s_group, weights / GROUP);
+    if (q->method.group_size < 0) l->s_group = NULL;
+}
+
+/* Lays the buffers out from q->memory on: returns their size. What is not needed at the same time
+ * has the same place. */
+static size_t place_buffers(GpuQuantizer *q) {
+    const Config *c = &q->config;
+    const size_t dim = c->dim, hidden = c->hidden_dim, q_dim = (size_t)c->n_heads * c->head_dim;
+    const size_t K = max(max(dim, hidden), q_dim), T = (size_t)q->chunk * q->length;
+    const bool calibrated = q->n > 0;
+    Places places = {q->memory, 0};
+    auto take = [&](auto *&p, size_t count) { places.take(p, count); };
+    size_t total = 0, most = 0;
+    for (int k = 0; k < N_LINEARS; k++) {
+        int N, inputs;
+        linear_shape(c, k, &N, &inputs);
+        total += (size_t)N * inputs;
+        most = max(most, (size_t)N * inputs);
+    }
+    take(q->x_float, calibrated && !q->outside ? (size_t)q->n * q->length * dim : 0);
+    take(q->x_quant, calibrated && !q->outside ? (size_t)q->n * q->length * dim : 0);
+    for (float *&staged : q->staged) take(staged, q->outside ? T * dim : 0);
+    take(q->w, total);
+    take(q->attention_norm, dim);
+    take(q->ffn_norm, dim);
+    place_linear(&places, q, 0, 3, &q->qkv);
+    place_linear(&places, q, 3, 1, &q->o);
+    place_linear(&places, q, 4, 2, &q->gate_up);
+    place_linear(&places, q, 6, 1, &q->down);
+    take(q->qweight, most / 4);
+    take(q->s_group, most / GROUP);
+    take(q->s_channel, K);
+    take(q->order, K);
+    take(q->importance, K);
+    take(q->diagonal, K);
+    take(q->signs, dim);
+    for (float *&scales : q->scales) take(scales, K);
+    take(q->rope, (size_t)q->length * (c->head_dim / 4));
+    take(q->sums, SUM_BLOCKS);
+    take(q->flag, 1);
+    take(q->most, 2 * dim + hidden);
+    take(q->gemm_workspace, gemm_workspace_bytes() / sizeof(int));
+    take(q->cublas_workspace, CUBLAS_WORKSPACE);
+
+    const size_t searched = q->method.smooth ? sample_of(q).T : 0;
+    const size_t moments = places.used;
+    take(q->H, q->calibrate ? K * K : 0);
+    take(q->M, q->calibrate ? dim * K : 0);
+    take(q->U, q->method.gptq ? K * K : 0);
+    size_t end = places.used;
+    if (q->method.smooth) {
+        places.used = moments;
+        take(q->sample[SMOOTH_QKV], searched * dim);
+        take(q->sample[SMOOTH_GATE_UP], searched * dim);
+        take(q->sample[SMOOTH_DOWN], searched * hidden);
+        end = max(end, places.used);
+    }
+    const size_t scratch = places.used = end; // and now what takes turns
+    auto turn = [&]() {
+        end = max(end, places.used);
+        places.used = scratch;
+    };
+    const size_t wide = max((size_t)q->qkv.N, (size_t)q->gate_up.N);
+    const size_t rows = max(T, searched);
+    take(q->in.a, rows * K);
+    take(q->in.scale, rows);
+    const size_t pass = places.used;
+    take(q->f, T * K);
+    take(q->x, T * K);
+    take(q->wide, T * wide);
+    take(q->wide_half, T * wide);
+    take(q->att, T * q_dim);
+    take(q->lacking, T * dim);
+    const size_t cache = (size_t)q->length * c->n_kv_heads * c->head_dim;
+    take(q->keys, calibrated ? cache : 0);
+    take(q->values, calibrated ? cache : 0);
+    end = max(end, places.used);
+    places.used = pass; // beside q->in
+    take(q->output, searched * wide);
+    take(q->distance, searched * wide);
+    turn();
+    take(q->t, max(q->calibrate ? most : 0, UPLOAD / sizeof(double) + 1)); // or what is uploaded
+    take(q->product, q->calibrate ? most : 0);
+    take(q->p, q->method.gptq ? most : 0);
+    take(q->target, q->method.gptq ? most : 0);
+    take(q->e, q->method.gptq ? K * COLUMNS : 0);
+    take(q->codes, q->method.gptq ? most : 0);
+    turn();
+    take(q->half_matrix, q->method.gptq ? (K / 2 + LEAF) * (K / 2 + LEAF) : 0);
+    turn();
+    return end;
+}
+
+/* Chooses what fits: the streams on the GPU, or else in host memory and then, if need be, fewer
+ * windows at a time. */
+static void plan_quantizer(GpuQuantizer *q, size_t most_memory) {
+    const size_t later = 256 << 20; // what CUDA takes when it loads kernels
+    const size_t free = max(gpu_free_memory(), later) - later;
+    const size_t limit = most_memory ? min(most_memory, free) : free;
+    q->chunk = q->n ? max(1, min(q->n, CALIBRATION_TOKENS / q->length)) : 0;
+    q->bytes = place_buffers(q);
+    if (q->bytes > limit) {
+        q->outside = true;
+        q->bytes = place_buffers(q);
+    }
+    while (q->bytes > limit && q->chunk > 1) {
+        q->chunk /= 2;
+        q->bytes = place_buffers(q);
+    }
+    if (q->bytes > limit) {
+        die("a layer with windows of %d tokens needs %.2f GB of GPU memory, %s %.2f GB", q->length,
+            q->bytes / 1e9, limit < free ? "-M allows" : "free are", limit / 1e9);
+    }
+}
+
+GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Linear *embedding,
+                                const int *tokens, int n_windows, int length, size_t most_memory) {
+    check_shape(c);
+    for (int k = 0; k < N_LINEARS; k++) {
+        int N, K;
+        linear_shape(c, k, &N, &K);
+        if (N % 64 || K % 64)
+            die("-d cuda: %s is %d x %d, expected multiples of 64", linear_names[k], N, K);
+    }
+    GpuQuantizer *q = (GpuQuantizer *)allocate(1, sizeof *q);
+    q->config = *c;
+    q->method = *method;
+    q->n = n_windows;
+    q->length = length;
+    q->calibrate = n_windows && (method->gptq || method->search_ranges);
+    q->start = seconds();
+    q->phase = REST;
+    cuda_check(cudaStreamCreate(&q->stream), "cudaStreamCreate");
+    cublas_check(cublasCreate(&q->cublas));
+    plan_quantizer(q, most_memory);
+    q->memory = (uint8_t *)device_alloc(q->bytes);
+    place_buffers(q);
+    zero(q, q->memory, q->bytes);
+    cublas_check(cublasSetStream(q->cublas, q->stream));
+    cublas_check(cublasSetWorkspace(q->cublas, q->cublas_workspace, CUBLAS_WORKSPACE));
+    if (method->signs) to_gpu(q, q->signs, method->signs, c->dim);
+    if (n_windows == 0) return q;
+
+    upload_rope(c, length, q->rope);
+    const size_t numbers = (size_t)n_windows * length * c->dim, size = dtype_size(embedding->dtype);
+    if (q->outside) {
+        cuda_check(cudaMallocHost(&q->x_float, numbers * sizeof(float)), "pinned memory");
+        cuda_check(cudaMallocHost(&q->x_quant, numbers * sizeof(float)), "pinned memory");
+    }
+    const size_t row = c->dim * size;
+    uint8_t *rows = (uint8_t *)allocate((size_t)q->chunk * length, row);
+    for_chunks(q, q->n, [&](Chunk chunk) {
+        for (int t = 0; t < chunk.T; t++)
+            memcpy(rows + t * row, (const uint8_t *)embedding->w + tokens[chunk.first + t] * row,
+                   row);
+        to_gpu(q, (uint8_t *)q->wide, rows, chunk.T * row);
+        for (float *stream : {q->x_float, q->x_quant}) {
+            float *x = q->outside ? q->staged[0] : stream + (size_t)chunk.first * c->dim;
+            convert(q->wide, embedding->dtype, (size_t)chunk.T * c->dim, x, q->flag, q->stream);
+            put_back(q, stream, chunk, x);
+        }
+        cuda_check(cudaStreamSynchronize(q->stream), "embedding");
+    });
+    free(rows);
+    return q;
+}
+
+void gpu_quantizer_free(GpuQuantizer *q) {
+    enter(q, REST);
+    if (q->outside) {
+        cuda_check(cudaFreeHost(q->x_float), "cudaFreeHost");
+        cuda_check(cudaFreeHost(q->x_quant), "cudaFreeHost");
+    }
+    cublas_check(cublasDestroy(q->cublas));
+    cuda_check(cudaStreamDestroy(q->stream), "cudaStreamDestroy");
+    cuda_check(cudaFree(q->memory), "cudaFree");
+    free(q);
+}
+
+void gpu_quantizer_report(GpuQuantizer *q, FILE *out) {
+    enter(q, REST);
+    fprintf(out, "seconds:");
+    for (int i = 0; i < N_PHASES; i++) fprintf(out, " %s %.1f,", phase_names[i], q->spent[i]);
+    fprintf(out, " with %.2f GB of GPU memory%s\n", q->bytes / 1e9,
+            q->outside ? ", calibration in host memory" : "");
 }

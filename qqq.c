@@ -2185,9 +2185,6 @@ float search_smoothing_published(const Config *c, const Layer *layer, State *sta
  * output. GPTQ, arXiv 2210.17323, where H is 2 X X^T; no factor changes the result.
  * ============================================================================================ */
 
-static const double DAMPING = 0.01;   // of the mean of diag H
-static const double CORRECTION = 0.25; // how far to go towards the float path's output
-
 void add_moments(double *M, const float *a, int N, const float *b, int K, int T) {
     float *a_t = allocate((size_t)N * T, sizeof *a_t); // [N][T]
 #pragma omp parallel for
@@ -2254,14 +2251,14 @@ static void invert(const double *V, size_t K, double *U) {
     }
 }
 
-/* The columns' order: by falling diag H, equal ones as they stand. */
-static int *column_order(const double *H, size_t K, bool act_order) {
+int *column_order(const double *diagonal, int n, bool act_order) {
+    size_t K = n;
     int *order = allocate(K, sizeof *order);
     for (size_t i = 0; i < K; i++) { // insertion from the right place, found by bisection
         size_t low = 0, high = act_order ? i : 0;
         while (low < high) {
             size_t middle = (low + high) / 2;
-            if (H[order[middle] * (K + 1)] >= H[i * (K + 1)]) low = middle + 1;
+            if (diagonal[order[middle]] >= diagonal[i]) low = middle + 1;
             else high = middle;
         }
         if (!act_order) low = i;
@@ -2292,9 +2289,13 @@ static void gptq_columns(double *w, const double *U, size_t K, const float *scal
 
 Inverse hessian_inverse(const double *H, int K, bool act_order) {
     size_t n = K;
-    double mean = 0, *V = allocate(n * n, sizeof *V);
-    for (size_t i = 0; i < n; i++) mean += H[i * (n + 1)] / n;
-    Inverse inverse = {K, column_order(H, n, act_order), allocate(n * n, sizeof *V)};
+    double mean = 0, *V = allocate(n * n, sizeof *V), *diagonal = allocate(n, sizeof *diagonal);
+    for (size_t i = 0; i < n; i++) {
+        diagonal[i] = H[i * (n + 1)];
+        mean += diagonal[i] / n;
+    }
+    Inverse inverse = {K, column_order(diagonal, n, act_order), allocate(n * n, sizeof *V)};
+    free(diagonal);
     for (size_t i = 0; i < n; i++) {
         const double *row = H + inverse.order[i] * n;
         for (size_t j = i; j < n; j++) V[i * n + j] = row[inverse.order[j]];

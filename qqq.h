@@ -6,7 +6,8 @@
  *   qqq.c        0 errors and JSON · 1 files · 2 number formats · 3 forward pass · 4 rotation ·
  *                5 adaptive smoothing · 6 GPTQ
  *   tokenizer.c  byte-level BPE
- *   kernels.cu   1 W4A8 GEMM · 2 small kernels · 3 attention · 4 forward pass, on the GPU
+ *   kernels.cu   1 W4A8 GEMM · 2 small kernels · 3 attention · 4 forward pass · 5 quantization,
+ *                on the GPU
  *
  * Conventions. Matrices are row-major and a shape stands beside each: w [N][K] has N rows of K.
  * A linear layer is y = x W^T with x [T][K], W [N][K], y [T][N]; T counts tokens, N output
@@ -387,6 +388,8 @@ void smoothing_scales(const float *max, int K, float t, float *s);
  * layer computes the same. s_qkv, s_gate_up [dim], s_down [hidden_dim]. */
 void smooth_layer(Layer *l, const float *s_qkv, const float *s_gate_up, const float *s_down);
 
+enum { SEARCH_WINDOWS = 8, SEARCH_TOKENS = 2048 }; // what the search looks at, at most
+
 /* Searches t for linears w [n_linears] (float weights) that share their input x [T][K]; max [K] is
  * max|x| per channel, over more tokens than the sample x if need be. t falls from the largest max
  * to 0.1 by a factor of 0.8; the score is the squared distance between the linears' float output
@@ -407,8 +410,15 @@ float search_smoothing_published(const Config *c, const Layer *layer, State *sta
 
 /* ---- qqq.c 6: GPTQ ------------------------------------------------------------------------- */
 
+static const double DAMPING = 0.01;    // of the mean of diag H
+static const double CORRECTION = 0.25; // how far to go towards the float model's output
+
 /* M [N][K] += a^T b for a [T][N], b [T][K]: with a = b the Hessian X^T X. */
 void add_moments(double *M, const float *a, int N, const float *b, int K, int T);
+
+/* The order of the columns: by falling diagonal [K] of H, equal ones as they stand; or, without
+ * act_order, all as they stand. malloc'ed [K]. */
+int *column_order(const double *diagonal, int K, bool act_order);
 
 /* U [K][K], upper triangular, with (H + 0.01 mean(diag H) I)^-1 = U^T U, rows and columns in the
  * order order [K]: by falling diag H with act_order, else as they stand. */
@@ -437,6 +447,16 @@ void corrected_target(const float *w, int N, const Inverse *inverse, const doubl
 /* sqrt(tr(E H E^T) / tr(W H W^T)), E the quantized minus the float weights w [N][K]: the relative
  * error of the output on the inputs that H [K][K] sums up. */
 double relative_error(const float *w, const Linear *quantized, const double *H);
+
+/* What quantizing a layer reports. */
+typedef struct {
+    float t; // threshold
+    int n;   // channels above it
+} Smoothing;
+
+typedef struct {
+    double before, after; // relative output error, rounded to nearest and in the end
+} Errors;
 
 /* ---- tokenizer.c: LLaMA 3's byte-level BPE ------------------------------------------------- */
 
@@ -621,6 +641,49 @@ double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, i
 /* Bytes a second that a large copy within GPU memory reads and writes: what all else is measured
  * against. */
 double gpu_copy_bandwidth(void);
+
+/* ---- kernels.cu 5: quantization on the GPU --------------------------------------------------- */
+
+#pragma weak gpu_quantizer_new
+#pragma weak gpu_quantizer_free
+#pragma weak gpu_quantize_layer
+#pragma weak gpu_final_scale
+#pragma weak gpu_quantizer_report
+
+/* What is done to a layer. */
+typedef struct {
+    int group_size;       // 128, or -1: per channel
+    bool smooth;          // with search_smoothing()
+    bool search_ranges;   // or max|w|
+    bool gptq, act_order; // or round_to_nearest()
+    const int8_t *signs;  // [dim] of the rotation, NULL: none
+} Method;
+
+/* The calibration, all on the GPU: the residual streams of the float and of the quantized model,
+ * and memory for one layer. The streams stay in host memory if less than `most_memory` bytes of GPU
+ * memory (0: all that is free) hold them; too little for a layer ends the program with how much is
+ * needed. */
+typedef struct GpuQuantizer GpuQuantizer;
+
+/* Embeds tokens [n_windows][length], n_windows 0 if nothing needs calibration. The arguments but
+ * method->signs are not needed afterwards. */
+GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Linear *embedding,
+                                const int *tokens, int n_windows, int length, size_t most_memory);
+void gpu_quantizer_free(GpuQuantizer *q);
+
+/* Rotates, smooths and quantizes layer number l from its float weights in the mapped file, and runs
+ * the windows through it; layers come in order. `out` gets new quantized linears, each for
+ * quantized_free(), and norms in one piece, for free(out->attention_norm). Sets found [3] if it
+ * smooths, and errors [N_LINEARS], NaN without calibration. */
+void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
+                        Errors *errors);
+
+/* After the last layer: sums over all tokens and channels of x f and x x, the normed streams of
+ * the quantized and of the float model. */
+void gpu_final_scale(GpuQuantizer *q, const float *norm, double *xf, double *xx);
+
+/* One line: where the time went, and the GPU memory. */
+void gpu_quantizer_report(GpuQuantizer *q, FILE *out);
 
 #ifdef __cplusplus
 }

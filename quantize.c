@@ -35,7 +35,8 @@ static const char usage[] =
     "  -s SEED        of the rotation (0)\n"
     "  -e FILE        print the perplexity on a text, before and after, in windows of 2048\n"
     "  -f             convert only: write an unquantized model.bin\n"
-    "  -d cpu|cuda    device (cpu)\n"
+    "  -d cpu|cuda    device (cuda, if there is a GPU)\n"
+    "  -M GB          GPU memory to use at most (all that is free)\n"
     "  -h             this help\n";
 
 typedef struct {
@@ -46,6 +47,10 @@ typedef struct {
     int n_windows, length; // n_windows 0: not given
     uint64_t seed;
     const char *eval; // NULL: none
+    enum { ANY, CPU, CUDA } device;
+    size_t most_memory;   // bytes on the GPU, 0: not given
+    const char *gpu;      // its name; NULL: on the CPU
+    const char *gpu_note; // why not, for want of a GPU
 } Options;
 
 /* MODEL without a trailing slash or .bin, and -w4a8.bin, or .bin if it is only converted. */
@@ -58,6 +63,22 @@ static char *default_out(const char *model, bool convert) {
     memcpy(out, model, n);
     strcpy(out + n, suffix);
     return out;
+}
+
+/* The device that -d asks for: by default the GPU, if there is one that can do what is asked. */
+static void find_gpu(Options *o) {
+    if (o->device == CUDA && !gpu_quantizer_new)
+        die_usage("-d cuda: this program was built without CUDA, only -d cpu works");
+    if (o->device == CUDA && o->smooth == 2)
+        die_usage("-a 2: the exhaustive search runs on the CPU only (-d cpu)");
+    if (o->device == CPU || !gpu_quantizer_new || o->convert) return;
+    o->gpu = gpu_name();
+    if (!o->gpu && o->device == CUDA)
+        die("-d cuda: found no GPU of compute capability 8.0 or newer");
+    if (!o->gpu) o->gpu_note = "the CPU: no GPU found";
+    if (o->smooth < 2) return;
+    o->gpu = NULL;
+    o->gpu_note = "the CPU: -a 2 has no GPU version";
 }
 
 static Options parse_options(int argc, char **argv) {
@@ -77,7 +98,7 @@ static Options parse_options(int argc, char **argv) {
             continue;
         }
         char flag = arg[1];
-        if (!flag || arg[2] || !strchr("gbarmocnlsefdh", flag))
+        if (!flag || arg[2] || !strchr("gbarmocnlsefdMh", flag))
             die_usage("unknown option %s; ./quantize -h lists them all", arg);
         const char *value = strchr("fh", flag) ? NULL : argv[++i];
         if (!value && !strchr("fh", flag))
@@ -94,8 +115,8 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 's') o.seed = parse_integer(flag, value, 0, LLONG_MAX);
         if (flag == 'e') o.eval = value;
         if (flag == 'f') o.convert = true;
-        if (flag == 'd' && parse_choice(flag, value, "cpu", "cuda"))
-            die_usage("-d cuda: this build quantizes on the CPU only");
+        if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
+        if (flag == 'M') o.most_memory = parse_number(flag, value, 0.1, 1e6) * 1e9;
         if (flag == 'h') {
             fputs(usage, stdout);
             exit(0);
@@ -104,6 +125,7 @@ static Options parse_options(int argc, char **argv) {
     if (!o.model) die_usage("no MODEL; ./quantize -h shows how");
     if (!o.out) o.out = default_out(o.model, o.convert);
     if (!o.calibration) o.calibration = beside_program("data/calib.txt");
+    find_gpu(&o);
     return o;
 }
 
@@ -117,17 +139,18 @@ typedef struct {
     int n, length;            // windows, tokens of each; n = 0: nothing needs calibration
     float *x_float, *x_quant; // [n][length][dim] the residual streams
     State *s_float, *s_quant; // buffers for one window
+    GpuQuantizer *gpu;        // has all of that instead, on the GPU
 } Calibration;
-
-enum { SEARCH_WINDOWS = 8, SEARCH_TOKENS = 2048 }; // what the smoothing search looks at
 
 static float *window(const Calibration *c, float *x, int w) {
     return x + (size_t)w * c->length * c->config->dim;
 }
 
-/* Embeds the first windows of the text, with one BOS in front of the first. */
+/* The first windows of the text, with one BOS in front of the first: *used has their tokens, and
+ * unless the GPU does that they are embedded. */
 static Calibration calibration_new(const Options *o, const Model *m, const Linear *embedding,
-                                   const Checkpoint *checkpoint, const Config *one_layer) {
+                                   const Checkpoint *checkpoint, const Config *one_layer,
+                                   int **used) {
     Calibration c = {.o = o, .config = one_layer, .length = o->length};
     if (!o->gptq && !o->search_ranges && !o->smooth) return c;
     if (o->length > m->config.max_context)
@@ -139,22 +162,24 @@ static Calibration calibration_new(const Options *o, const Model *m, const Linea
         die("%s: its %d tokens give %d windows of %d, %d are needed", o->calibration, n_tokens,
             available, o->length, c.n ? c.n : 1);
     size_t dim = one_layer->dim, total = (size_t)c.n * c.length;
-    c.x_float = allocate(total * dim, sizeof(float));
-    c.x_quant = allocate(total * dim, sizeof(float));
-    for (size_t i = 0; i < total; i++) {
+    for (size_t i = 0; i < total; i++)
         if (tokens[i] >= m->config.vocab_size)
             die("%s: token %d is outside the embedding", o->calibration, tokens[i]);
+    *used = tokens;
+    if (o->gpu) return c;
+    c.x_float = allocate(total * dim, sizeof(float));
+    c.x_quant = allocate(total * dim, sizeof(float));
+    for (size_t i = 0; i < total; i++)
         floats(embedding->w, embedding->dtype, tokens[i] * dim, dim, c.x_float + i * dim);
-    }
     memcpy(c.x_quant, c.x_float, total * dim * sizeof(float));
-    free(tokens);
     c.s_float = state_new(one_layer, c.length, c.length);
     c.s_quant = state_new(one_layer, c.length, c.length);
     return c;
 }
 
 static void calibration_free(Calibration *c) {
-    if (!c->n) return;
+    if (c->gpu) gpu_quantizer_free(c->gpu);
+    if (!c->n || c->gpu) return;
     free(c->x_float);
     free(c->x_quant);
     state_free(c->s_float);
@@ -162,11 +187,6 @@ static void calibration_free(Calibration *c) {
 }
 
 /* ---- 3: smoothing a layer ------------------------------------------------------------------ */
-
-typedef struct {
-    float t; // threshold
-    int n;   // channels above it
-} Smoothing;
 
 /* The float model's inputs of qkv, gate+up and down in the first windows. */
 static void record_inputs(const Calibration *c, const Layer *layer, int windows, float *inputs[3]) {
@@ -271,10 +291,6 @@ static void moments_add(Moments *m, float *f, float *x, const float *residual_f,
     add_moments(m->R, distance, dim, x, K, T);
     free(distance);
 }
-
-typedef struct {
-    double before, after; // relative output error, rounded to nearest and in the end
-} Errors;
 
 /* The diagonal of H, which weighs the columns in the search of ranges; dead columns get the mean.
  */
@@ -387,7 +403,8 @@ static void quantize_half(const Calibration *c, int l, const Layer *f, Layer *q,
 static double final_scale(const Calibration *c, const float *norm) {
     int dim = c->config->dim, T = c->length;
     double xf = 0, xx = 0;
-    for (int w = 0; w < c->n; w++) {
+    if (c->gpu) gpu_final_scale(c->gpu, norm, &xf, &xx);
+    for (int w = 0; !c->gpu && w < c->n; w++) {
         float *f = c->s_float->xb, *x = c->s_quant->xb;
         rmsnorm(window(c, c->x_float, w), norm, T, dim, c->config->norm_eps, f);
         rmsnorm(window(c, c->x_quant, w), norm, T, dim, c->config->norm_eps, x);
@@ -440,6 +457,20 @@ static bool norms_change(const Options *o) {
     return o->rotate || o->smooth;
 }
 
+/* Rotates, smooths and quantizes layer l. The caller frees each of the result's linears, and its
+ * norms, which are one piece. */
+static Layer quantize_layer(const Calibration *c, const Layer *layer, int l, const int8_t *signs,
+                            Smoothing found[3], Errors *errors) {
+    Layer f = layer_float_copy(c->config, layer, l);
+    if (signs) rotate_layer(c->config, &f, signs);
+    if (c->o->smooth) smooth(c, l, &f, found);
+    Layer q = f; // its linears turn W4A8 one after the other
+    quantize_half(c, l, &f, &q, false, errors);
+    quantize_half(c, l, &f, &q, true, errors);
+    for (int k = 0; k < N_LINEARS; k++) free((void *)f.linears[k].w);
+    return q;
+}
+
 /* Layer by layer: read, rotate, smooth, quantize, write. Returns the factor on the final norm. */
 static double quantize_layers(const Calibration *c, const Checkpoint *checkpoint, const Model *m,
                               const int8_t *signs, Writer *out) {
@@ -451,14 +482,11 @@ static double quantize_layers(const Calibration *c, const Checkpoint *checkpoint
     for (int l = 0; l < config->n_layers; l++) {
         show_progress("layers", l, config->n_layers,
                       l ? (seconds() - start) * (config->n_layers - l) / l : -1);
-        Layer f = layer_float_copy(config, &m->layers[l], l);
-        if (signs) rotate_layer(config, &f, signs);
+        Layer q;
         Smoothing found[3];
-        if (o->smooth) smooth(c, l, &f, found);
-        Layer q = f; // its linears turn W4A8 one after the other
         Errors errors[N_LINEARS];
-        quantize_half(c, l, &f, &q, false, errors);
-        quantize_half(c, l, &f, &q, true, errors);
+        if (c->gpu) gpu_quantize_layer(c->gpu, &m->layers[l], l, &q, found, errors);
+        else q = quantize_layer(c, &m->layers[l], l, signs, found, errors);
         if (isatty(STDOUT_FILENO)) fprintf(stderr, "\r\033[K"); // the bar makes room
         print_errors(o, l, found, errors);
         char name[128];
@@ -467,12 +495,12 @@ static double quantize_layers(const Calibration *c, const Checkpoint *checkpoint
         for (int i = 0; i < 2; i++) {
             snprintf(name, sizeof name, "model.layers.%d.%s.weight", l, norms[i]);
             if (norms_change(o))
-                writer_put(out, name, i ? f.ffn_norm : f.attention_norm,
+                writer_put(out, name, i ? q.ffn_norm : q.attention_norm,
                            config->dim * sizeof(float));
             else put_untouched(out, checkpoint, name);
         }
         for (int k = 0; k < N_LINEARS; k++) quantized_free(&q.linears[k]);
-        layer_float_free(&f);
+        free(q.attention_norm);
     }
     show_progress("layers", config->n_layers, config->n_layers, 0);
     return o->gptq ? final_scale(c, m->norm) : 1;
@@ -574,7 +602,14 @@ static void print_perplexity(const Options *o, const Checkpoint *c, const Model 
     int length = m->config.max_context < 2048 ? m->config.max_context : 2048;
     int n, windows, *tokens = text_tokens(c, m->config.bos, o->eval, &n);
     if (n < length) die("%s: its %d tokens give no window of %d", o->eval, n, length);
-    double ppl = perplexity(m, tokens, n, length, 0, &windows, show_windows);
+    double ppl;
+    if (o->gpu) {
+        GpuModel *gpu = gpu_model_load(m);
+        ppl = gpu_perplexity(gpu, tokens, n, length, 0, &windows, show_windows);
+        gpu_model_free(gpu);
+    } else {
+        ppl = perplexity(m, tokens, n, length, 0, &windows, show_windows);
+    }
     printf("%s: perplexity %.4f (%d windows of %d)\n", what, ppl, windows, length);
     fflush(stdout);
     free(tokens);
@@ -629,14 +664,25 @@ static void quantize(Options *o, const Checkpoint *c) {
     }
     Config one_layer = *config;
     one_layer.n_layers = 1; // for buffers of one layer
-    Calibration calibration = calibration_new(o, m, &embedding, c, &one_layer);
+    int *tokens = NULL;
+    Calibration calibration = calibration_new(o, m, &embedding, c, &one_layer, &tokens);
     if (calibration.n)
-        fprintf(stderr, "calibration: %s, %d windows of %d\n", base_name(o->calibration),
-                calibration.n, calibration.length);
+        fprintf(stderr, "calibration: %s, %d windows of %d%s%s\n", base_name(o->calibration),
+                calibration.n, calibration.length, o->gpu || o->gpu_note ? ", on " : "",
+                o->gpu        ? o->gpu
+                : o->gpu_note ? o->gpu_note
+                              : "");
+    if (o->gpu) {
+        Method method = {o->group_size, o->smooth, o->search_ranges, o->gptq, o->act_order, signs};
+        calibration.gpu = gpu_quantizer_new(config, &method, &embedding, tokens, calibration.n,
+                                            o->length, o->most_memory);
+    }
+    free(tokens);
     char *quantization = describe(o, calibration.n);
     Tensors t = announce_all(o, c, m);
     Writer *out = writer_open(o->out, c, quantization, t.list, t.n);
     double scale = quantize_layers(&calibration, c, m, signs, out);
+    if (calibration.gpu) gpu_quantizer_report(calibration.gpu, stderr);
     calibration_free(&calibration);
     for (int i = 0; i < config->dim; i++) norm[i] *= scale;
     if (o->gptq) printf("final norm times %.4f\n", scale);

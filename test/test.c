@@ -134,6 +134,7 @@ void test_run(void);
 void test_slow(void);
 void test_quantize_slow(void);
 void test_gpu(void);
+void test_gpu_quantize(void);
 
 int main(int argc, char **argv) {
     if (system("mkdir -p build/test")) die("build/test: cannot be made");
@@ -145,7 +146,8 @@ int main(int argc, char **argv) {
         return test_end();
     }
     if (argc > 1 && !strcmp(argv[1], "gpu")) {
-        test_gpu();
+        if (argc < 3 || !strcmp(argv[2], "forward")) test_gpu();
+        if (argc < 3 || !strcmp(argv[2], "quantize")) test_gpu_quantize();
         return test_end();
     }
     test_tokenizer();

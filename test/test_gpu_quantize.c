@@ -1,0 +1,135 @@
+/* ./quantize on the GPU against ./quantize on the CPU: the perplexity of what they make. The parts
+ * are compared in test_gpu_twins.cu. Run by `make test-gpu`. */
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "test.h"
+
+static const char made[] = "build/test/gpu_quantized.bin";
+
+/* Perplexity of W4A8 files, on the GPU, on the first 8 windows of the evaluation text. */
+static double measure(const char *path) {
+    Checkpoint *c = checkpoint_open(path);
+    Model *m = model_load(c);
+    GpuModel *g = gpu_model_load(m);
+    int n, windows, *tokens = text_tokens(c, m->config.bos, "data/eval.txt", &n);
+    double ppl = gpu_perplexity(g, tokens, n, 2048, 8, &windows, NULL);
+    free(tokens);
+    gpu_model_free(g);
+    model_free(m);
+    checkpoint_close(c);
+    return ppl;
+}
+
+static double quantized(const char *model, const char *options, const char *device) {
+    char command[500], out[9000];
+    snprintf(command, sizeof command, "./quantize %s %s %s -d %s", model, made, options, device);
+    int status = run_command(command, out, sizeof out);
+    return check(status == 0, "%s: %s", command, out) ? measure(made) : NAN;
+}
+
+/* The model with its embedding off by a millionth, at random: what rounding errors can do. */
+static void perturb(const char *model, const char *out, uint64_t seed) {
+    Checkpoint *c = checkpoint_open(model);
+    Tensor *tensors = allocate(c->n_tensors, sizeof *tensors);
+    int n = 0;
+    for (int i = 0; i < c->n_tensors; i++)
+        if (strcmp(c->tensors[i].name, "tokenizer.json")) tensors[n++] = c->tensors[i];
+    float *embedding = NULL;
+    for (int i = 0; i < n; i++) {
+        Tensor *t = &tensors[i];
+        if (strcmp(t->name, "model.embed_tokens.weight")) continue;
+        size_t count = t->bytes / dtype_size(t->dtype);
+        embedding = allocate(count, sizeof *embedding);
+        floats(t->data, t->dtype, 0, count, embedding);
+        for (size_t k = 0; k < count; k++) embedding[k] *= 1 + 1e-6f * random_float(&seed);
+        t->dtype = F32;
+        t->data = embedding;
+        t->bytes = count * sizeof *embedding;
+    }
+    Writer *w = writer_open(out, c, NULL, tensors, n);
+    for (int i = 0; i < n; i++) writer_put(w, tensors[i].name, tensors[i].data, tensors[i].bytes);
+    writer_close(w);
+    free(embedding);
+    free(tensors);
+    checkpoint_close(c);
+}
+
+/* Within 0.1 % of the CPU's; or else, as each rounding error leads to other codes, within what
+ * three runs on the CPU differ by. */
+static void test_same(const char *name, const char *model, const char *options) {
+    char title[200];
+    snprintf(title, sizeof title, "GPU: quantized as on the CPU: %s %s", name, options);
+    test_begin(title);
+    if (!exists(model)) {
+        test_skip("the model is not there");
+        return;
+    }
+    double gpu = quantized(model, options, "cuda"), cpu = quantized(model, options, "cpu");
+    printf("     CPU %.4f, GPU %.4f: %+.3f %%\n", cpu, gpu, 100 * (gpu / cpu - 1));
+    if (fabs(gpu / cpu - 1) <= 1e-3) return;
+    double least = cpu, most = cpu;
+    for (int i = 1; i <= 3; i++) {
+        const char *path = "build/test/gpu_perturbed.bin";
+        perturb(model, path, i);
+        double ppl = quantized(path, options, "cpu");
+        printf("     CPU, perturbed: %.4f\n", ppl);
+        least = fmin(least, ppl);
+        most = fmax(most, ppl);
+    }
+    check(fabs(gpu - cpu) <= most - least, "the CPU's runs differ by %.3f %% only",
+          100 * (most - least) / cpu);
+}
+
+static void test_failures(void) {
+    char out[9000];
+    test_begin("GPU: ./quantize with little memory, streams on the host");
+    const char *options = "-n 4 -l 512";
+    char two[200];
+    double all = quantized("data/tiny", options, "cuda");
+    snprintf(two, sizeof two, "%s -M 0.28", options);
+    double little = quantized("data/tiny", two, "cuda");
+    check(fabs(little / all - 1) < 1e-3, "perplexity %.4f, %.4f with all memory", little, all);
+
+    test_begin("GPU: ./quantize says how much memory it needs");
+    remove(made);
+    check(run_command("./quantize data/tiny build/test/gpu_quantized.bin -n 2 -d cuda -M 0.1", out,
+                      sizeof out) == 1 &&
+              strstr(out, "GB of GPU memory, -M allows 0.10 GB") && !exists(made),
+          "%s", out);
+
+    test_begin("GPU: ./quantize refuses -d cuda -a 2");
+    check(run_command("./quantize data/tiny -d cuda -a 2", out, sizeof out) == 2 &&
+              strstr(out, "-d cpu"),
+          "%s", out);
+
+    test_begin("GPU: ./quantize, killed in the middle, leaves nothing behind");
+    int status = run_command("rm -rf build/test/killed && mkdir build/test/killed && "
+                             "exec timeout -s INT 1.2 ./quantize data/tiny build/test/killed/x.bin "
+                             "-d cuda -n 60 -l 2048",
+                             out, sizeof out);
+    check(status == 124 || status == 128 + SIGINT, "status %d: %s", status, out);
+    run_command("ls -A build/test/killed", out, sizeof out);
+    check(!*out, "%s", out);
+}
+
+void test_gpu_quantize(void) {
+    if (!gpu_name || !gpu_name()) {
+        test_begin("GPU: ./quantize");
+        test_skip(gpu_name ? "no GPU found" : "built without CUDA");
+        return;
+    }
+    test_failures();
+    static const char *const switches[] = {
+        "",     "-g -1",      "-r 1",   "-a 0",        "-m 0",
+        "-o 0", "-g -1 -r 1", "-b rtn", "-b rtn -m 0", "-b rtn -a 0 -m 0"};
+    for (size_t i = 0; i < sizeof switches / sizeof *switches; i++) {
+        char options[100];
+        snprintf(options, sizeof options, "-n 8 -l 512 %s", switches[i]);
+        test_same("tiny", "data/tiny", options);
+    }
+    test_same("tiny-outliers", "../shared/models/tiny-outliers", "-n 32");
+    test_same("small", "../shared/models/small", "-n 32");
+}
