@@ -92,7 +92,7 @@ static void released(const volatile void *block) {
 
 /* ---- files ---------------------------------------------------------------------------------- */
 
-static char directory[] = "/tmp/fuzz-XXXXXX"; // of this process
+static char directory[] = "/dev/shm/fuzz-XXXXXX"; // of this process
 static char *file_path(const char *name) {
     static char path[4][64];
     static int i;
