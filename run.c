@@ -74,7 +74,7 @@ static Options parse_options(int argc, char **argv) {
         const char *arg = argv[i];
         if (arg[0] != '-') {
             if (o.model) die_usage("two models: %s and %s", o.model, arg);
-            o.model = strdup(arg);
+            o.model = strcpy(allocate(strlen(arg) + 1, 1), arg);
             continue;
         }
         char flag = arg[1];

@@ -117,9 +117,9 @@ static void put_safetensors(const char *name, const void *header, size_t bytes) 
 }
 
 static void remove_files(void) {
-    static const char *const names[] = {"model.bin",          "config.json",
-                                        "model.safetensors",  "model.safetensors.index.json",
-                                        "1.safetensors",      "2.safetensors"};
+    static const char *const names[] = {"model.bin",         "config.json",
+                                        "model.safetensors", "model.safetensors.index.json",
+                                        "1.safetensors",     "2.safetensors"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) unlink(file_path(names[i]));
     rmdir(directory);
 }

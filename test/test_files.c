@@ -457,7 +457,7 @@ static void check_tensors(const Checkpoint *c, const Weights *w) {
     }
 }
 
-/* Checks DESIGN's layout of a model.bin: data at a multiple of 4096, no gaps, whole multiples of
+/* Checks the layout of a model.bin: data at a multiple of 4096, no gaps, whole multiples of
  * 256 first, the tokenizer last. */
 static void check_layout(const char *path) {
     size_t bytes, length = 0;
