@@ -1201,6 +1201,27 @@ const char *const linear_names[N_LINEARS] = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
 
+const char *weights_kind(const Model *m) {
+    if (m->group_size == 0) return dtype_name(m->layers[0].q.dtype);
+    return m->group_size < 0 ? "W4A8 per channel" : "W4A8 g128";
+}
+
+void describe_model(const Checkpoint *checkpoint, const Model *m, const char *where) {
+    const Config *c = &m->config;
+    double bytes = 0;
+    for (int i = 0; i < checkpoint->n_tensors; i++) bytes += checkpoint->tensors[i].bytes;
+    fprintf(stderr, "%s: LLaMA 3.1, dim %d, ffn %d, %d layers, %d/%d heads of %d, vocabulary %d\n",
+            checkpoint->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads,
+            c->head_dim, c->vocab_size);
+    fprintf(stderr, "weights %s, %.1f MB%s%s\n", weights_kind(m), bytes / 1e6, where ? ", on " : "",
+            where ? where : "");
+    if (!checkpoint->quantization) return;
+    char *made = copy_text(checkpoint->quantization, strlen(checkpoint->quantization));
+    make_printable(made);
+    fprintf(stderr, "made with %s\n", made);
+    free(made);
+}
+
 void linear_shape(const Config *c, int k, int *N, int *K) {
     int q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     int rows[] = {q, kv, kv, c->dim, c->hidden_dim, c->hidden_dim, c->dim};

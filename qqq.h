@@ -245,6 +245,13 @@ void layer_float_free(Layer *copy);
 /* Ends the program if float weights hold NaN or infinity. */
 void require_finite(const Linear *l, const char *name);
 
+/* What its weights are: their dtype, or W4A8 of which kind. */
+const char *weights_kind(const Model *m);
+
+/* Says on stderr what a file claims to be: architecture, sizes, dtype and, if it is quantized, the
+ * options that made it. `where` is what it runs on, or NULL. */
+void describe_model(const Checkpoint *c, const Model *m, const char *where);
+
 /* Bytes of all weights that one token reads (an embedding row counts as one). */
 size_t model_bytes(const Model *m);
 

@@ -634,6 +634,7 @@ static void quantize(Options *o, const Checkpoint *c) {
     Config one_layer = *config;
     one_layer.n_layers = 1; // for buffers of one layer
     Calibration calibration = calibration_new(o, m, &embedding, c, &one_layer);
+    describe_model(c, m, NULL);
     if (calibration.n)
         fprintf(stderr, "calibration: %s, %d windows of %d\n", base_name(o->calibration),
                 calibration.n, calibration.length);

@@ -242,28 +242,10 @@ typedef struct {
     Speed speed;
 } Session;
 
-static const char *weights_kind(const Model *m) {
-    if (m->group_size == 0) return dtype_name(m->layers[0].q.dtype);
-    return m->group_size < 0 ? "W4A8 per channel" : "W4A8 g128";
-}
-
-/* Says which model it is and, if it is quantized, with which options it was made. */
+/* Says which model it is, where it runs and, if it is quantized, how it was made. */
 static void print_model(const Session *s) {
-    const Config *c = &s->model->config;
-    double bytes = 0;
-    for (int i = 0; i < s->checkpoint->n_tensors; i++) bytes += s->checkpoint->tensors[i].bytes;
-    fprintf(stderr, "%s: LLaMA 3.1, dim %d, ffn %d, %d layers, %d/%d heads of %d, vocabulary %d\n",
-            s->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim,
-            c->vocab_size);
-    fprintf(stderr, "weights %s, %.1f MB, on %s\n", weights_kind(s->model), bytes / 1e6,
-            s->gpu        ? s->gpu
-            : s->fallback ? "the CPU: no GPU found"
-                          : "the CPU");
-    if (!s->checkpoint->quantization) return;
-    fputs("made with ", stderr);
-    for (const char *p = s->checkpoint->quantization; *p; p++)
-        fputc(iscntrl((unsigned char)*p) ? ' ' : *p, stderr); // one line, whatever it holds
-    fputc('\n', stderr);
+    const char *cpu = s->fallback ? "the CPU: no GPU found" : "the CPU";
+    describe_model(s->checkpoint, s->model, s->gpu ? s->gpu : cpu);
 }
 
 static Tokenizer *load_tokenizer(const Checkpoint *c) {
