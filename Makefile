@@ -54,6 +54,10 @@ $(BIN)/quantize: $(BUILD)/quantize.o $(OBJECTS)
 $(BUILD)/synthetic: $(BUILD)/test/synthetic.o $(OBJECTS)
 	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
 
+$(BUILD)/fault.so: test/fault.c Makefile
+	@mkdir -p $(@D)
+	$(CC) -std=c11 -O1 -Wall -Wextra $(WERROR) -shared -fPIC $< -o $@ -ldl
+
 DEMO = $(BUILD)/tiny-w4a8.bin
 demo: all
 	./quantize data/tiny $(DEMO) -n 16 -l 1024 -e data/eval.txt

@@ -562,7 +562,7 @@ static char *describe(const Options *o, int windows) {
     if (windows) put_json_string(out, base_name(o->calibration));
     else fprintf(out, "null");
     fprintf(out, "}");
-    if (fclose(out)) die("out of memory");
+    if (ferror(out) || fclose(out)) die("out of memory");
     return text;
 }
 
@@ -634,13 +634,13 @@ static void quantize(Options *o, const Checkpoint *c) {
     Config one_layer = *config;
     one_layer.n_layers = 1; // for buffers of one layer
     Calibration calibration = calibration_new(o, m, &embedding, c, &one_layer);
-    describe_model(c, m, NULL);
     if (calibration.n)
         fprintf(stderr, "calibration: %s, %d windows of %d\n", base_name(o->calibration),
                 calibration.n, calibration.length);
     char *quantization = describe(o, calibration.n);
     Tensors t = announce_all(o, c, m);
     Writer *out = writer_open(o->out, c, quantization, t.list, t.n);
+    describe_model(c, m, NULL);
     double scale = quantize_layers(&calibration, c, m, signs, out);
     calibration_free(&calibration);
     for (int i = 0; i < config->dim; i++) norm[i] *= scale;

@@ -142,10 +142,14 @@ int main(int argc, char **argv) {
         const char *name;
         void (*run)(void);
         bool quick;
-    } suites[] = {{"tokenizer", test_tokenizer, true}, {"files", test_files, true},
-                  {"forward", test_forward, true},     {"quantize", test_quantize, true},
-                  {"run", test_run, true},             {"faults", test_faults, false},
-                  {"slow", test_slow, false},          {"slow", test_quantize_slow, false},
+    } suites[] = {{"tokenizer", test_tokenizer, true},
+                  {"files", test_files, true},
+                  {"forward", test_forward, true},
+                  {"quantize", test_quantize, true},
+                  {"run", test_run, true},
+                  {"faults", test_faults, false},
+                  {"slow", test_slow, false},
+                  {"slow", test_quantize_slow, false},
                   {"gpu", test_gpu, false}};
     if (system("mkdir -p build/test")) die("build/test: cannot be made");
     int signals[] = {SIGINT, SIGTERM, SIGHUP}; // which nohup or a script may have set aside

@@ -1196,6 +1196,8 @@ static void test_bad_configs(void) {
         {"rms_norm_eps", "0", "rms_norm_eps"},
         {"rms_norm_eps", "\"1e-5\"", "rms_norm_eps"},
         {"rms_norm_eps", "1e400", "rms_norm_eps"},
+        {"rms_norm_eps", "1e-300", "rms_norm_eps"}, // 0 as a float
+        {"rms_norm_eps", "1e300", "rms_norm_eps"},  // infinity
         {"num_key_value_heads", "3", "num_key_value_heads"},
         {"num_key_value_heads", "8", "num_key_value_heads"},
         {"num_attention_heads", "3", "num_attention_heads"}, // no multiple of 2 KV heads
