@@ -65,9 +65,10 @@ static void each_fault(const char *name, const char *kind, const char *command, 
         check(clean, "%s, call %d of %d: status %d: %s", command, i, n, status, output);
         refused += status == 1;
         if (writes) {
-            const char *now = status == 0 ? SCRATCH "/good.bin" : old ? SCRATCH "/old" : NULL;
-            check(out_is(now), "%s, call %d of %d, status %d: OUT is not as it should be: %s",
-                  command, i, n, status, output);
+            bool good = out_is(SCRATCH "/good.bin"); // also if what comes after it has failed
+            check(good || (status && out_is(old ? SCRATCH "/old" : NULL)),
+                  "%s, call %d of %d, status %d: OUT is not as it should be: %s", command, i, n,
+                  status, output);
             shell("rm -f " SCRATCH "/out/*");
         }
     }
@@ -89,7 +90,7 @@ static void test_memory(void) {
                "./run " TOY " -x " SCRATCH "/text >/dev/null", false);
     each_fault("out of memory at each allocation: quantize", "memory", GPTQ, true);
     each_fault("out of memory at each allocation: quantize -r 1 -b rtn -e", "memory",
-               GPTQ " -r 1 -b rtn -e " SCRATCH "/long", true);
+               GPTQ " -r 1 -b rtn -e " SCRATCH "/text", true);
     each_fault("out of memory at each allocation: quantize -a 2", "memory", GPTQ " -a 2", true);
     each_fault("out of memory at each allocation: quantize -f", "memory",
                "./quantize -f " TOY " " OUT, true);
@@ -167,10 +168,10 @@ void test_faults(void) {
     write_file(SCRATCH "/old", "old", 3);
     shell("for i in 1 2 3 4 5 6 7 8 9; do echo a b c abc xyz, it is number $i.; done >" SCRATCH
           "/text");
-    shell("for i in 1 2 3 4 5 6 7 8 9; do cat " SCRATCH "/text; done >" SCRATCH "/long");
     if (shell("build/synthetic " TOY " --dim 16 --hidden 32 --layers 2 --heads 2 --kv-heads 1 "
               "--vocab 266 --tokenizer test/corpus/tokenizer/chat"))
         die("no model to test with: %s", output);
+    shell("sed -i s/131072/64/ " TOY "/config.json"); // short windows for -e
     test_signals(SIGINT, "quantize: SIGINT at random moments");
     test_signals(SIGKILL, "quantize: SIGKILL at random moments");
     test_disk();
