@@ -51,6 +51,10 @@ $(BIN)/run $(BIN)/quantize $(BUILD)/tests: $(OBJECTS) $(if $(CUDA),$(BUILD)/kern
 $(BUILD)/synthetic: $(BUILD)/test/synthetic.o $(OBJECTS)
 	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
 
+$(BUILD)/fault.so: test/fault.c Makefile
+	@mkdir -p $(@D)
+	$(CC) -std=c11 -O1 -Wall -Wextra $(WERROR) -shared -fPIC $< -o $@ -ldl
+
 DEMO = $(BUILD)/tiny-w4a8.bin
 demo: all
 	./quantize data/tiny $(DEMO) -n 16 -l 1024 -e data/eval.txt
@@ -92,15 +96,37 @@ lint:
 format:
 	clang-format -i $(SOURCES)
 
-# build/san is a root directory of its own: the tests there run the programs built there.
+# build/san is a root directory of its own: the tests there run the programs built there. 120 s of
+# perplexity on the whole text are left out there.
 SAN = $(BUILD)/san
-fuzz:
-	$(MAKE) BUILD=$(SAN)/build BIN=$(SAN) \
-		CFLAGS='-O2 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover' \
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover
+test-san:
+	$(MAKE) CUDA= BUILD=$(SAN)/build BIN=$(SAN) CFLAGS='-O2 -g -march=native $(SANITIZE)' \
 		$(SAN)/run $(SAN)/quantize $(SAN)/build/tests $(SAN)/build/synthetic
 	ln -sfn $(CURDIR)/data $(SAN)/data
 	ln -sfn $(CURDIR)/test $(SAN)/test
 	cd $(SAN) && ASAN_OPTIONS=detect_leaks=0 build/tests
+
+# One program per target. FUZZ_SECONDS is the time of each; what they find is left in $(FUZZ). The
+# corpus in the tree is only read: new inputs go to $(FUZZ)/corpus.
+FUZZ = $(BUILD)/fuzz
+FUZZ_TARGETS = safetensors config tokenizer text run quantize
+FUZZ_SECONDS ?= 10
+FUZZ_FLAGS = -std=c11 -O1 -g -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas \
+	$(SANITIZE) -fsanitize=fuzzer $(CPPFLAGS)
+WRAPPED = _exit exit mmap munmap
+fuzz: $(FUZZ_TARGETS:%=fuzz-%)
+fuzz-%: $(FUZZ)/%
+	@mkdir -p $(FUZZ)/corpus/$*
+	ASAN_OPTIONS=allocator_may_return_null=1:detect_leaks=0 $< $(FUZZ)/corpus/$* test/corpus/$* \
+		-max_total_time=$(FUZZ_SECONDS) -max_len=16384 -timeout=10 -rss_limit_mb=2048 \
+		-close_fd_mask=3 -detect_leaks=0 -print_final_stats=1 -artifact_prefix=$(FUZZ)/
+
+$(FUZZ)/%: test/fuzz.c qqq.c tokenizer.c run.c quantize.c qqq.h Makefile
+	@mkdir -p $(@D)
+	clang $(FUZZ_FLAGS) -DPROGRAM='"../$(if $(filter quantize,$*),quantize,run).c"' \
+		-DTARGET=$(if $(filter run quantize,$*),options,$*) test/fuzz.c qqq.c tokenizer.c -o $@ \
+		$(WRAPPED:%=-Wl,--wrap=%) $(LIBS) -lgomp
 
 clean:
 	rm -rf $(BUILD) run quantize

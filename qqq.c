@@ -37,11 +37,16 @@
 // The file that is being written, to be removed if the program ends early; "" if there is none.
 static char temporary[4096];
 
+/* A name from a file may hold anything; it stays on its line. */
+static void make_printable(char *text) {
+    for (; *text; text++)
+        if ((unsigned char)*text < ' ' || *text == 0x7f) *text = '?';
+}
+
 static void end_with(int status, const char *format, va_list args) {
-    char *text;
-    if (vasprintf(&text, format, args) < 0) _exit(status);
-    for (char *s = text; *s; s++) // a name from a file may hold anything; it stays one line
-        if ((unsigned char)*s < ' ' || *s == 0x7f) *s = '?';
+    static char text[8192]; // there may be no memory to allocate
+    vsnprintf(text, sizeof text, format, args);
+    make_printable(text);
     fprintf(stderr, "error: %s\n", text);
     if (temporary[0]) unlink(temporary);
     fflush(NULL);
@@ -172,11 +177,14 @@ static bool too_deep(const char *text, size_t bytes) {
     return depth > 128;
 }
 
+enum { MAX_JSON = 100000000 }; // what the safetensors library allows a header
+
 Json *json_parse(const char *name, const char *text, size_t bytes) {
+    if (bytes > MAX_JSON) die("%s: %zu bytes of JSON, expected at most %d", name, bytes, MAX_JSON);
     if (too_deep(text, bytes)) die("%s: JSON nested more than 128 deep", name);
     jsmn_parser parser;
     jsmn_init(&parser);
-    int n = bytes < INT32_MAX ? jsmn_parse(&parser, text, bytes, NULL, 0) : JSMN_ERROR_NOMEM;
+    int n = jsmn_parse(&parser, text, bytes, NULL, 0);
     if (n <= 0) die("%s: not valid JSON (near byte %u)", name, parser.pos);
     Json *j = allocate(1, sizeof *j);
     *j = (Json){name, text, allocate(n, sizeof *j->tokens), n};
@@ -399,27 +407,70 @@ static bool is_directory(const char *path) {
     return S_ISDIR(st.st_mode);
 }
 
-/* Maps a file read-only. An absent file is an error, or {0} where it is optional. */
-static Mapping map_file(char *path, bool optional) {
-    int fd = open(path, O_RDONLY | O_NONBLOCK);
-    if (fd < 0 && optional && errno == ENOENT) return free(path), (Mapping){0};
+/* Opens a regular file of at least one byte. An absent file is an error, or -1 if it is optional.
+ * O_NONBLOCK: a FIFO is refused, not waited for. */
+static int open_file(const char *path, bool optional, size_t *bytes) {
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0 && optional && errno == ENOENT) return -1;
     struct stat st;
     if (fd < 0 || fstat(fd, &st)) die("%s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("%s: not a regular file", path);
     if (st.st_size == 0) die("%s: the file is empty", path);
-    void *data = mmap(NULL, st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    *bytes = st.st_size;
+    return fd;
+}
+
+/* Maps a file read-only; takes over `path`. An absent file is an error, or {0} if it is optional.
+ */
+static Mapping map_file(char *path, bool optional) {
+    size_t bytes;
+    int fd = open_file(path, optional, &bytes);
+    if (fd < 0) return free(path), (Mapping){0};
+    void *data = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
     if (data == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
-    return (Mapping){path, data, st.st_size};
+    return (Mapping){path, data, bytes};
+}
+
+/* Reads a file, malloc'ed with a NUL behind. An absent one is an error, or NULL if optional. */
+static char *read_file(const char *path, bool optional, size_t *bytes) {
+    int fd = open_file(path, optional, bytes);
+    if (fd < 0) return NULL;
+    char *text = allocate(*bytes + 1, 1);
+    for (size_t done = 0; done < *bytes;) {
+        ssize_t n = read(fd, text + done, *bytes - done);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) die("%s: %s", path, strerror(errno));
+        if (n == 0) die("%s: it was cut while it was read", path);
+        done += n;
+    }
+    close(fd);
+    return text;
 }
 
 char *read_text(const char *path, size_t *bytes) {
-    Mapping m = map_file(format_text("%s", path), false);
-    char *text = copy_text(m.data, m.bytes);
-    *bytes = m.bytes;
-    munmap((void *)m.data, m.bytes);
-    free(m.path);
-    return text;
+    return read_file(path, false, bytes);
+}
+
+static Checkpoint *opened; // the newest; the others follow by `next`
+
+/* Reading a mapping where its file has no bytes any more, or where the disk fails, raises SIGBUS.
+ * Nothing here may allocate or lock. */
+static void on_bus_error(int signal_number, siginfo_t *info, void *context) {
+    (void)context;
+    for (const Checkpoint *c = opened; c; c = c->next)
+        for (int i = 0; i < c->n_maps; i++) {
+            const Mapping *m = &c->maps[i];
+            if ((uintptr_t)info->si_addr - (uintptr_t)m->data >= m->bytes) continue;
+            static char line[4096 + 128] = "error: ";
+            strncat(line, m->path, 4096);
+            make_printable(line);
+            strcat(line, ": it was cut while it was in use, or the disk cannot read it\n");
+            if (temporary[0]) unlink(temporary);
+            if (write(STDERR_FILENO, line, strlen(line)) < 0) _exit(1);
+            _exit(1);
+        }
+    signal(signal_number, SIG_DFL); // not ours: it will be raised again
 }
 
 int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n) {
@@ -554,7 +605,8 @@ static void add_shards(Checkpoint *c, Mapping index) {
         size_t bytes;
         if (json_type(j, key + 1) != '"') die("%s: weight_map is no map of names", index.path);
         shards[n++] = json_string(j, key + 1, &bytes);
-        if (strchr(shards[n - 1], '/')) die("%s: shard %s is a path", index.path, shards[n - 1]);
+        if (strchr(shards[n - 1], '/') || strlen(shards[n - 1]) != bytes)
+            die("%s: shard %s is no name of a file beside it", index.path, shards[n - 1]);
     }
     qsort(shards, n, sizeof *shards, by_text);
     for (int i = 0; i < n; i++)
@@ -575,20 +627,16 @@ static void add_shards(Checkpoint *c, Mapping index) {
     json_free(j);
 }
 
-static char *optional_text(const char *directory, const char *name) {
-    Mapping m = map_file(format_text("%s/%s", directory, name), true);
-    char *text = m.data ? copy_text(m.data, m.bytes) : NULL;
-    if (m.data) munmap((void *)m.data, m.bytes);
-    free(m.path);
+static char *text_in(const char *directory, const char *name, bool optional) {
+    size_t bytes;
+    char *path = format_text("%s/%s", directory, name), *text = read_file(path, optional, &bytes);
+    free(path);
     return text;
 }
 
 static void open_directory(Checkpoint *c) {
-    size_t bytes;
-    char *config = format_text("%s/config.json", c->path);
-    c->config = read_text(config, &bytes);
-    free(config);
-    c->generation_config = optional_text(c->path, "generation_config.json");
+    c->config = text_in(c->path, "config.json", false);
+    c->generation_config = text_in(c->path, "generation_config.json", true);
     Mapping tokenizer = map_file(format_text("%s/tokenizer.json", c->path), true);
     if (tokenizer.data) {
         c->tokenizer = tokenizer.data;
@@ -630,7 +678,8 @@ static void open_model_bin(Checkpoint *c) {
             "Face model give the directory",
             c->path, format ? format : "not stated");
     if (!version || strcmp(version, "1"))
-        die("%s: version %s of the format, only 1 is known", c->path, version ? version : "none");
+        die("%s: version %s of the format, expected 1%s", c->path, version ? version : "none",
+            version && strtod(version, NULL) > 1 ? "; a newer program made it" : "");
     free(format);
     free(version);
     c->config = metadata_text(j, "config");
@@ -646,12 +695,19 @@ static void open_model_bin(Checkpoint *c) {
 Checkpoint *checkpoint_open(const char *path) {
     Checkpoint *c = allocate(1, sizeof *c);
     c->path = copy_text(path, strlen(path));
+    c->next = opened;
+    opened = c;
+    struct sigaction cut = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
+    sigaction(SIGBUS, &cut, NULL);
     if (is_directory(path)) open_directory(c);
     else open_model_bin(c);
     return c;
 }
 
 void checkpoint_close(Checkpoint *c) {
+    Checkpoint **link = &opened;
+    while (*link != c) link = &(*link)->next;
+    *link = c->next;
     for (int i = 0; i < c->n_tensors; i++) free(c->tensors[i].name);
     for (int i = 0; i < c->n_maps; i++) {
         munmap((void *)c->maps[i].data, c->maps[i].bytes);
@@ -681,9 +737,13 @@ struct Writer {
         char *name;
         size_t offset, bytes; // in the file
         bool written;
-    } * slots; // [n]
+    } * slots; // [n] sorted by name
     size_t bytes;
 };
+
+static int by_slot_name(const void *a, const void *b) {
+    return strcmp(((const struct Slot *)a)->name, ((const struct Slot *)b)->name);
+}
 
 static void on_signal(int signal_number) {
     static const char line[] = "error: interrupted, nothing was written\n";
@@ -754,8 +814,9 @@ Writer *writer_open(const char *path, const Checkpoint *c, const char *quantizat
     fprintf(out, "}");
     for (int i = 0; i < m; i++) put_tensor(out, &ordered[i], &data_bytes);
     fprintf(out, "}");
-    while ((8 + ftell(out)) % 4096) fputc(' ', out);
-    if (fclose(out)) die("out of memory");
+    while ((8 + ftell(out)) % 4096 && fputc(' ', out) == ' ') {
+    }
+    if (ferror(out) || fclose(out)) die("out of memory");
 
     Writer *w = allocate(1, sizeof *w);
     w->path = copy_text(path, strlen(path));
@@ -788,17 +849,18 @@ Writer *writer_open(const char *path, const Checkpoint *c, const char *quantizat
         w->bytes += ordered[i].bytes;
     }
     free(ordered);
+    qsort(w->slots, m, sizeof *w->slots, by_slot_name);
     if (c->tokenizer) writer_put(w, "tokenizer.json", c->tokenizer, c->tokenizer_bytes);
     return w;
 }
 
 void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
-    int i = 0;
-    while (i < w->n && (w->slots[i].written || strcmp(w->slots[i].name, name))) i++;
-    if (i == w->n || w->slots[i].bytes != bytes)
+    const struct Slot key = {.name = (char *)name};
+    struct Slot *slot = bsearch(&key, w->slots, w->n, sizeof key, by_slot_name);
+    if (!slot || slot->written || slot->bytes != bytes)
         die("%s: tensor %s with %zu bytes was not announced", w->path, name, bytes);
-    write_at(w, data, bytes, w->slots[i].offset);
-    w->slots[i].written = true;
+    write_at(w, data, bytes, slot->offset);
+    slot->written = true;
 }
 
 size_t writer_close(Writer *w) {
@@ -806,12 +868,16 @@ size_t writer_close(Writer *w) {
         if (!w->slots[i].written) die("%s: tensor %s is missing", w->path, w->slots[i].name);
         free(w->slots[i].name);
     }
-    if (fsync(w->fd) || close(w->fd) || rename(temporary, w->path))
-        die("%s: cannot be written: %s", w->path, strerror(errno));
+    if (fsync(w->fd) || close(w->fd)) die("%s: cannot be written: %s", w->path, strerror(errno));
+    sigset_t all, before; // a signal comes before the renaming, with a message, or after it
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, &before);
+    if (rename(temporary, w->path)) die("%s: cannot be written: %s", w->path, strerror(errno));
     temporary[0] = 0;
     int signals[] = {SIGINT, SIGTERM, SIGHUP};
     for (int i = 0; i < 3; i++)
         if (signal(signals[i], SIG_DFL) == SIG_IGN) signal(signals[i], SIG_IGN);
+    sigprocmask(SIG_SETMASK, &before, NULL);
     size_t bytes = w->bytes;
     free(w->slots);
     free(w->path);
@@ -912,6 +978,7 @@ Config config_parse(const char *path, const char *config, const char *generation
     c.vocab_size = config_integer(j, "vocab_size", 1, 1 << 24);
     c.max_context = config_integer(j, "max_position_embeddings", 1, 1 << 24);
     c.norm_eps = config_real(j, 0, "rms_norm_eps");
+    if (!(c.norm_eps > 0 && c.norm_eps < INFINITY)) die("%s: rms_norm_eps is no float", name);
     c.tied = config_true(j, "tie_word_embeddings");
 
     // transformers 5 moved rope_theta and rope_scaling's content into rope_parameters.
@@ -1133,6 +1200,27 @@ size_t model_bytes(const Model *m) {
 const char *const linear_names[N_LINEARS] = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
+
+const char *weights_kind(const Model *m) {
+    if (m->group_size == 0) return dtype_name(m->layers[0].q.dtype);
+    return m->group_size < 0 ? "W4A8 per channel" : "W4A8 g128";
+}
+
+void describe_model(const Checkpoint *checkpoint, const Model *m, const char *where) {
+    const Config *c = &m->config;
+    double bytes = 0;
+    for (int i = 0; i < checkpoint->n_tensors; i++) bytes += checkpoint->tensors[i].bytes;
+    fprintf(stderr, "%s: LLaMA 3.1, dim %d, ffn %d, %d layers, %d/%d heads of %d, vocabulary %d\n",
+            checkpoint->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads,
+            c->head_dim, c->vocab_size);
+    fprintf(stderr, "weights %s, %.1f MB%s%s\n", weights_kind(m), bytes / 1e6, where ? ", on " : "",
+            where ? where : "");
+    if (!checkpoint->quantization) return;
+    char *made = copy_text(checkpoint->quantization, strlen(checkpoint->quantization));
+    make_printable(made);
+    fprintf(stderr, "made with %s\n", made);
+    free(made);
+}
 
 void linear_shape(const Config *c, int k, int *N, int *K) {
     int q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
@@ -2152,7 +2240,7 @@ float search_smoothing_published(const Config *c, const Layer *layer, State *sta
                n_out * sizeof *target);
     }
     float highest = largest(max, K), lowest = 0.1f, best_t = highest;
-    int steps = highest / 0.5f > 100 ? highest / 0.5f : 100;
+    int steps = fminf(fmaxf(100, highest / 0.5f), 4096); // one absurd activation is not worth days
     double least = INFINITY;
     for (int i = 0; i < steps; i++) {
         float t = highest - (highest - lowest) * i / (steps - 1);
@@ -2377,24 +2465,28 @@ void corrected_target(const float *w, int n_rows, const Inverse *inverse, const 
 }
 
 double relative_error(const float *w, const Linear *quantized, const double *H) {
+    enum { ROWS = 64 }; // of weights and of errors at a time
     size_t N = quantized->N, K = quantized->K;
-    double error = 0, total = 0;
-    float *rows = allocate(2 * N * K, sizeof *rows), *products = allocate(2 * N * K, sizeof *rows);
+    float *rows = allocate(2 * ROWS * K, sizeof *rows);
+    float *products = allocate(2 * ROWS * K, sizeof *products);
     float *h = allocate(K * K, sizeof *h); // symmetric: H^T = H
     for (size_t i = 0; i < K * K; i++) h[i] = H[i];
-    memcpy(rows, w, N * K * sizeof *rows);
-    for (size_t n = 0; n < N; n++) {
-        float *e = rows + (N + n) * K;
-        dequantize_row(quantized, n, e);
-        for (size_t k = 0; k < K; k++) e[k] -= w[n * K + k];
-    }
-    linear(&(Linear){.N = K, .K = K, .dtype = F32, .w = h}, rows, 2 * N, products);
-    for (size_t i = 0; i < N * K; i++) {
-        total += (double)rows[i] * products[i];
-        error += (double)rows[N * K + i] * products[N * K + i];
+    const Linear times_h = {.N = K, .K = K, .dtype = F32, .w = h};
+    double error = 0, total = 0;
+    for (size_t first = 0; first < N; first += ROWS) {
+        size_t n_rows = N - first < ROWS ? N - first : ROWS;
+        float *errors = rows + n_rows * K;
+        memcpy(rows, w + first * K, n_rows * K * sizeof *rows);
+        for (size_t n = 0; n < n_rows; n++) dequantize_row(quantized, first + n, errors + n * K);
+        for (size_t i = 0; i < n_rows * K; i++) errors[i] -= rows[i];
+        linear(&times_h, rows, 2 * n_rows, products);
+        for (size_t i = 0; i < n_rows * K; i++) {
+            total += (double)rows[i] * products[i];
+            error += (double)errors[i] * products[n_rows * K + i];
+        }
     }
     free(rows);
     free(products);
     free(h);
-    return total > 0 ? sqrt(error / total) : 0;
+    return total > 0 && error > 0 ? sqrt(error / total) : 0; // rounding may leave less than 0
 }

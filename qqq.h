@@ -117,7 +117,7 @@ typedef struct {
 
 /* A model on disk: a Hugging Face directory or a model.bin, mapped read-only, nothing copied.
  * Format: https://huggingface.co/docs/safetensors. */
-typedef struct {
+typedef struct Checkpoint {
     char *path;
     Tensor *tensors; // [n_tensors], sorted by name
     int n_tensors;
@@ -128,6 +128,7 @@ typedef struct {
     size_t tokenizer_bytes;
     struct Mapping *maps; // [n_maps] the mapped files
     int n_maps;
+    struct Checkpoint *next; // opened before this one
 } Checkpoint;
 
 /* Opens a Hugging Face directory (config.json, tokenizer.json and model.safetensors, or
@@ -244,6 +245,13 @@ void layer_float_free(Layer *copy);
 
 /* Ends the program if float weights hold NaN or infinity. */
 void require_finite(const Linear *l, const char *name);
+
+/* What its weights are: their dtype, or W4A8 of which kind. */
+const char *weights_kind(const Model *m);
+
+/* Says on stderr what a file claims to be: architecture, sizes, dtype and, if it is quantized, the
+ * options that made it. `where` is what it runs on, or NULL. */
+void describe_model(const Checkpoint *c, const Model *m, const char *where);
 
 /* Bytes of all weights that one token reads (an embedding row counts as one). */
 size_t model_bytes(const Model *m);
@@ -401,9 +409,9 @@ float search_smoothing(const Linear *w, int n_linears, const float *x, int T, co
 typedef enum { SMOOTH_QKV, SMOOTH_GATE_UP, SMOOTH_DOWN } SmoothedInput;
 
 /* The search of the published code, 30 to 40 times the work: x [windows][length][K] whole windows;
- * max(100, max|x| / 0.5) equal steps; plain ranges; the score is taken at the output of the block:
- * attention for qkv, silu(gate) up for gate and up, the linear itself for down. `state` needs one
- * layer and `length` positions; its buffers are overwritten. */
+ * max(100, max|x| / 0.5) equal steps, at most 4096; plain ranges; the score is taken at the output
+ * of the block: attention for qkv, silu(gate) up for gate and up, the linear itself for down.
+ * `state` needs one layer and `length` positions; its buffers are overwritten. */
 float search_smoothing_published(const Config *c, const Layer *layer, State *state,
                                  SmoothedInput which, const float *x, int windows, int length,
                                  const float *max, int group_size, float *s);

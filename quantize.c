@@ -5,6 +5,7 @@
  *
  * The report goes to stdout, progress and errors to stderr. */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <limits.h>
 #include <math.h>
 #include <stdlib.h>
@@ -53,6 +54,10 @@ typedef struct {
     const char *gpu_note; // why not, for want of a GPU
 } Options;
 
+static char *copy_text(const char *text) {
+    return strcpy(allocate(strlen(text) + 1, 1), text);
+}
+
 /* MODEL without a trailing slash or .bin, and -w4a8.bin, or .bin if it is only converted. */
 static char *default_out(const char *model, bool convert) {
     size_t n = strlen(model);
@@ -92,9 +97,7 @@ static Options parse_options(int argc, char **argv) {
         const char *arg = argv[i];
         if (arg[0] != '-') {
             if (o.out) die_usage("%s: MODEL and OUT are given already", arg);
-            char *copy = strdup(arg);
-            if (o.model) o.out = copy;
-            else o.model = copy;
+            *(o.model ? &o.out : &o.model) = copy_text(arg);
             continue;
         }
         char flag = arg[1];
@@ -109,7 +112,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'r') o.rotate = parse_integer(flag, value, 0, 1);
         if (flag == 'm') o.search_ranges = parse_integer(flag, value, 0, 1);
         if (flag == 'o') o.act_order = parse_integer(flag, value, 0, 1);
-        if (flag == 'c') o.calibration = strdup(value);
+        if (flag == 'c') o.calibration = copy_text(value);
         if (flag == 'n') o.n_windows = parse_integer(flag, value, 1, 1 << 20);
         if (flag == 'l') o.length = parse_integer(flag, value, 2, 1 << 20);
         if (flag == 's') o.seed = parse_integer(flag, value, 0, LLONG_MAX);
@@ -584,9 +587,10 @@ static char *describe(const Options *o, int windows) {
             "\"calibration\":",
             o->group_size, o->gptq ? "gptq" : "rtn", o->smooth, o->rotate,
             (unsigned long long)o->seed, o->search_ranges, o->act_order, windows, o->length);
-    put_json_string(out, base_name(o->calibration));
+    if (windows) put_json_string(out, base_name(o->calibration));
+    else fprintf(out, "null");
     fprintf(out, "}");
-    if (fclose(out)) die("out of memory");
+    if (ferror(out) || fclose(out)) die("out of memory");
     return text;
 }
 
@@ -622,7 +626,7 @@ static size_t file_bytes(const Checkpoint *c) {
 }
 
 static void convert(const Options *o, const Checkpoint *c) {
-    if (c->quantization) die("%s: it is quantized already", o->model);
+    if (c->quantization) die("%s: it is quantized already: %s", o->model, c->quantization);
     Tensors t = {0};
     for (int i = 0; i < c->n_tensors; i++)
         if (strcmp(c->tensors[i].name, "tokenizer.json")) {
@@ -639,7 +643,7 @@ static void convert(const Options *o, const Checkpoint *c) {
 static void quantize(Options *o, const Checkpoint *c) {
     Model *m = model_load(c);
     const Config *config = &m->config;
-    if (m->group_size) die("%s: it is quantized already", o->model);
+    if (m->group_size) die("%s: it is quantized already: %s", o->model, c->quantization);
     if (o->rotate) check_rotation(config);
     for (int k = 0; k < N_LINEARS; k++) {
         int N, K, unit = o->group_size > 0 ? o->group_size : 2;
@@ -681,6 +685,7 @@ static void quantize(Options *o, const Checkpoint *c) {
     char *quantization = describe(o, calibration.n);
     Tensors t = announce_all(o, c, m);
     Writer *out = writer_open(o->out, c, quantization, t.list, t.n);
+    describe_model(c, m, NULL);
     double scale = quantize_layers(&calibration, c, m, signs, out);
     if (calibration.gpu) gpu_quantizer_report(calibration.gpu, stderr);
     calibration_free(&calibration);
@@ -728,6 +733,7 @@ int main(int argc, char **argv) {
     if (o.convert) convert(&o, c);
     else quantize(&o, c);
     checkpoint_close(c);
+    if (fflush(stdout) || ferror(stdout)) die("stdout: %s", strerror(errno));
     free(o.model);
     free(o.out);
     free(o.calibration);

@@ -74,7 +74,7 @@ static Options parse_options(int argc, char **argv) {
         const char *arg = argv[i];
         if (arg[0] != '-') {
             if (o.model) die_usage("two models: %s and %s", o.model, arg);
-            o.model = strdup(arg);
+            o.model = strcpy(allocate(strlen(arg) + 1, 1), arg);
             continue;
         }
         char flag = arg[1];
@@ -242,34 +242,19 @@ typedef struct {
     Speed speed;
 } Session;
 
-static const char *weights_kind(const Model *m) {
-    if (m->group_size == 0) return dtype_name(m->layers[0].q.dtype);
-    return m->group_size < 0 ? "W4A8 per channel" : "W4A8 g128";
-}
-
-/* Says which model it is and, if it is quantized, with which options it was made. */
+/* Says which model it is, where it runs and, if it is quantized, how it was made. */
 static void print_model(const Session *s) {
-    const Config *c = &s->model->config;
-    double bytes = 0;
-    for (int i = 0; i < s->checkpoint->n_tensors; i++) bytes += s->checkpoint->tensors[i].bytes;
-    fprintf(stderr, "%s: LLaMA 3.1, dim %d, ffn %d, %d layers, %d/%d heads of %d, vocabulary %d\n",
-            s->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim,
-            c->vocab_size);
-    fprintf(stderr, "weights %s, %.1f MB, on %s", weights_kind(s->model), bytes / 1e6,
-            s->gpu        ? s->gpu
-            : s->fallback ? "the CPU: no GPU found"
-                          : "the CPU");
-    if (s->gpu_state) {
-        size_t memory =
-            gpu_model_bytes(s->gpu_model) + gpu_state_bytes(s->gpu_model, 1, s->context);
-        fprintf(stderr, ", %.2f GB of its memory, %d tokens of context", memory / 1e9, s->context);
-    }
-    fputc('\n', stderr);
-    if (!s->checkpoint->quantization) return;
-    fputs("made with ", stderr);
-    for (const char *p = s->checkpoint->quantization; *p; p++)
-        fputc(iscntrl((unsigned char)*p) ? ' ' : *p, stderr); // one line, whatever it holds
-    fputc('\n', stderr);
+    char where[300];
+    snprintf(where, sizeof where, "%s",
+             s->gpu        ? s->gpu
+             : s->fallback ? "the CPU: no GPU found"
+                           : "the CPU");
+    if (s->gpu_state)
+        snprintf(
+            where, sizeof where, "%s, %.2f GB of its memory with a context of %d tokens", s->gpu,
+            (gpu_model_bytes(s->gpu_model) + gpu_state_bytes(s->gpu_model, 1, s->context)) / 1e9,
+            s->context);
+    describe_model(s->checkpoint, s->model, where);
 }
 
 static Tokenizer *load_tokenizer(const Checkpoint *c) {

@@ -131,29 +131,32 @@ void test_files(void);
 void test_forward(void);
 void test_quantize(void);
 void test_run(void);
+void test_faults(void);
 void test_slow(void);
 void test_quantize_slow(void);
 void test_gpu(void);
 void test_gpu_quantize(void);
 
+/* Without arguments all quick suites; a name runs that suite alone. */
 int main(int argc, char **argv) {
+    static const struct {
+        const char *name;
+        void (*run)(void);
+        bool quick;
+    } suites[] = {{"tokenizer", test_tokenizer, true},
+                  {"files", test_files, true},
+                  {"forward", test_forward, true},
+                  {"quantize", test_quantize, true},
+                  {"run", test_run, true},
+                  {"faults", test_faults, false},
+                  {"slow", test_slow, false},
+                  {"slow", test_quantize_slow, false},
+                  {"gpu", test_gpu, false},
+                  {"gpu", test_gpu_quantize, false}};
     if (system("mkdir -p build/test")) die("build/test: cannot be made");
     int signals[] = {SIGINT, SIGTERM, SIGHUP}; // which nohup or a script may have set aside
     for (int i = 0; i < 3; i++) signal(signals[i], SIG_DFL);
-    if (argc > 1 && !strcmp(argv[1], "slow")) {
-        test_slow();
-        test_quantize_slow();
-        return test_end();
-    }
-    if (argc > 1 && !strcmp(argv[1], "gpu")) {
-        if (argc < 3 || !strcmp(argv[2], "forward")) test_gpu();
-        if (argc < 3 || !strcmp(argv[2], "quantize")) test_gpu_quantize();
-        return test_end();
-    }
-    test_tokenizer();
-    test_files();
-    test_forward();
-    test_quantize();
-    test_run();
+    for (size_t i = 0; i < sizeof suites / sizeof *suites; i++)
+        if (argc > 1 ? !strcmp(argv[1], suites[i].name) : suites[i].quick) suites[i].run();
     return test_end();
 }

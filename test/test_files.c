@@ -457,7 +457,7 @@ static void check_tensors(const Checkpoint *c, const Weights *w) {
     }
 }
 
-/* Checks DESIGN's layout of a model.bin: data at a multiple of 4096, no gaps, whole multiples of
+/* Checks the layout of a model.bin: data at a multiple of 4096, no gaps, whole multiples of
  * 256 first, the tokenizer last. */
 static void check_layout(const char *path) {
     size_t bytes, length = 0;
@@ -777,6 +777,12 @@ static const struct {
     {"offsets outside the file", ENTRY("\"F32\"", "[1]", "[1000,1004]"), "tensor weight_a"},
     {"offsets far outside", ENTRY("\"U8\"", "[1]", "[9007199254740991,9007199254740992]"),
      "tensor weight_a"},
+    {"an end of 2^63", ENTRY("\"U8\"", "[1]", "[0,9223372036854775808]"), "tensor weight_a"},
+    {"offsets of 2^63", ENTRY("\"U8\"", "[1]", "[9223372036854775808,9223372036854775809]"),
+     "tensor weight_a"},
+    {"offsets of 2^64 - 1", ENTRY("\"U8\"", "[0]", "[18446744073709551615,18446744073709551615]"),
+     "tensor weight_a"},
+    {"a shape of 2^63", ENTRY("\"U8\"", "[9223372036854775808]", "[0,64]"), "tensor weight_a"},
     {"offsets beyond 64 bits", ENTRY("\"U8\"", "[1]", "[0,18446744073709551617]"),
      "tensor weight_a"},
     {"overlapping tensors",
@@ -846,15 +852,28 @@ static void test_bad_safetensors(void) {
         free(deep);
     }
 
-    test_begin("a header of 100000 tensors"); // in linear time
-    char *many = allocate(100000, 80), *end = many;
-    for (int i = 0; i < 100000; i++)
+    test_begin("a header of 1000000 tensors"); // in linear time
+    enum { MANY = 1000000 };
+    char *many = allocate(MANY, 80), *end = many;
+    for (int i = 0; i < MANY; i++)
         end += sprintf(end, "%c\"t%d\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}",
                        i ? ',' : '{', i);
     *end++ = '}';
     write_raw(file, many, end - many, NULL, 0);
     refused(open_model, SCRATCH "/bad", "tensor model.embed_tokens.weight is missing");
     free(many);
+
+    test_begin("a header of more than 100 MB");
+    const char wanted[] = "bytes of JSON, expected at most 100000000";
+    const long long limit = 100000000, sizes[] = {limit + 1, 1000000000};
+    for (int i = 0; i < 2; i++) { // sparse files
+        char prefix[8];
+        for (int k = 0; k < 8; k++) prefix[k] = (char)(sizes[i] >> 8 * k);
+        write_file(file, prefix, 8);
+        check(truncate(file, 8 + sizes[i]) == 0, "not truncated");
+        refused(open_model, SCRATCH "/bad", wanted);
+    }
+    write_file(file, "", 0);
     free(config);
 
     test_begin("a file that ends early");
@@ -977,6 +996,12 @@ static void test_bad_directories(void) {
         free(more);
     }
 
+    test_begin("a shard's name with a NUL, and with escaped slashes");
+    write_shards("bad_shards", config, &w, 9, ",\"a\": \"shard-1.safetensors\\u0000x\"");
+    refused(open_only, SCRATCH "/bad_shards", "no name of a file beside it");
+    write_shards("bad_shards", config, &w, 9, ",\"a\": \"\\u002e.\\/single\\/model.safetensors\"");
+    refused(open_only, SCRATCH "/bad_shards", "shard ../single/model.safetensors is no name");
+
     test_begin("a tensor in two shards");
     write_shards("bad_shards", config, &w, 9, "");
     write_safetensors(SCRATCH "/bad_shards/shard-2.safetensors", "{", &w, 8, w.n - 8);
@@ -1003,6 +1028,117 @@ static void test_bad_directories(void) {
         write_file(index, indices[i], strlen(indices[i]));
         refused(open_only, SCRATCH "/bad_shards", index);
     }
+    free_weights(&w);
+    free(config);
+}
+
+/* Files of a model that are no files. Links to files are fine: caches of downloads have them. */
+static void test_not_files(void) {
+    static const char *const names[] = {"config.json", "generation_config.json", "tokenizer.json",
+                                        "model.safetensors.index.json", "model.safetensors"};
+    char *config = config_text(NULL);
+    Weights w = make_weights(config, BF16, 0);
+    for (int i = 0; i < 5; i++) {
+        char *file = text_of(SCRATCH "/odd_files/%s", names[i]);
+        char *message = text_of("%s: not a regular file", names[i]);
+        write_directory("odd_files", config, &w);
+        begin("a FIFO for ", names[i]);
+        unlink(file);
+        check(mkfifo(file, 0666) == 0, "no FIFO");
+        refused(open_model, SCRATCH "/odd_files", message);
+
+        static const char *const devices[] = {"/dev/null", "/dev/zero", "/dev/tty"};
+        for (int k = 0; k < 3; k++) {
+            begin("a link to a device for ", names[i]);
+            unlink(file);
+            check(symlink(devices[k], file) == 0, "no link");
+            // without a terminal there is no /dev/tty
+            refused(open_model, SCRATCH "/odd_files", k < 2 ? message : names[i]);
+        }
+
+        begin("a directory for ", names[i]);
+        unlink(file);
+        make_directory(file);
+        refused(open_model, SCRATCH "/odd_files", message);
+        rmdir(file);
+
+        begin("a link that leads nowhere, or to itself, for ", names[i]);
+        check(symlink(names[i], file) == 0, "no link");
+        refused(open_model, SCRATCH "/odd_files", names[i]);
+        unlink(file);
+        free(file);
+        free(message);
+    }
+    test_begin("a FIFO for a model.bin, and one behind a link");
+    check(mkfifo(SCRATCH "/fifo.bin", 0666) == 0 && symlink("fifo.bin", SCRATCH "/link.bin") == 0,
+          "no FIFO");
+    refused(open_model, SCRATCH "/fifo.bin", "fifo.bin: not a regular file");
+    refused(open_model, SCRATCH "/link.bin", "link.bin: not a regular file");
+
+    test_begin("shards that are links to files");
+    write_shards("linked", config, &w, 9, "");
+    check(rename(SCRATCH "/linked/shard-2.safetensors", SCRATCH "/blob") == 0 &&
+              symlink("../blob", SCRATCH "/linked/shard-2.safetensors") == 0,
+          "no link");
+    write_directory("single", config, &w);
+    same_logits(SCRATCH "/linked", SCRATCH "/single");
+    free_weights(&w);
+    free(config);
+}
+
+static const char *cut_file;
+
+/* Opens the model at `path` and, before its weights are read, cuts the file that they are in. */
+static void cut_in_use(void *path) {
+    set_threads(1);
+    Checkpoint *c = checkpoint_open(path);
+    Model *m = model_load(c);
+    if (truncate(cut_file, 100)) _exit(9);
+    State *s = state_new(&m->config, 1, 1);
+    forward(m, s, (int[]){1}, 1, 0);
+}
+
+/* The same while it is written as a model.bin. */
+static void cut_while_written(void *path) {
+    Checkpoint *c = checkpoint_open(path);
+    Writer *out = writer_open(SCRATCH "/cut_out/model.bin", c, NULL, c->tensors, c->n_tensors);
+    if (truncate(cut_file, 100)) _exit(9);
+    for (int i = 0; i < c->n_tensors; i++) {
+        char *copy = allocate(c->tensors[i].bytes, 1); // write() itself would say EFAULT
+        memcpy(copy, c->tensors[i].data, c->tensors[i].bytes);
+        writer_put(out, c->tensors[i].name, copy, c->tensors[i].bytes);
+    }
+}
+
+static void raise_bus_error(void *path) {
+    checkpoint_open(path);
+    raise(SIGBUS);
+}
+
+static void test_cut_files(void) {
+    // Large enough that what is cut off does not share a page with what is left.
+    char *config = config_for_groups(), message[256];
+    Weights w = make_weights(config, BF16, 0);
+    test_begin("a file that is cut while it is in use");
+    write_directory("cut", config, &w);
+    cut_file = SCRATCH "/cut/model.safetensors";
+    refused(cut_in_use, SCRATCH "/cut", SCRATCH "/cut/model.safetensors: it was cut");
+
+    test_begin("a shard that is cut while it is in use");
+    write_shards("cut_shards", config, &w, 4, "");
+    cut_file = SCRATCH "/cut_shards/shard-2.safetensors";
+    refused(cut_in_use, SCRATCH "/cut_shards", cut_file);
+
+    test_begin("a file that is cut while a model.bin is made of it");
+    if (system("mkdir -p " SCRATCH "/cut_out")) die("no directory");
+    write_directory("cut", config, &w);
+    cut_file = SCRATCH "/cut/model.safetensors";
+    refused(cut_while_written, SCRATCH "/cut", SCRATCH "/cut/model.safetensors: it was cut");
+    check(system("test -z \"$(ls " SCRATCH "/cut_out)\"") == 0, "half a file is left");
+
+    test_begin("a bus error of another kind is not taken for a cut file");
+    write_directory("cut", config, &w);
+    check(!dies(raise_bus_error, SCRATCH "/cut", message, sizeof message), "it says %s", message);
     free_weights(&w);
     free(config);
 }
@@ -1060,6 +1196,8 @@ static void test_bad_configs(void) {
         {"rms_norm_eps", "0", "rms_norm_eps"},
         {"rms_norm_eps", "\"1e-5\"", "rms_norm_eps"},
         {"rms_norm_eps", "1e400", "rms_norm_eps"},
+        {"rms_norm_eps", "1e-300", "rms_norm_eps"}, // 0 as a float
+        {"rms_norm_eps", "1e300", "rms_norm_eps"},  // infinity
         {"num_key_value_heads", "3", "num_key_value_heads"},
         {"num_key_value_heads", "8", "num_key_value_heads"},
         {"num_attention_heads", "3", "num_attention_heads"}, // no multiple of 2 KV heads
@@ -1415,7 +1553,14 @@ static void test_bad_model_bin(void) {
         {"format pt", "{\"__metadata__\":{\"format\":\"pt\"}", "its format is pt"},
         {"format that is a number", "{\"__metadata__\":{\"format\":1}", "not stated"},
         {"no version", "{\"__metadata__\":{\"format\":\"qqq\"}", "version"},
-        {"version 2", "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"2\"}", "version 2"},
+        {"version 2", "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"2\"}",
+         "version 2 of the format, expected 1; a newer program made it"},
+        {"version 1.5", "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"1.5\"}",
+         "version 1.5 of the format, expected 1; a newer program made it"},
+        {"version 0", "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"0\"}",
+         "version 0 of the format, expected 1"},
+        {"version x", "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"x\"}",
+         "version x of the format, expected 1"},
         {"no config", "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"1\"}", "no config"},
         {"a config that is no JSON",
          "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"1\",\"config\":\"x\"}",
@@ -1524,6 +1669,8 @@ void test_files(void) {
     test_bad_safetensors();
     test_bad_tensors();
     test_bad_directories();
+    test_not_files();
+    test_cut_files();
     test_bad_configs();
     test_bad_w4a8();
     test_bad_model_bin();

@@ -179,7 +179,7 @@ static double half_even(double x) {
     return up ? down + 1 : down;
 }
 
-/* quantize_row() of x [K] against DESIGN's formula, in float, step by step. */
+/* quantize_row() of x [K] against the formula of qqq.h, in float, step by step. */
 static bool quantizes_right(const float *x, int K, const char *what) {
     int8_t *a = allocate(K, 1);
     memset(a, 77, K);

@@ -108,7 +108,7 @@ static double *inverse_of(const double *A, int n) {
     return b;
 }
 
-/* H with dead columns fixed and damping added, as DESIGN says. */
+/* H with dead columns fixed and damping added, as GPTQ asks. */
 static double *damped(const double *H, int K) {
     double mean = 0, *D = allocate((size_t)K * K, sizeof *D);
     for (int k = 0; k < K; k++) mean += H[k * K + k] / K;
@@ -925,7 +925,7 @@ static void test_hessian_inverse(void) {
             }
 }
 
-/* GPTQ of DESIGN by definition: the remaining block of H is inverted anew after each column. Codes
+/* GPTQ by definition: the remaining block of H is inverted anew after each column. Codes
  * [N][K], of rows w [N][K] under the scales of `like`. */
 static int8_t *naive_gptq(const float *weights, const double *H, const int *order,
                           const Linear *like) {
@@ -2011,7 +2011,8 @@ static void interrupt(int number, bool old) {
     check_untouched(old, message);
     size_t bytes;
     char *text = read_file(SCRATCH "/stderr.txt", &bytes);
-    check(text && !strcmp(text, "error: interrupted, nothing was written\n"), "it says: %s", text);
+    const char *line = text ? strstr(text, "error: ") : NULL;
+    check(line && !strcmp(line, "error: interrupted, nothing was written\n"), "it says: %s", text);
     free(text);
     unlink(OUT);
 }

@@ -1,0 +1,179 @@
+/* Faults: whatever allocation fails, whatever write, whenever the program is stopped, it ends with
+ * status 1 and one line, OUT is whole or as it was, and nothing else is left. On a model of two
+ * layers; build/fault.so lets calls fail. */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "test.h"
+
+#define SCRATCH "build/test/faults"
+#define OUT SCRATCH "/out/model.bin"
+#define TOY SCRATCH "/toy"
+
+static char output[1 << 16];
+
+static int shell(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+static int shell(const char *format, ...) {
+    char command[4096];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(command, sizeof command, format, args);
+    va_end(args);
+    return run_command(command, output, sizeof output);
+}
+
+/* The number of errors in `output`, of the program or of libgomp. */
+static int count_errors(void) {
+    int n = 0;
+    for (char *line = output; *line; line = strchrnul(line, '\n'), line += *line == '\n')
+        n += !strncmp(line, "error: ", 7) || !strncmp(line, "libgomp: ", 9);
+    return n;
+}
+
+/* OUT holds the text of `expected`, or is absent if that is NULL, and nothing is beside it. */
+static bool out_is(const char *expected) {
+    if (!expected) return shell("test -z \"$(ls " SCRATCH "/out)\"") == 0;
+    return shell("cmp " OUT " %s && test \"$(ls " SCRATCH "/out)\" = model.bin", expected) == 0;
+}
+
+/* Runs the command, which writes OUT unless it says otherwise, with each call in turn failing. */
+static void each_fault(const char *name, const char *kind, const char *command, bool writes) {
+    test_begin(name);
+    shell("rm -rf " SCRATCH "/out && mkdir -p " SCRATCH "/out");
+    const char *fault = "OMP_NUM_THREADS=1 FAULT_KIND=%s FAULT_COUNT=" SCRATCH
+                        "/count FAULT_AT=%d LD_PRELOAD=build/fault.so %s";
+    if (!check(shell(fault, kind, 0, command) == 0, "%s: %s", command, output)) return;
+    if (writes) shell("mv " OUT " " SCRATCH "/good.bin");
+    size_t bytes;
+    char *text = read_file(SCRATCH "/count", &bytes);
+    int n = text ? atoi(text) : 0, refused = 0;
+    free(text);
+    check(n > 2, "only %d calls", n);
+    for (int i = 1; i <= n; i++) {
+        bool old = writes && i % 2;
+        if (old) shell("cp " SCRATCH "/old " OUT);
+        int status = shell(fault, kind, i, command), errors = count_errors();
+        bool clean = status == 1 ? errors == 1 : status == 0 && errors == 0;
+        check(clean, "%s, call %d of %d: status %d: %s", command, i, n, status, output);
+        refused += status == 1;
+        if (writes) {
+            bool good = out_is(SCRATCH "/good.bin"); // also if what comes after it has failed
+            check(good || (status && out_is(old ? SCRATCH "/old" : NULL)),
+                  "%s, call %d of %d, status %d: OUT is not as it should be: %s", command, i, n,
+                  status, output);
+            shell("rm -f " SCRATCH "/out/*");
+        }
+    }
+    printf("     %d calls, %d of them ended the program, %d it could do without\n", n, refused,
+           n - refused);
+    check(refused > n / 2, "only %d of %d calls ended the program", refused, n);
+}
+
+#define GPTQ "./quantize " TOY " " OUT " -g -1 -c " SCRATCH "/text -n 2 -l 16"
+
+static void test_memory(void) {
+    each_fault("out of memory at each allocation: run", "memory",
+               "./run " TOY " -i 'a b c' -n 3 -s 1 >/dev/null", false);
+    each_fault("out of memory at each allocation: run, a chat", "memory",
+               "./run " TOY " -m chat -i 'a b c' -n 3 -s 1 >/dev/null", false);
+    each_fault("out of memory at each allocation: run -e", "memory",
+               "./run " TOY " -l 16 -e " SCRATCH "/text >/dev/null", false);
+    each_fault("out of memory at each allocation: run -x", "memory",
+               "./run " TOY " -x " SCRATCH "/text >/dev/null", false);
+    each_fault("out of memory at each allocation: quantize", "memory", GPTQ, true);
+    each_fault("out of memory at each allocation: quantize -r 1 -b rtn -e", "memory",
+               GPTQ " -r 1 -b rtn -e " SCRATCH "/text", true);
+    each_fault("out of memory at each allocation: quantize -a 2", "memory", GPTQ " -a 2", true);
+    each_fault("out of memory at each allocation: quantize -f", "memory",
+               "./quantize -f " TOY " " OUT, true);
+}
+
+static void test_disk(void) {
+    each_fault("a full disk at each write: quantize", "disk", GPTQ, true);
+    each_fault("a full disk at each write: quantize -f", "disk", "./quantize -f " TOY " " OUT,
+               true);
+    test_begin("quantize: a full disk behind stdout");
+    check(shell(GPTQ " >/dev/full") == 1 && count_errors() == 1 &&
+              strstr(output, "error: stdout: No space left on device"),
+          "it says: %s", output);
+    check(shell("./quantize -f " TOY " " OUT " >/dev/full") == 1, "-f: it says: %s", output);
+    shell("rm -f " SCRATCH "/out/*");
+}
+
+/* A child that quantizes to OUT; its messages go to SCRATCH/stderr. */
+static pid_t start(void) {
+    fflush(stdout);
+    pid_t child = fork();
+    if (child < 0) die("no fork");
+    if (child) return child;
+    int errors = open(SCRATCH "/stderr", O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    dup2(errors, STDERR_FILENO);
+    dup2(errors, STDOUT_FILENO);
+    execl("./quantize", "./quantize", TOY, OUT, "-g", "-1", "-c", SCRATCH "/text", "-n", "2", "-l",
+          "16", (char *)NULL);
+    _exit(127);
+}
+
+/* Signals at random moments. Whichever comes first, the signal or the end, OUT is whole or as it
+ * was; after SIGKILL the temporary file may be left, as OUT.<pid>.tmp. */
+static void test_signals(int number, const char *name) {
+    test_begin(name);
+    uint64_t seed = number;
+    shell("rm -f " SCRATCH "/out/*");
+    double begin = seconds();
+    int status;
+    waitpid(start(), &status, 0);
+    check(status == 0, "status %x", status);
+    double whole = seconds() - begin;
+    shell("mv " OUT " " SCRATCH "/good.bin");
+    int stopped = 0, finished = 0;
+    for (int i = 0; i < 200; i++) {
+        bool old = i % 2;
+        if (old) shell("cp " SCRATCH "/old " OUT);
+        double moment = seconds() + (1 + random_float(&seed)) / 2 * whole * 2;
+        pid_t child = start();
+        while (seconds() < moment) sched_yield();
+        kill(child, number);
+        waitpid(child, &status, 0);
+        bool killed = WIFSIGNALED(status) && WTERMSIG(status) == number;
+        check(killed || status == 0, "try %d: status %x", i, status);
+        char command[256];
+        snprintf(command, sizeof command, "rm -f " OUT ".%d.tmp", (int)child);
+        if (number == SIGKILL) shell("%s", command);
+        bool good = out_is(SCRATCH "/good.bin");
+        check(good || (killed && out_is(old ? SCRATCH "/old" : NULL)),
+              "try %d, status %x: OUT is not as it should be: %s", i, status, output);
+        size_t bytes;
+        char *text = read_file(SCRATCH "/stderr", &bytes);
+        check(!good || !text || !strstr(text, "nothing was written"), "try %d: not true: %s", i,
+              text);
+        free(text);
+        stopped += !good;
+        finished += good;
+        shell("rm -f " SCRATCH "/out/*");
+    }
+    printf("     %d stopped, %d had written OUT\n", stopped, finished);
+}
+
+void test_faults(void) {
+    shell("rm -rf " SCRATCH " && mkdir -p " SCRATCH "/out");
+    write_file(SCRATCH "/old", "old", 3);
+    shell("for i in 1 2 3 4 5 6 7 8 9; do echo a b c abc xyz, it is number $i.; done >" SCRATCH
+          "/text");
+    if (shell("build/synthetic " TOY " --dim 16 --hidden 32 --layers 2 --heads 2 --kv-heads 1 "
+              "--vocab 266 --tokenizer test/corpus/tokenizer/chat"))
+        die("no model to test with: %s", output);
+    shell("sed -i s/131072/64/ " TOY "/config.json"); // short windows for -e
+    test_signals(SIGINT, "quantize: SIGINT at random moments");
+    test_signals(SIGKILL, "quantize: SIGKILL at random moments");
+    test_disk();
+    test_memory();
+}
