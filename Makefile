@@ -84,6 +84,7 @@ test-gpu: all $(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/tests
 	$(BUILD)/test_kernels
 	$(BUILD)/test_gpu_twins
 	$(BUILD)/tests gpu
+	$(BUILD)/tests gpu-quantize
 
 bench: $(BUILD)/bench_gemm
 	$(BUILD)/bench_gemm $(BUILD)/bench_gemm.csv

@@ -152,7 +152,7 @@ int main(int argc, char **argv) {
                   {"slow", test_slow, false},
                   {"slow", test_quantize_slow, false},
                   {"gpu", test_gpu, false},
-                  {"gpu", test_gpu_quantize, false}};
+                  {"gpu-quantize", test_gpu_quantize, false}};
     if (system("mkdir -p build/test")) die("build/test: cannot be made");
     int signals[] = {SIGINT, SIGTERM, SIGHUP}; // which nohup or a script may have set aside
     for (int i = 0; i < 3; i++) signal(signals[i], SIG_DFL);
