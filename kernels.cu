@@ -2751,15 +2751,13 @@ struct GpuQuantizer {
     Phase phase;
 };
 
-/* From now on the time is that phase's. Returns the one before. */
-static Phase enter(GpuQuantizer *q, Phase phase) {
+/* From now on the time is that phase's. */
+static void enter(GpuQuantizer *q, Phase phase) {
     cuda_check(cudaStreamSynchronize(q->stream), "quantization");
     double now = seconds();
     q->spent[q->phase] += now - q->start;
     q->start = now;
-    Phase before = q->phase;
     q->phase = phase;
-    return before;
 }
 
 static unsigned blocks_for(size_t threads) {

@@ -1160,7 +1160,7 @@ static bool quantize(const char *format, ...) {
     va_start(list, format);
     if (vasprintf(&args, format, list) < 0) die("out of memory");
     va_end(list);
-    int status = shell("$QUANTIZE %s 2>" SCRATCH "/stderr.txt || "
+    int status = shell("$QUANTIZE %s -d cpu 2>" SCRATCH "/stderr.txt || "
                        "{ s=$?; cat " SCRATCH "/stderr.txt; exit $s; }",
                        args);
     bool ok = check(status == 0, "quantize %s: status %d: %s", args, status, output);
