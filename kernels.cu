@@ -3953,7 +3953,8 @@ GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Lin
         int N, K;
         linear_shape(c, k, &N, &K);
         if (N % 64 || K % 64)
-            die("-d cuda: %s is %d x %d, expected multiples of 64", linear_names[k], N, K);
+            die("-d cuda: %s is %d x %d, expected multiples of 64 (-d cpu takes any)",
+                linear_names[k], N, K);
     }
     GpuQuantizer *q = (GpuQuantizer *)allocate(1, sizeof *q);
     q->config = *c;
