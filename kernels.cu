@@ -2674,9 +2674,9 @@ double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, i
  * if they fit; the windows go through it a chunk of some thousand tokens after the other.
  *
  * The products over tokens are cuBLAS's on TF32 tensor cores: sums in float32 of factors of 11
- * bits, 3e-4 of H. From H on, where errors would grow by its condition, all is double: so GPTQ
- * makes the codes of qqq.c. For o and down M is summed up as (D + (F - X) W^T)^T X, which is what
- * their output lacks: [dim][K] instead of C [K][K] and R.
+ * bits; H is off by less than 1e-4. From it on, where errors would grow by its condition, all is
+ * double: the same H gives the codes of qqq.c. For o and down M is summed up as
+ * (D + (F - X) W^T)^T X, which is what their output lacks: [dim][K] instead of C [K][K] and R.
  * ============================================================================================== */
 
 constexpr int CALIBRATION_TOKENS = 8192; // of a chunk, if a window has no more
