@@ -2835,9 +2835,9 @@ double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, i
  * if they fit; the windows go through it a chunk of some thousand tokens after the other.
  *
  * The products over tokens are cuBLAS's on TF32 tensor cores: sums in float32 of factors of 11
- * bits, 3e-4 of H. From H on, where errors would grow by its condition, all is double: so GPTQ
- * makes the codes of qqq.c. For o and down M is summed up as (D + (F - X) W^T)^T X, which is what
- * their output lacks: [dim][K] instead of C [K][K] and R.
+ * bits; H is off by less than 1e-4. From it on, where errors would grow by its condition, all is
+ * double: the same H gives the codes of qqq.c. For o and down M is summed up as
+ * (D + (F - X) W^T)^T X, which is what their output lacks: [dim][K] instead of C [K][K] and R.
  * ============================================================================================== */
 
 constexpr int CALIBRATION_TOKENS = 8192; // of a chunk, if a window has no more
@@ -2912,15 +2912,13 @@ struct GpuQuantizer {
     Phase phase;
 };
 
-/* From now on the time is that phase's. Returns the one before. */
-static Phase enter(GpuQuantizer *q, Phase phase) {
+/* From now on the time is that phase's. */
+static void enter(GpuQuantizer *q, Phase phase) {
     cuda_check(cudaStreamSynchronize(q->stream), "quantization");
     double now = seconds();
     q->spent[q->phase] += now - q->start;
     q->start = now;
-    Phase before = q->phase;
     q->phase = phase;
-    return before;
 }
 
 static unsigned blocks_for(size_t threads) {
@@ -4116,7 +4114,8 @@ GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Lin
         int N, K;
         linear_shape(c, k, &N, &K);
         if (N % 64 || K % 64)
-            die("-d cuda: %s is %d x %d, expected multiples of 64", linear_names[k], N, K);
+            die("-d cuda: %s is %d x %d, expected multiples of 64 (-d cpu takes any)",
+                linear_names[k], N, K);
     }
     GpuQuantizer *q = (GpuQuantizer *)allocate(1, sizeof *q);
     q->config = *c;

@@ -668,9 +668,9 @@ typedef struct {
 } Method;
 
 /* The calibration, all on the GPU: the residual streams of the float and of the quantized model,
- * and memory for one layer. The streams stay in host memory if less than `most_memory` bytes of GPU
- * memory (0: all that is free) hold them; too little for a layer ends the program with how much is
- * needed. */
+ * and memory for one layer. The streams stay in host memory if `most_memory` bytes of GPU memory
+ * (0: all that is free) do not hold them; too little for a layer ends the program with how much is
+ * needed. CUDA's own 0.6 GB or so are not counted. */
 typedef struct GpuQuantizer GpuQuantizer;
 
 /* Embeds tokens [n_windows][length], n_windows 0 if nothing needs calibration. The arguments but

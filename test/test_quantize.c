@@ -1160,7 +1160,7 @@ static bool quantize(const char *format, ...) {
     va_start(list, format);
     if (vasprintf(&args, format, list) < 0) die("out of memory");
     va_end(list);
-    int status = shell("$QUANTIZE %s 2>" SCRATCH "/stderr.txt || "
+    int status = shell("$QUANTIZE %s -d cpu 2>" SCRATCH "/stderr.txt || "
                        "{ s=$?; cat " SCRATCH "/stderr.txt; exit $s; }",
                        args);
     bool ok = check(status == 0, "quantize %s: status %d: %s", args, status, output);
@@ -1755,7 +1755,7 @@ static void test_usage(void) {
     test_begin("quantize: options");
     check(shell("$QUANTIZE -h 2>/dev/null") == 0 && !strncmp(output, "usage: ./quantize MODEL", 23),
           "-h: %s", output);
-    const char flags[] = "gbarmoscnlefdh";
+    const char flags[] = "gbarmoscnlefdMh";
     for (int i = 0; flags[i]; i++) {
         char line[80];
         snprintf(line, sizeof line, "\n  -%c ", flags[i]);
@@ -1784,6 +1784,7 @@ static void test_usage(void) {
         {"-o ''", "-o : expected"},
         {"-s -1", "-s -1: expected"},
         {"-d gpu", "-d gpu: expected"},
+        {"-M 0", "-M 0: expected a number from 0.1"},
         {"third", "third: MODEL and OUT are given already"},
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
