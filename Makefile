@@ -16,7 +16,8 @@ OBJECTS = $(BUILD)/qqq.o $(BUILD)/tokenizer.o
 TESTS = $(patsubst %.c,$(BUILD)/%.o,$(sort $(wildcard test/test*.c)))
 SOURCES = $(wildcard *.h *.c *.cu test/*.h test/*.c test/*.cu)
 
-.PHONY: all demo test test-slow test-gpu bench lint format fuzz clean help
+.PHONY: all demo test test-san test-faults test-valgrind test-tsan test-slow test-gpu coverage bench lint \
+	format fuzz clean help
 .DELETE_ON_ERROR:
 
 all: $(BIN)/run $(BIN)/quantize
@@ -25,12 +26,15 @@ help:
 	@echo 'make            build ./run and ./quantize'
 	@echo 'make demo       quantize the embedded model, measure it, let it tell a story'
 	@echo 'make test       all quick tests'
-	@echo 'make test-slow  quality on the whole evaluation text; models in ../shared, if there'
+	@echo 'make test-san   the same under ASan and UBSan, without perplexity of the whole text'
+	@echo 'make test-slow  test-faults (memory, disk, signals), test-valgrind, test-tsan; then, for an'
+	@echo '                hour, quality on the whole evaluation text and models in ../shared, if there'
+	@echo 'make coverage   lines of the C files that make test does not reach'
 	@echo 'make test-gpu   the GPU against plain C (needs nvcc and a GPU)'
 	@echo 'make bench      speed of the kernels against cuBLAS (needs nvcc and a GPU)'
-	@echo 'make lint       all warnings as errors, gcc and clang; clang-format'
+	@echo 'make lint       clang-format, gcc, clang, gcc -fanalyzer, clang-tidy, cppcheck: no findings'
 	@echo 'make format     clang-format everything'
-	@echo 'make fuzz       the quick tests and damaged files, under ASan and UBSan'
+	@echo 'make fuzz       libFuzzer on files, texts and command lines, FUZZ_SECONDS (10) each'
 	@echo 'make clean      remove what was built'
 
 $(BUILD)/%.o: %.c qqq.h test/test.h Makefile
@@ -61,13 +65,31 @@ demo: all
 	./run $(DEMO) -s 1 -n 120 -i 'Once upon a time there lived a king who'
 
 # Without it idle threads spin, which slows everything down where cores are shared.
-demo test test-slow fuzz: export OMP_WAIT_POLICY = passive
+demo test test-san test-faults test-tsan test-slow coverage: export OMP_WAIT_POLICY = passive
 
 test: all $(BUILD)/tests $(BUILD)/synthetic
 	$(BUILD)/tests
 
-test-slow: all $(BUILD)/tests $(BUILD)/synthetic
+test-slow: test-faults test-valgrind test-tsan
 	$(BUILD)/tests slow
+
+# Every allocation, every write fails in turn; signals at random moments.
+test-faults: all $(BUILD)/tests $(BUILD)/synthetic $(BUILD)/fault.so
+	$(BUILD)/tests faults
+
+# The programs built otherwise, in a directory of their own, on a toy model. valgrind knows no AVX-512.
+TOY_PROGRAMS = $(@:test-%=$(BUILD)/%/run) $(@:test-%=$(BUILD)/%/quantize) $(@:test-%=$(BUILD)/%/synthetic)
+TOY_BUILD = $(MAKE) CUDA= BUILD=$(@:test-%=$(BUILD)/%) BIN=$(@:test-%=$(BUILD)/%)
+test-valgrind:
+	$(TOY_BUILD) CFLAGS='-O1 -g' $(TOY_PROGRAMS)
+	OMP_NUM_THREADS=1 test/toy.sh $(BUILD)/valgrind valgrind -q --error-exitcode=9 \
+		--leak-check=full --errors-for-leak-kinds=definite
+
+# clang's OpenMP tells TSan through archer what waits for what; gcc's does not.
+test-tsan:
+	$(TOY_BUILD) CC=clang CFLAGS='-O1 -g -march=native -fsanitize=thread' $(TOY_PROGRAMS)
+	OMP_NUM_THREADS=4 OMP_TOOL_LIBRARIES=libarcher.so \
+		TSAN_OPTIONS='ignore_noninstrumented_modules=1 exitcode=9' test/toy.sh $(BUILD)/tsan
 
 $(BUILD)/%.cu.o: %.cu qqq.h Makefile
 	@mkdir -p $(@D)
@@ -89,16 +111,25 @@ test-gpu: all $(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/tests
 bench: $(BUILD)/bench_gemm
 	$(BUILD)/bench_gemm $(BUILD)/bench_gemm.csv
 
+# -fanalyzer: Off is what it sees wrongly: that die() leaks, and that loops over rows may be empty.
+# cppcheck: NULL is a pointer here; a realloc that fails ends the program; exp() sums are above 0.
+C_FILES = qqq.c tokenizer.c run.c quantize.c
 lint:
 	clang-format --dry-run -Werror $(SOURCES)
 	for cc in gcc clang; do $(MAKE) -B CC=$$cc WERROR=-Werror BUILD=$(BUILD)/lint-$$cc \
 		BIN=$(BUILD)/lint-$$cc all $(BUILD)/lint-$$cc/tests $(BUILD)/lint-$$cc/synthetic || exit 1; done
+	for file in $(C_FILES); do gcc -std=c11 -fopenmp -O1 -Werror -fanalyzer \
+		-Wno-analyzer-malloc-leak -Wno-analyzer-use-of-uninitialized-value $(CPPFLAGS) -c $$file \
+		-o /dev/null || exit 1; done
+	clang-tidy --quiet $(C_FILES) -- -std=c11 -fopenmp $(CPPFLAGS)
+	cppcheck --quiet --std=c11 --enable=warning,performance,portability --error-exitcode=1 \
+		--suppress=missingIncludeSystem --suppress=varFuncNullUB --suppress=memleakOnRealloc \
+		--suppress=invalidFunctionArg $(C_FILES) $(wildcard test/*.c)
 
 format:
 	clang-format -i $(SOURCES)
 
-# build/san is a root directory of its own: the tests there run the programs built there. 120 s of
-# perplexity on the whole text are left out there.
+# build/san is a root directory of its own: the tests there run the programs built there.
 SAN = $(BUILD)/san
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover
 test-san:
@@ -107,6 +138,18 @@ test-san:
 	ln -sfn $(CURDIR)/data $(SAN)/data
 	ln -sfn $(CURDIR)/test $(SAN)/test
 	cd $(SAN) && ASAN_OPTIONS=detect_leaks=0 build/tests
+
+# The programs that the tests run count too. What a signal or _exit() ends does not write its counts.
+COVERAGE = $(BUILD)/coverage
+coverage:
+	$(MAKE) CUDA= BUILD=$(COVERAGE)/build BIN=$(COVERAGE) CFLAGS='-O1 -g -march=native --coverage' \
+		$(COVERAGE)/run $(COVERAGE)/quantize $(COVERAGE)/build/tests $(COVERAGE)/build/synthetic
+	ln -sfn $(CURDIR)/data $(COVERAGE)/data
+	ln -sfn $(CURDIR)/test $(COVERAGE)/test
+	find $(COVERAGE) -name '*.gcda' -delete
+	cd $(COVERAGE) && build/tests
+	for file in $(C_FILES); do gcov -o $(COVERAGE)/build $$file | grep -A1 "^File '$$file'"; done
+	mv *.gcov $(COVERAGE)
 
 # One program per target. FUZZ_SECONDS is the time of each; what they find is left in $(FUZZ). The
 # corpus in the tree is only read: new inputs go to $(FUZZ)/corpus.

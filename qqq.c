@@ -816,7 +816,7 @@ Writer *writer_open(const char *path, const Checkpoint *c, const char *quantizat
     fprintf(out, "}");
     while ((8 + ftell(out)) % 4096 && fputc(' ', out) == ' ') {
     }
-    if (ferror(out) || fclose(out)) die("out of memory");
+    if (ferror(out) || fclose(out) || !header) die("out of memory");
 
     Writer *w = allocate(1, sizeof *w);
     w->path = copy_text(path, strlen(path));
@@ -1471,7 +1471,7 @@ static void fill_panel(View w, int n0, int n_columns, int k0, int depth, float *
     if (n_columns < COLUMNS) memset(panel, 0, sizeof(float) * COLUMNS * depth);
     if (w.row == 1) {
         for (int k = 0; k < depth; k++)
-            floats(w.w, w.dtype, (k0 + k) * w.column + n0, n_columns, panel + k * COLUMNS);
+            floats(w.w, w.dtype, (size_t)(k0 + k) * w.column + n0, n_columns, panel + k * COLUMNS);
         return;
     }
     float line[DEPTH];
@@ -1838,8 +1838,8 @@ static void attention(const Config *c, State *s, int l, int T, int pos) {
     enum { BLOCK = 32 };
     int d = c->head_dim, group = c->n_heads / c->n_kv_heads;
     size_t q_dim = (size_t)c->n_heads * d, kv_dim = (size_t)c->n_kv_heads * d;
-    const float *keys = s->keys + l * s->context * kv_dim;
-    const float *values = s->values + l * s->context * kv_dim;
+    const float *keys = s->keys + (size_t)l * s->context * kv_dim;
+    const float *values = s->values + (size_t)l * s->context * kv_dim;
     int n_blocks = (T + BLOCK - 1) / BLOCK;
 #pragma omp parallel
     {

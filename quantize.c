@@ -103,9 +103,8 @@ static Options parse_options(int argc, char **argv) {
         char flag = arg[1];
         if (!flag || arg[2] || !strchr("gbarmocnlsefdMh", flag))
             die_usage("unknown option %s; ./quantize -h lists them all", arg);
-        const char *value = strchr("fh", flag) ? NULL : argv[++i];
-        if (!value && !strchr("fh", flag))
-            die_usage("-%c: its value is missing; ./quantize -h says which", flag);
+        const char *value = strchr("fh", flag) ? "" : argv[++i];
+        if (!value) die_usage("-%c: its value is missing; ./quantize -h says which", flag);
         if (flag == 'g') o.group_size = parse_choice(flag, value, "-1", "128") ? GROUP : -1;
         if (flag == 'b') o.gptq = parse_choice(flag, value, "rtn", "gptq");
         if (flag == 'a') o.smooth = parse_integer(flag, value, 0, 2);
@@ -590,7 +589,7 @@ static char *describe(const Options *o, int windows) {
     if (windows) put_json_string(out, base_name(o->calibration));
     else fprintf(out, "null");
     fprintf(out, "}");
-    if (ferror(out) || fclose(out)) die("out of memory");
+    if (ferror(out) || fclose(out) || !text) die("out of memory");
     return text;
 }
 

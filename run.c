@@ -80,9 +80,8 @@ static Options parse_options(int argc, char **argv) {
         char flag = arg[1];
         if (!flag || arg[2] || !strchr("tpsnimyelxbdh", flag))
             die_usage("unknown option %s; ./run -h lists them all", arg);
-        const char *value = strchr("bh", flag) ? NULL : argv[++i];
-        if (!value && !strchr("bh", flag))
-            die_usage("-%c: its value is missing; ./run -h says which", flag);
+        const char *value = strchr("bh", flag) ? "" : argv[++i];
+        if (!value) die_usage("-%c: its value is missing; ./run -h says which", flag);
         if (strchr("exb", flag)) {
             if (o.task != GENERATE) die_usage("-%c: one of -e, -x and -b at a time", flag);
             o.task = flag == 'e' ? PERPLEXITY : flag == 'x' ? TOKEN_IDS : BENCHMARK;

@@ -260,7 +260,7 @@ static Merge merge_parse(const Tokenizer *t, char *text, size_t n) {
 static void load_merges(Tokenizer *t, const File *f, int merges) {
     int rank = 0;
     for (int i = json_first(f->json, merges); i >= 0; i = json_next(f->json, merges, i)) {
-        size_t n;
+        size_t n = 0;
         char *text = merge_text(f->json, i, &n);
         Merge merge = merge_parse(t, text, n);
         if (merge.id < 0)
@@ -504,7 +504,8 @@ static void encode_pre_token(Encoder *e, const char *s, int n) {
         if (symbols[left].prev >= 0) push_merge(e, symbols[left].prev);
         push_merge(e, left);
     }
-    for (int i = 0; i >= 0; i = symbols[i].next) e->ids[e->n_ids++] = symbols[i].id;
+    for (int i = 0; i >= 0; i = symbols[i].next)
+        e->ids[e->n_ids++] = symbols[i].id; // NOLINT: n > 0, so there are symbols
 }
 
 /* ---- 5 encoding ----------------------------------------------------------------------------- */
