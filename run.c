@@ -580,7 +580,8 @@ static void benchmark_cpu(Session *s, const Options *o) {
     double bytes = 0, time = 0;
     int decoded = 0;
     for (start = seconds(); s->pos < context && time < 10; time = seconds() - start) {
-        push(&s->queue, &(int){argmax(l, c->vocab_size)}, 1);
+        int likeliest = argmax(l, c->vocab_size);
+        push(&s->queue, &likeliest, 1);
         l = feed(s);
         bytes += model_bytes(s->model) + kv * s->pos;
         decoded++;
