@@ -139,7 +139,8 @@ test-san:
 	ln -sfn $(CURDIR)/test $(SAN)/test
 	cd $(SAN) && ASAN_OPTIONS=detect_leaks=0 build/tests
 
-# The programs that the tests run count too. What a signal or _exit() ends does not write its counts.
+# The programs that the tests run count too; in one thread, as threads fight for the counters. What
+# _exit() or a signal ends does not write its counts.
 COVERAGE = $(BUILD)/coverage
 coverage:
 	$(MAKE) CUDA= BUILD=$(COVERAGE)/build BIN=$(COVERAGE) CFLAGS='-O1 -g -march=native --coverage' \
@@ -147,7 +148,7 @@ coverage:
 	ln -sfn $(CURDIR)/data $(COVERAGE)/data
 	ln -sfn $(CURDIR)/test $(COVERAGE)/test
 	find $(COVERAGE) -name '*.gcda' -delete
-	cd $(COVERAGE) && build/tests
+	cd $(COVERAGE) && OMP_NUM_THREADS=1 build/tests
 	for file in $(C_FILES); do gcov -o $(COVERAGE)/build $$file | grep -A1 "^File '$$file'"; done
 	mv *.gcov $(COVERAGE)
 
