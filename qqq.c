@@ -57,6 +57,7 @@ void die(const char *format, ...) {
     va_list args;
     va_start(args, format);
     end_with(1, format, args);
+    va_end(args);
     __builtin_unreachable();
 }
 
@@ -64,6 +65,7 @@ void die_usage(const char *format, ...) {
     va_list args;
     va_start(args, format);
     end_with(2, format, args);
+    va_end(args);
     __builtin_unreachable();
 }
 

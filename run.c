@@ -569,7 +569,10 @@ static void benchmark_cpu(Session *s, const Options *o) {
     int prefill = context - context / 5, probe = prefill < 32 ? prefill : 32;
     new_state(s, context);
     print_model(s);
-    for (int i = 0; i < prefill; i++) push(&s->queue, &(int){(int)(i * 7919ll % c->vocab_size)}, 1);
+    for (int i = 0; i < prefill; i++) {
+        int id = (int)(i * 7919ll % c->vocab_size);
+        push(&s->queue, &id, 1);
+    }
     s->queue.n = 1;
     feed(s); // the weights come from the disk
     s->pos = 0, s->queue.n = probe;
@@ -586,7 +589,8 @@ static void benchmark_cpu(Session *s, const Options *o) {
     double bytes = 0, time = 0;
     int decoded = 0;
     for (start = seconds(); s->pos < context && time < 10; time = seconds() - start) {
-        push(&s->queue, &(int){argmax(l, c->vocab_size)}, 1);
+        int likeliest = argmax(l, c->vocab_size);
+        push(&s->queue, &likeliest, 1);
         l = feed(s);
         bytes += model_bytes(s->model) + kv * s->pos;
         decoded++;

@@ -15,6 +15,12 @@ static const char *skipped; // why it is skipped, or NULL
 static bool failed;
 static int n_passed, n_failed, n_skipped;
 
+static struct {
+    const char *name;
+    int n;
+} classes[32]; // [n_classes] of bad input
+static int n_classes;
+
 static void finish(void) {
     if (!*running) return;
     if (failed) n_failed++, printf("FAIL %s\n", running);
@@ -47,8 +53,22 @@ void test_skip(const char *why) {
     skipped = why;
 }
 
+void count_bad_input(const char *class) {
+    int i = 0;
+    while (i < n_classes && strcmp(classes[i].name, class)) i++;
+    if (i == n_classes && n_classes++ == sizeof classes / sizeof *classes) die("too many classes");
+    classes[i].name = class;
+    classes[i].n++;
+}
+
 int test_end(void) {
     finish();
+    int n_bad = 0;
+    for (int i = 0; i < n_classes; i++) {
+        printf("bad input, %s: %d\n", classes[i].name, classes[i].n);
+        n_bad += classes[i].n;
+    }
+    if (n_bad) printf("bad input, all classes: %d\n", n_bad);
     printf("%d passed, %d failed", n_passed, n_failed);
     if (n_skipped) printf(", %d skipped", n_skipped);
     printf("\n");

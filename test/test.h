@@ -14,6 +14,9 @@ bool check(bool ok, const char *format, ...) __attribute__((format(printf, 2, 3)
 /* The running test is skipped, and the line says why. */
 void test_skip(const char *why);
 
+/* Counts a case of bad input of this class; test_end() prints how many each has. */
+void count_bad_input(const char *class);
+
 /* Ends the last test and prints the count. Returns the exit status: 1 if a test failed. */
 int test_end(void);
 

@@ -60,12 +60,19 @@ static void make_directory(const char *path) {
     if (mkdir(path, 0777) && access(path, F_OK)) die("%s: cannot be made", path);
 }
 
+static const char *bad_input; // the class of what is refused
+static char message[8192];    // of the last refusal
+
+static void says(const char *fragment) {
+    check(strstr(message, fragment) != NULL, "\"%s\" is not in: %s", fragment, message);
+}
+
 /* Checks that f(arg) ends with status 1, one line on stderr, and this in it. */
 static void refused(void (*f)(void *), void *arg, const char *fragment) {
-    char message[8192];
+    count_bad_input(bad_input);
     bool clean = dies(f, arg, message, sizeof message);
     check(clean, "no clean end with one line, but: %s", *message ? message : "(nothing said)");
-    check(strstr(message, fragment) != NULL, "\"%s\" is not in: %s", fragment, message);
+    says(fragment);
 }
 
 /* ---- models to write ----------------------------------------------------------------------- */
@@ -648,6 +655,7 @@ static void check_untouched(bool old) {
 }
 
 static void test_writer(void) {
+    bad_input = "files being written";
     static const struct {
         const char *name, *message;
     } troubles[] = {[DIES] = {"die()", "model.bin"},
@@ -806,6 +814,7 @@ static const struct {
 };
 
 static void test_bad_safetensors(void) {
+    bad_input = "safetensors headers";
     char *config = config_text(NULL), data[64] = {0};
     const char *file = SCRATCH "/bad/model.safetensors";
     make_directory(SCRATCH "/bad");
@@ -814,7 +823,7 @@ static void test_bad_safetensors(void) {
         begin("a safetensors header with ", headers[i].name);
         write_raw(file, headers[i].header, strlen(headers[i].header), data, sizeof data);
         refused(open_model, SCRATCH "/bad", headers[i].message);
-        refused(open_model, SCRATCH "/bad", SCRATCH "/bad");
+        says(SCRATCH "/bad");
     }
 
     test_begin("a file with NUL bytes in its header");
@@ -892,6 +901,7 @@ static void test_bad_safetensors(void) {
 /* ---- bad directories ----------------------------------------------------------------------- */
 
 static void test_bad_tensors(void) {
+    bad_input = "tensors missing, of a wrong dtype or shape";
     char *config = config_text(NULL);
     static const char *const needed[] = {
         "model.embed_tokens.weight",
@@ -923,7 +933,7 @@ static void test_bad_tensors(void) {
         t->bytes = t->shape[0] * (t->n_dims == 2 ? t->shape[1] : 1) * 2;
         write_directory("bad", config, &w);
         refused(open_model, SCRATCH "/bad", needed[i]);
-        refused(open_model, SCRATCH "/bad", "shape");
+        says("shape");
 
         begin("wrong number of dimensions: ", needed[i]);
         *t = right;
@@ -945,6 +955,7 @@ static void test_bad_tensors(void) {
 }
 
 static void test_bad_directories(void) {
+    bad_input = "directories, indices, shards";
     test_begin("a missing model");
     refused(open_model, SCRATCH "/nowhere", SCRATCH "/nowhere: No such file");
     refused(open_model, SCRATCH "/nowhere.bin", SCRATCH "/nowhere.bin: No such file");
@@ -992,7 +1003,7 @@ static void test_bad_directories(void) {
         char *more = text_of(",\"out.weight\": \"%s\"", outside[i]);
         write_shards("bad_shards", config, &w, 9, more);
         refused(open_only, SCRATCH "/bad_shards", "bad_shards/");
-        refused(open_only, SCRATCH "/bad_shards", outside[i]);
+        says(outside[i]);
         free(more);
     }
 
@@ -1034,6 +1045,7 @@ static void test_bad_directories(void) {
 
 /* Files of a model that are no files. Links to files are fine: caches of downloads have them. */
 static void test_not_files(void) {
+    bad_input = "FIFOs, devices, directories and broken links for files";
     static const char *const names[] = {"config.json", "generation_config.json", "tokenizer.json",
                                         "model.safetensors.index.json", "model.safetensors"};
     char *config = config_text(NULL);
@@ -1116,8 +1128,9 @@ static void raise_bus_error(void *path) {
 }
 
 static void test_cut_files(void) {
+    bad_input = "files cut while in use";
     // Large enough that what is cut off does not share a page with what is left.
-    char *config = config_for_groups(), message[256];
+    char *config = config_for_groups();
     Weights w = make_weights(config, BF16, 0);
     test_begin("a file that is cut while it is in use");
     write_directory("cut", config, &w);
@@ -1156,6 +1169,7 @@ static void parse_config(void *path) {
     "\"original_max_position_embeddings\":8192"
 
 static void test_bad_configs(void) {
+    bad_input = "config.json and generation_config.json";
     static const struct {
         const char *key, *value, *message;
     } cases[] = {
@@ -1228,7 +1242,7 @@ static void test_bad_configs(void) {
         config_arg = config_text(cases[i].key, cases[i].value, NULL);
         if (cases[i].message) {
             refused(parse_config, "the/path", cases[i].message);
-            refused(parse_config, "the/path", "the/path: config.json");
+            says("the/path: config.json");
         } else {
             config_parse("the/path", config_arg, NULL);
         }
@@ -1427,10 +1441,11 @@ static char *bad_config;
 static void refused_bin(Weights *w, const char *quantization, const char *message) {
     write_model_bin(SCRATCH "/bad.bin", bad_config, quantization, w);
     refused(open_model, SCRATCH "/bad.bin", message);
-    refused(open_model, SCRATCH "/bad.bin", SCRATCH "/bad.bin");
+    says(SCRATCH "/bad.bin");
 }
 
 static void test_bad_w4a8(void) {
+    bad_input = "W4A8 codes, scales and options";
     bad_config = config_for_groups();
     Weights group = make_weights(bad_config, BF16, 128),
             channel = make_weights(bad_config, BF16, -1);
@@ -1546,6 +1561,7 @@ static void test_bad_w4a8(void) {
 }
 
 static void test_bad_model_bin(void) {
+    bad_input = "model.bin metadata and versions";
     static const struct {
         const char *name, *metadata, *message;
     } cases[] = {
@@ -1574,7 +1590,7 @@ static void test_bad_model_bin(void) {
         begin("model.bin with ", cases[i].name);
         write_safetensors(SCRATCH "/bad.bin", cases[i].metadata, &w, 0, w.n);
         refused(open_model, SCRATCH "/bad.bin", cases[i].message);
-        refused(open_model, SCRATCH "/bad.bin", SCRATCH "/bad.bin");
+        says(SCRATCH "/bad.bin");
     }
 
     test_begin("model.bin whose tokenizer.json is not U8");
@@ -1602,7 +1618,7 @@ static void survive(void *path) {
 static void damage(const char *path, const char *model, size_t span, int count, uint64_t seed) {
     static const char meaningful[] = "\"\\{}[],:0129-.eEntfu \n";
     size_t bytes;
-    char *file = read_file(path, &bytes), message[1024];
+    char *file = read_file(path, &bytes);
     int survived = 0;
     if (span > bytes) span = bytes;
     for (int i = 0; i < count; i++) {
@@ -1614,6 +1630,7 @@ static void damage(const char *path, const char *model, size_t span, int count, 
         if (kind == 2)
             file[at] = meaningful[(int)((sizeof meaningful - 1) * fabsf(random_float(&seed)))];
         write_file(path, file, kind == 3 ? at : bytes);
+        count_bad_input("bytes of model files changed or cut at random");
         bool clean = dies(survive, (void *)model, message, sizeof message);
         survived += !strcmp(message, "survived\n");
         if (!check(clean, "byte %zu of %s, %02x made %02x, kind %d: %s", at, path, old & 255,

@@ -1198,6 +1198,7 @@ static void check_untouched(bool old, const char *what) {
 /* The command ends with this status, one line of error with `message` in it, and leaves OUT alone.
  * Lines of progress may stand before the error if it comes late. */
 static void expect_error(const char *command, int status, const char *message, bool late) {
+    count_bad_input(status == 2 ? "command lines" : "models, texts and OUT given to ./quantize");
     for (int old = 0; old < 2; old++) {
         unlink(OUT);
         if (old) write_file(OUT, "old", 3);

@@ -32,6 +32,7 @@ static void expect(const char *command, int status, const char *text) {
 
 /* The same, and it says nothing but this error, in one line. */
 static void expect_error(const char *command, int status, const char *text) {
+    count_bad_input(status == 2 ? "command lines" : "files and texts given to ./run");
     expect(command, status, text);
     const char *newline = strchr(output, '\n');
     check(!strncmp(output, "error: ", 7) && newline && !newline[1],

@@ -519,6 +519,7 @@ static const Broken broken[] = {
 };
 
 static void check_refused(const char *json, size_t bytes, const char *says) {
+    count_bad_input("tokenizer.json");
     char message[1024];
     bool ended = dies(load_and_die, &(Text){json, bytes}, message, sizeof message);
     check(ended, "did not end with one line: %s", message);
@@ -563,6 +564,7 @@ static void test_broken(void) {
         for (int j = 0; j <= i % 3; j++)
             changed[(size_t)((random_float(&seed) + 1) / 2 * bytes)] =
                 "\"{}[]:,\\019aet -.\xff"[(int)((random_float(&seed) + 1) * 9)];
+        count_bad_input("bytes of tokenizer.json changed at random");
         bool ended = dies(load_and_die, &(Text){changed, bytes}, message, sizeof message);
         check(ended, "change %d: did not end with one line: %s", i, message);
         free(changed);

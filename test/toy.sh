@@ -1,27 +1,40 @@
 #!/bin/sh
-# toy.sh DIRECTORY [TOOL...]: runs what ./run and ./quantize of DIRECTORY can do, on a model of two
+# toy.sh DIRECTORY [TOOL...]: runs what ./run and ./quantize of DIRECTORY can do, on models of two
 # layers, under a tool that would take too long for the tests. Stops at the first that fails.
 set -eu
 bin=$1
 shift
-toy=$bin/toy text=$bin/toy.txt
-"$bin/synthetic" "$toy" --dim 128 --hidden 128 --layers 2 --heads 2 --kv-heads 1 --vocab 266 \
-    --tokenizer test/corpus/tokenizer/chat
-sed -i s/131072/64/ "$toy/config.json"
-for i in 1 2 3 4 5 6 7 8 9; do echo "a b c abc xyz, it's number $i."; done >"$text"
+text=$bin/toy.txt
+for i in 1 2 3 4 5; do echo "a b c abc xyz, it's number $i."; done >"$text"
+
+make_toy() { # NAME DIM
+    "$bin/synthetic" "$bin/$1" --dim "$2" --hidden "$2" --layers 2 --heads 2 --kv-heads 1 \
+        --vocab 266 --tokenizer test/corpus/tokenizer/chat
+    sed -i s/131072/32/ "$bin/$1/config.json"
+}
 
 try() {
     echo "$@"
     "$@" >"$bin/toy.log" 2>&1 || { cat "$bin/toy.log" && exit 1; }
 }
-try "$@" "$bin/quantize" "$toy" "$bin/toy-f.bin" -f
-for options in '' '-g -1 -r 1' '-a 2 -n 1' '-b rtn -a 0 -m 0' '-g -1 -o 0 -m 0'; do
-    # shellcheck disable=SC2086
-    try "$@" "$bin/quantize" "$toy" "$bin/toy.bin" -c "$text" -l 16 -e "$text" $options
-done
-for model in "$toy" "$bin/toy-f.bin" "$bin/toy.bin"; do
-    try "$@" "$bin/run" "$model" -i 'a b c' -n 20 -s 1
-    try "$@" "$bin/run" "$model" -m chat -i 'a b c' -n 5 -s 1
-    try "$@" "$bin/run" "$model" -e "$text" -l 32
-    try "$@" "$bin/run" "$model" -x "$text"
+
+try_quantize() { # NAME OPTIONS
+    name=$1
+    shift
+    try $tool "$bin/quantize" "$bin/$name" "$bin/$name.bin" -c "$text" -n 1 -l 8 "$@"
+}
+
+tool=$*
+make_toy toy 16
+make_toy groups 128
+try $tool "$bin/quantize" "$bin/toy" "$bin/toy-f.bin" -f
+try_quantize toy -g -1 -a 2 -e "$text"
+try_quantize toy -g -1 -r 1
+try_quantize toy -g -1
+try_quantize groups -b rtn -a 0 -m 0
+for model in toy toy-f.bin toy.bin groups.bin; do
+    try $tool "$bin/run" "$bin/$model" -i 'a b c' -n 9 -s 1
+    try $tool "$bin/run" "$bin/$model" -m chat -i 'a' -n 5 -s 1
+    try $tool "$bin/run" "$bin/$model" -e "$text"
+    try $tool "$bin/run" "$bin/$model" -x "$text"
 done
