@@ -70,12 +70,18 @@ demo test test-san test-faults test-tsan test-slow coverage: export OMP_WAIT_POL
 test: all $(BUILD)/tests $(BUILD)/synthetic
 	$(BUILD)/tests
 
-test-slow: test-faults test-valgrind test-tsan
+test-slow: all $(BUILD)/tests $(BUILD)/synthetic test-faults test-valgrind test-tsan
 	$(BUILD)/tests slow
 
-# Every allocation, every write fails in turn; signals at random moments.
-test-faults: all $(BUILD)/tests $(BUILD)/synthetic $(BUILD)/fault.so
-	$(BUILD)/tests faults
+# Every allocation, every write fails in turn; signals at random moments. Without CUDA, whose own
+# library does not survive this; in a directory of their own, as the tests run the programs there.
+FAULTS = $(BUILD)/faults
+test-faults:
+	$(MAKE) CUDA= BUILD=$(FAULTS)/build BIN=$(FAULTS) $(FAULTS)/run $(FAULTS)/quantize \
+		$(FAULTS)/build/tests $(FAULTS)/build/synthetic $(FAULTS)/build/fault.so
+	ln -sfn $(CURDIR)/data $(FAULTS)/data
+	ln -sfn $(CURDIR)/test $(FAULTS)/test
+	cd $(FAULTS) && build/tests faults
 
 # The programs built otherwise, in a directory of their own, on a toy model. valgrind knows no AVX-512.
 TOY_PROGRAMS = $(@:test-%=$(BUILD)/%/run) $(@:test-%=$(BUILD)/%/quantize) $(@:test-%=$(BUILD)/%/synthetic)
