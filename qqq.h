@@ -542,7 +542,8 @@ bool gpu_norm_gemm_w4a8(const GpuLinear *l, const float *x, const float *norm, f
                         cudaStream_t stream);
 
 /* The kernels that it chooses from: tokens of a tile, and how many teams of warps share K. Each is
- * right for every shape; GEMM_WGMMA is GEMM_128 where the program was built for sm_90a only. */
+ * right for every shape. In GEMM_64 a cluster of blocks shares K, on Hopper; GEMM_WGMMA is GEMM_128
+ * with wgmma, where the program was built for sm_90a. */
 typedef enum {
     GEMM_8X8,
     GEMM_16X8,
