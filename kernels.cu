@@ -452,8 +452,6 @@ struct GemmArgs {
     const float *s_channel;  // [N]
     const int8_t *a;         // [M][K]
     const float *s_a;        // [M]
-    const float *x, *norm;   // [K] instead of a: one token and RMSNorm's weights
-    float eps;               // of RMSNorm
     half *y;                 // [M][N], unless there is a residual
     float *residual;         // [M][N] or NULL
     int *acc;                // [M][N] or NULL
@@ -854,129 +852,11 @@ __device__ __forceinline__ void write_shared_tile(const GemmArgs &p,
     }
 }
 
-/* ---- rows of activations -------------------------------------------------------------------- */
-
-/* Eight consecutive values, which one thread handles: 16 bytes of halves, 8 of int8. */
-struct Eight {
-    float v[8];
-};
-
-__device__ __forceinline__ Eight from_halves(uint4 bits) {
-    const half2 *pairs = (const half2 *)&bits;
-    Eight e;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 f = __half22float2(pairs[i]);
-        e.v[2 * i] = f.x;
-        e.v[2 * i + 1] = f.y;
-    }
-    return e;
-}
-
-__device__ __forceinline__ uint4 to_halves(const Eight &e) {
-    uint4 bits;
-    half2 *pairs = (half2 *)&bits;
-#pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = __floats2half2_rn(e.v[2 * i], e.v[2 * i + 1]);
-    return bits;
-}
-
-__device__ __forceinline__ Eight from_floats(const float4 *p) {
-    float4 a = p[0], b = p[1];
-    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-}
-
-/* The sum over all threads of a block, each of which gets it. N numbers of a thread are added up as
- * if they were those of N blocks' worth of threads, one behind the other. */
-template <int N> __device__ static float block_sum(float (&x)[N]) {
-    __shared__ float sums[32];
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-        for (int i = 16; i > 0; i /= 2) x[n] += __shfl_xor_sync(~0u, x[n], i);
-        if (threadIdx.x % 32 == 0) sums[(threadIdx.x + n * blockDim.x) / 32] = x[n];
-    }
-    __syncthreads();
-    float sum = threadIdx.x % 32 < N * blockDim.x / 32 ? sums[threadIdx.x % 32] : 0;
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    return sum;
-}
-
-__device__ static uint32_t block_max(uint32_t x) {
-    __shared__ uint32_t maxima[32];
-    x = __reduce_max_sync(~0u, x);
-    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = threadIdx.x % 32 < blockDim.x / 32 ? maxima[threadIdx.x % 32] : 0;
-    return __reduce_max_sync(~0u, x);
-}
-
-/* The magnitude of a float as an integer of the same order; NaN and infinity are above all. */
-__device__ __forceinline__ uint32_t magnitude(const Eight &e) {
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(e.v[i]) & 0x7fffffff);
-    return most;
-}
-
-constexpr uint32_t INFINITE = 0x7f800000;
-
-/* s_a of a row whose largest magnitude is `most`. */
-__device__ __forceinline__ float activation_scale(uint32_t most) {
-    return __fdiv_rn(__uint_as_float(most >= INFINITE ? 0x7fc00000 : most), 127.0f);
-}
-
-__device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
-    uint32_t bytes[2] = {};
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        float r = s_a > 0 ? rintf(__fdiv_rn(e.v[i], s_a)) : 0;
-        int q = (int)fminf(fmaxf(r, -128.0f), 127.0f);
-        bytes[i / 4] |= (q & 0xff) << i % 4 * 8;
-    }
-    return make_uint2(bytes[0], bytes[1]);
-}
-
-/* One token's x [K], K > 2048 and <= 4096: two chunks, which together fill both stages. RMSNorm and
- * quantization take less time than one more kernel would, so every block does them for itself.
- * Returns s_a; the int8 are where load_activations() would have put them. The same, bit for bit, as
- * rmsnorm_kernel's. */
-template <int TOKENS, int TEAMS>
-__device__ __forceinline__ float normalize_token(const GemmArgs &p, const Eight (&weight)[2],
-                                                 uint8_t *stages) {
-    using S = Shape<TOKENS, TEAMS>;
-    Eight h[2] = {};
-    float sums[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int eighth = threadIdx.x + i * THREADS;
-        if (eighth < p.K / 8) h[i] = from_floats((const float4 *)p.x + 2 * eighth);
-        for (int j = 0; j < 8; j++) sums[i] += h[i].v[j] * h[i].v[j];
-    }
-    const float scale = 1.0f / sqrtf(block_sum(sums) / p.K + p.eps);
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        for (int j = 0; j < 8; j++) h[i].v[j] = h[i].v[j] * scale * weight[i].v[j];
-        most = max(most, magnitude(h[i]));
-    }
-    const float s_a = activation_scale(block_max(most));
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int k = (threadIdx.x + i * THREADS) * 8, pair = k / 128; // of units
-        int team = pair % TEAMS, chunk = pair / TEAMS / (DEPTH / 2);
-        int column = pair / TEAMS % (DEPTH / 2) * 8 + k % 128 / 16;
-        uint8_t *to = stages + (team * 2 + chunk) * S::STAGE;
-        *(uint2 *)(to + activation_place<TOKENS>(0, column) + k % 16) = quantize_eight(h[i], s_a);
-    }
-    __syncthreads();
-    return s_a;
-}
-
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
 /* Up to 32 tokens two blocks fit on a multiprocessor: while one waits, the other reads, and the
  * next kernel's blocks find room before this one's are gone. */
-template <int TOKENS, int TEAMS, bool GROUPS, bool HOPPER, bool NORM>
+template <int TOKENS, int TEAMS, bool GROUPS, bool HOPPER>
 __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     gemm_w4a8_kernel(const __grid_constant__ GemmArgs p) {
     using S = Shape<TOKENS, TEAMS>;
@@ -1036,20 +916,10 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 #pragma unroll
     for (int u = 0; u < DEPTH; u++) load_weights(u);
     prefetch(p.s_channel + (next.n * S::TEAM_WARPS + warp) * STRIP, valid > 0);
-    Eight norm[2] = {};
-    for (int i = 0; NORM && i < 2; i++) {
-        int eighth = threadIdx.x + i * THREADS;
-        if (eighth < p.K / 8) norm[i] = from_floats((const float4 *)p.norm + 2 * eighth);
-    }
     launch_dependents();
     wait_for_previous_kernel();
-    float s_a = 0;
-    if constexpr (NORM) {
-        s_a = normalize_token<TOKENS, TEAMS>(p, norm, shared);
-    } else {
-        load_activations<TOKENS, TEAMS>(p, next, team, stages, 0);
-        load_activations<TOKENS, TEAMS>(p, next, team, stages, 1);
-    }
+    load_activations<TOKENS, TEAMS>(p, next, team, stages, 0);
+    load_activations<TOKENS, TEAMS>(p, next, team, stages, 1);
 
     uint32_t filling = stages; // the stage that is being copied to
     while (next.tile < p.tiles) {
@@ -1070,9 +940,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
 #pragma unroll
             for (int u = 0; u < DEPTH; u++) {
-                if (!WGMMA && !NORM && u < 2) {
-                    load_activations<TOKENS, TEAMS>(p, next, team, filling, u);
-                }
+                if (!WGMMA && u < 2) load_activations<TOKENS, TEAMS>(p, next, team, filling, u);
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
                     uint32_t(&left)[2][4] = a[WGMMA ? step : 0];
@@ -1110,10 +978,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
         int4 *sums = (int4 *)(shared + TEAMS * STAGES * S::STAGE);
         Scales s;
         if (TOKENS == 8) { // so early, as there are registers, and every microsecond counts
-            const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
-            load_channel_scales(p, n0, s);
-            if (NORM) s.s_a[0] = s.s_a[1] = s_a;
-            else load_token_scales(p, m0, n0, s);
+            load_scales(p, now.m * TOKENS, (now.n * S::TEAM_WARPS + warp) * STRIP, s);
         }
         if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
         if constexpr (S::SHARES) {
@@ -1214,7 +1079,7 @@ static int choose_cluster(Kernel kernel, int tiles, int chunks, size_t shared) {
 
 /* Shares the work out among `blocks` blocks. Unless SHARES, every tile is one block's, or one
  * cluster's, and each block gets the same number of tiles. */
-template <int TOKENS, int TEAMS, bool GROUPS, bool HOPPER, bool NORM = false>
+template <int TOKENS, int TEAMS, bool GROUPS, bool HOPPER>
 static void launch_gemm(GemmArgs p, int blocks, cudaStream_t stream) {
     using S = Shape<TOKENS, TEAMS>;
     p.tiles_m = (p.M + TOKENS - 1) / TOKENS;
@@ -1222,7 +1087,7 @@ static void launch_gemm(GemmArgs p, int blocks, cudaStream_t stream) {
     p.tiles = p.tiles_m * p.tiles_n;
     p.units = p.K / UNIT;
     p.chunks = (p.units + S::CHUNK - 1) / S::CHUNK;
-    auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS, HOPPER, NORM>;
+    auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS, HOPPER>;
     constexpr int shared = TEAMS * (HOPPER ? 3 : 2) * S::STAGE + S::TEAM_SUMS + S::BLOCK_SUMS;
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
@@ -1327,42 +1192,47 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
     gpu_gemm_run(gpu_gemm_choose(l, M, false), l, a, s_a, M, y, residual, NULL, workspace, stream);
 }
 
-bool gpu_norm_gemm_w4a8(const GpuLinear *l, const float *x, const float *norm, float eps, half *y,
-                        cudaStream_t stream) {
-    if (l->K <= 2048 || l->K > 4096) return false; // see normalize_token()
-    GemmArgs p = {};
-    p.M = 1;
-    p.N = l->N;
-    p.K = l->K;
-    p.w = (const uint4 *)l->w;
-    p.s_group = (const uint32_t *)l->s_group;
-    p.s_channel = l->s_channel;
-    p.x = x;
-    p.norm = norm;
-    p.eps = eps;
-    p.y = y;
-    if (l->s_group) launch_gemm<8, 8, true, false, true>(p, 2 * multiprocessors(), stream);
-    else launch_gemm<8, 8, false, false, true>(p, 2 * multiprocessors(), stream);
-    return true;
-}
-
 /* ---- the activation quantizer ---------------------------------------------------------------- */
 
 /* s_a = max|x| / 127, a = rint(x / s_a); quantize_row() in qqq.c is the twin. One block a row. */
 __global__ void __launch_bounds__(THREADS)
     quantize_kernel(const half *x, int K, int8_t *a, float *s_a) {
+    __shared__ uint32_t maxima[WARPS];
     launch_dependents();
     wait_for_previous_kernel();
     const uint4 *row = (const uint4 *)(x + (size_t)blockIdx.x * K); // [K / 8]
     uint2 *out = (uint2 *)(a + (size_t)blockIdx.x * K);             // [K / 8]
-    uint32_t most = 0;
+
+    // Without its sign bit a half orders as an integer; NaN and infinity are above all others.
+    const uint32_t magnitude = 0x7fff7fff;
+    uint32_t pair = 0;
     for (int i = threadIdx.x; i < K / 8; i += THREADS) {
-        most = max(most, magnitude(from_halves(row[i])));
+        uint4 v = row[i];
+        pair = __vmaxu2(pair, __vmaxu2(v.x & magnitude, v.y & magnitude));
+        pair = __vmaxu2(pair, __vmaxu2(v.z & magnitude, v.w & magnitude));
     }
-    const float s = activation_scale(block_max(most));
+    uint32_t most = max(pair >> 16, pair & 0xffff);
+    for (int i = 16; i > 0; i /= 2) most = max(most, __shfl_xor_sync(~0u, most, i));
+    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = most;
+    __syncthreads();
+    for (int i = 0; i < WARPS; i++) most = max(most, maxima[i]);
+    const uint32_t infinity = 0x7c00;
+    float s = __fdiv_rn(__half2float(__ushort_as_half(most)), 127.0f);
+    if (most >= infinity) s = __int_as_float(0x7fc00000); // NaN
     if (threadIdx.x == 0) s_a[blockIdx.x] = s;
+
     for (int i = threadIdx.x; i < K / 8; i += THREADS) {
-        out[i] = quantize_eight(from_halves(row[i]), s);
+        uint4 v = row[i];
+        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+        uint32_t bytes[2] = {};
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float f = __half2float(__ushort_as_half(pairs[j / 2] >> j % 2 * 16 & 0xffff));
+            float r = s > 0 ? rintf(__fdiv_rn(f, s)) : 0;
+            int q = (int)fminf(fmaxf(r, -128.0f), 127.0f);
+            bytes[j / 4] |= (q & 0xff) << j % 4 * 8;
+        }
+        out[i] = make_uint2(bytes[0], bytes[1]);
     }
 }
 
@@ -1388,6 +1258,36 @@ void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream
  * A row is one block's. It stays in shared memory between the passes over it.
  * ============================================================================================== */
 
+/* Eight consecutive values, which one thread handles: 16 bytes of halves, 8 of int8. */
+struct Eight {
+    float v[8];
+};
+
+__device__ __forceinline__ Eight from_halves(uint4 bits) {
+    const half2 *pairs = (const half2 *)&bits;
+    Eight e;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 f = __half22float2(pairs[i]);
+        e.v[2 * i] = f.x;
+        e.v[2 * i + 1] = f.y;
+    }
+    return e;
+}
+
+__device__ __forceinline__ uint4 to_halves(const Eight &e) {
+    uint4 bits;
+    half2 *pairs = (half2 *)&bits;
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs[i] = __floats2half2_rn(e.v[2 * i], e.v[2 * i + 1]);
+    return bits;
+}
+
+__device__ __forceinline__ Eight from_floats(const float4 *p) {
+    float4 a = p[0], b = p[1];
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+
 /* A row of floats in shared memory, the i-th Eight in two halves so that no two threads of a
  * quarter warp meet in a bank. */
 struct SharedRow {
@@ -1402,6 +1302,52 @@ struct SharedRow {
         return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
     }
 };
+
+/* Over all threads of a block, each of which gets the result. */
+__device__ static float block_sum(float x) {
+    __shared__ float sums[32];
+    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = threadIdx.x % 32 < blockDim.x / 32 ? sums[threadIdx.x % 32] : 0;
+    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    return x;
+}
+
+__device__ static uint32_t block_max(uint32_t x) {
+    __shared__ uint32_t maxima[32];
+    x = __reduce_max_sync(~0u, x);
+    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = threadIdx.x % 32 < blockDim.x / 32 ? maxima[threadIdx.x % 32] : 0;
+    return __reduce_max_sync(~0u, x);
+}
+
+/* The magnitude of a float as an integer of the same order; NaN and infinity are above all. */
+__device__ __forceinline__ uint32_t magnitude(const Eight &e) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(e.v[i]) & 0x7fffffff);
+    return most;
+}
+
+constexpr uint32_t INFINITE = 0x7f800000;
+
+/* s_a of a row whose largest magnitude is `most`. */
+__device__ __forceinline__ float activation_scale(uint32_t most) {
+    return __fdiv_rn(__uint_as_float(most >= INFINITE ? 0x7fc00000 : most), 127.0f);
+}
+
+__device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
+    uint32_t bytes[2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float r = s_a > 0 ? rintf(__fdiv_rn(e.v[i], s_a)) : 0;
+        int q = (int)fminf(fmaxf(r, -128.0f), 127.0f);
+        bytes[i / 4] |= (q & 0xff) << i % 4 * 8;
+    }
+    return make_uint2(bytes[0], bytes[1]);
+}
 
 /* The part of a row that is this block's: all of it, or one of gridDim.y equal parts if a cluster
  * shares the row. */
@@ -1464,10 +1410,10 @@ __global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, flo
     if (threadIdx.x < dim / 8) w = from_floats((const float4 *)weight + 2 * threadIdx.x);
     wait_for_previous_kernel();
     const float4 *x_row = (const float4 *)(x + (size_t)blockIdx.x * dim);
-    float sum[1] = {};
+    float sum = 0;
     for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
         Eight e = from_floats(x_row + 2 * i);
-        for (int j = 0; j < 8; j++) sum[0] += e.v[j] * e.v[j];
+        for (int j = 0; j < 8; j++) sum += e.v[j] * e.v[j];
         row.put(i, e);
     }
     float scale = 1.0f / sqrtf(block_sum(sum) / dim + eps);
@@ -2085,7 +2031,7 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
  *     x <- x + down(silu(gate(h)) * up(h)),                  h = rmsnorm(x)
  *
  * as in qqq.c, section 3, with q, k, v as one product and gate, up as one. A layer is eight
- * kernels, or six where a single token's norms are part of qkv and gate,up:
+ * kernels:
  *
  *     rmsnorm+quantize  qkv  attention+quantize  o+add  rmsnorm+quantize  gate,up
  *     swiglu+quantize  down+add              (prompts: cache, attention, quantize one by one)
@@ -2601,13 +2547,8 @@ static LinearInput linear_input(const GpuState *s) {
     return {NULL, s->h, s->scale};
 }
 
-/* y [T][N] = W applied to x, normed. */
-static void norm_and_apply(GpuState *s, const float *norm, const Matrix *w, int T, half *y) {
-    const Config *c = &s->model->config;
-    if (T == 1 && !w->w && gpu_norm_gemm_w4a8(&w->w4a8, s->x, norm, c->norm_eps, y, s->stream)) {
-        return;
-    }
-    gpu_rmsnorm(s->x, norm, T, c->dim, c->norm_eps, linear_input(s), s->stream);
+/* y [T][N] = W applied to linear_input(). */
+static void apply(GpuState *s, const Matrix *w, int T, half *y) {
     if (w->w) multiply_halves(s, w, s->h, NULL, T, y, NULL, false);
     else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, y, NULL, s->gemm_workspace, s->stream);
 }
@@ -2664,7 +2605,8 @@ static void layer(GpuState *s, int l, const Rows &rows) {
     const size_t cached = (size_t)l * s->n_sequences * c->n_kv_heads * context * c->head_dim;
     Cache cache = {s->keys + cached, s->values + cached, c->n_kv_heads, context};
 
-    norm_and_apply(s, w->attention_norm, &w->qkv, T, s->qkv);
+    gpu_rmsnorm(s->x, w->attention_norm, T, c->dim, c->norm_eps, input, s->stream);
+    apply(s, &w->qkv, T, s->qkv);
     if (c->head_dim == 64) attention<64>(s, cache, rows);
     else attention<128>(s, cache, rows);
     if (g->quantized && rows.sequence >= 0) { // a decoded token's is quantized already
@@ -2672,7 +2614,8 @@ static void layer(GpuState *s, int l, const Rows &rows) {
     }
     apply_and_add(s, &w->o, T, s->att, NULL);
 
-    norm_and_apply(s, w->ffn_norm, &w->gate_up, T, s->gate_up);
+    gpu_rmsnorm(s->x, w->ffn_norm, T, c->dim, c->norm_eps, input, s->stream);
+    apply(s, &w->gate_up, T, s->gate_up);
     gpu_swiglu(s->gate_up, T, c->hidden_dim, input, s->stream);
     apply_and_add(s, &w->down, T, s->h, s->scale);
 }
@@ -3308,8 +3251,8 @@ static void round_to_nearest(GpuQuantizer *q, const float *w, const float *s,
 __global__ void norm_kernel(const float *x, const float *weight, int dim, float eps, float *y) {
     x += (size_t)blockIdx.x * dim;
     y += (size_t)blockIdx.x * dim;
-    float sum[1] = {};
-    for (int i = threadIdx.x; i < dim; i += THREADS) sum[0] += x[i] * x[i];
+    float sum = 0;
+    for (int i = threadIdx.x; i < dim; i += THREADS) sum += x[i] * x[i];
     const float scale = 1.0f / sqrtf(block_sum(sum) / dim + eps);
     for (int i = threadIdx.x; i < dim; i += THREADS) y[i] = x[i] * scale * weight[i];
 }

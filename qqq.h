@@ -535,12 +535,6 @@ int *gpu_gemm_workspace(void);
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
                    float *residual, int *workspace, cudaStream_t stream);
 
-/* y [N] = W4A8 of one token x [K], RMSNorm'ed with weights norm [K] and quantized: the same to the
- * bit as gpu_rmsnorm() and gpu_gemm_w4a8(). Only for 2048 < K <= 4096: otherwise it does nothing
- * and returns false. */
-bool gpu_norm_gemm_w4a8(const GpuLinear *l, const float *x, const float *norm, float eps, half *y,
-                        cudaStream_t stream);
-
 /* The kernels that it chooses from: tokens of a tile, and how many teams of warps share K. Each is
  * right for every shape. In GEMM_64 a cluster of blocks shares K, on Hopper; GEMM_WGMMA is GEMM_128
  * with wgmma, where the program was built for sm_90a. */

@@ -524,36 +524,6 @@ static void test_rmsnorm() {
     }
 }
 
-/* One token, normed by the GEMM itself: as by gpu_rmsnorm() before it, to the bit. Twice, so that
- * the second launch overlaps the first. */
-static void test_norm_gemm(bool groups) {
-    for (int K : {2048, 2176, 3072, 4096, 4224}) {
-        for (int N : {64, 6144, 28672}) {
-            if (groups && K % GROUP) continue;
-            Case c = make_case(make_weights(N, K, groups, RANDOM), 1, RANDOM);
-            std::vector<float> x(K), weight(K);
-            for (int k = 0; k < K; k++) x[k] = random_normal() * (k % 97 ? 1 : 3000);
-            for (float &w : weight) w = 1 + 0.3f * random_normal();
-            float *x_gpu = upload(x), *weight_gpu = upload(weight);
-            gpu_rmsnorm(x_gpu, weight_gpu, 1, K, 1e-5f, {c.a, NULL, c.s_a}, 0);
-            gpu_gemm_w4a8(&c.l, c.a, c.s_a, 1, c.y, NULL, workspace, 0);
-            std::vector<half> want = download(c.y, N);
-            gpu(cudaMemset(c.y, 0xff, N * sizeof(half)));
-            bool done = false;
-            for (int i = 0; i < 2; i++) {
-                done = gpu_norm_gemm_w4a8(&c.l, x_gpu, weight_gpu, 1e-5f, c.y, 0);
-            }
-            check(done == (K > 2048 && K <= 4096), "K=%d: %s", K, done ? "done" : "refused");
-            std::vector<half> got = download(c.y, N);
-            check(!done || memcmp(want.data(), got.data(), N * sizeof(half)) == 0,
-                  "N=%d K=%d: y differs", N, K);
-            gpu(cudaFree(x_gpu));
-            gpu(cudaFree(weight_gpu));
-            free_case(c);
-        }
-    }
-}
-
 /* silu(gate) * up, also where the product is beyond the largest half. */
 static void test_swiglu() {
     for (int hidden : {896, 1800, 14336, 28672}) {
@@ -601,8 +571,6 @@ int main(int argc, char **argv) {
         test_reference(groups);
         begin("layout and its inverse, three parts stacked", 0, 0);
         test_layout(groups);
-        begin("one token, normed by the GEMM", 0, 0);
-        test_norm_gemm(groups);
         begin("more tiles than blocks", 0, 0);
         test_many_tiles(groups, quick ? 3 : 150);
         if (quick) {
