@@ -3626,7 +3626,8 @@ static double relative_error(GpuQuantizer *q, const float *w, double total, int 
     float *e = (float *)q->t;
     for_each(q, (size_t)N * (K / 4), error_kernel, w, q->qweight, q->s_channel,
              q->method.group_size > 0 ? q->s_group : NULL, N, K, e);
-    return total > 0 ? sqrt(squared_output(q, e, N, K) / total) : 0;
+    const double error = squared_output(q, e, N, K); // rounding may leave less than 0
+    return total > 0 && error > 0 ? sqrt(error / total) : 0;
 }
 
 /* ---- smoothing ------------------------------------------------------------------------------- */
