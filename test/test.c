@@ -112,6 +112,22 @@ int run_command(const char *command, char *out, size_t out_size) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
+char output[1 << 16];
+
+int shell(const char *format, ...) {
+    char *line, *command;
+    va_list args;
+    va_start(args, format);
+    if (vasprintf(&line, format, args) < 0 ||
+        asprintf(&command, "QUANTIZE=./quantize RUN=./run\n%s", line) < 0)
+        die("out of memory");
+    va_end(args);
+    int status = run_command(command, output, sizeof output);
+    free(line);
+    free(command);
+    return status;
+}
+
 bool dies(void (*f)(void *), void *arg, char *message, size_t size) {
     int ends[2];
     if (pipe(ends)) die("no pipe");

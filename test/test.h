@@ -30,6 +30,11 @@ void write_file(const char *path, const void *data, size_t bytes);
  * Returns the exit status, 128 + the signal's number if one ended it. */
 int run_command(const char *command, char *out, size_t out_size);
 
+/* The same for a formatted command line, in which $QUANTIZE and $RUN stand for the programs; what
+ * it prints is in `output`. */
+extern char output[1 << 16];
+int shell(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
 /* Calls f(arg) in a process of its own. True if it ended with status 1 or 2 and exactly one line on
  * stderr, which is copied to message [size]. */
 bool dies(void (*f)(void *), void *arg, char *message, size_t size);

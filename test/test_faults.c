@@ -17,19 +17,6 @@
 #define OUT SCRATCH "/out/model.bin"
 #define TOY SCRATCH "/toy"
 
-static char output[1 << 16];
-
-static int shell(const char *format, ...) __attribute__((format(printf, 1, 2)));
-
-static int shell(const char *format, ...) {
-    char command[4096];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(command, sizeof command, format, args);
-    va_end(args);
-    return run_command(command, output, sizeof output);
-}
-
 /* The number of errors in `output`, of the program or of libgomp. */
 static int count_errors(void) {
     int n = 0;

@@ -1130,27 +1130,6 @@ static void test_corrected_target(void) {
 
 /* ---- the program --------------------------------------------------------------------------- */
 
-static char output[1 << 16];
-
-/* Runs a command line in which QUANTIZE and RUN stand for the programs. Returns its status. */
-static int shell(const char *format, ...) __attribute__((format(printf, 1, 2)));
-
-static int shell(const char *format, ...) {
-    char *line, *command;
-    const char *bin = getenv("QQQ_BIN");
-    va_list args;
-    va_start(args, format);
-    if (vasprintf(&line, format, args) < 0) die("out of memory");
-    va_end(args);
-    if (asprintf(&command, "QUANTIZE=%s/quantize RUN=%s/run\n%s", bin ? bin : ".", bin ? bin : ".",
-                 line) < 0)
-        die("out of memory");
-    int status = run_command(command, output, sizeof output);
-    free(line);
-    free(command);
-    return status;
-}
-
 /* `quantize` with these arguments succeeds; its stdout is in `output`. */
 static bool quantize(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

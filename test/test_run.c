@@ -9,19 +9,7 @@
 
 #include "test.h"
 
-static char output[1 << 16], expected[1 << 16];
-
-/* Runs a command; its exit status, output in `output`. */
-static int shell(const char *format, ...) __attribute__((format(printf, 1, 2)));
-
-static int shell(const char *format, ...) {
-    char command[4096];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(command, sizeof command, format, args);
-    va_end(args);
-    return run_command(command, output, sizeof output);
-}
+static char expected[1 << 16];
 
 /* `command` ends with this status and `text` in its output. */
 static void expect(const char *command, int status, const char *text) {
