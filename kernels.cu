@@ -3851,6 +3851,7 @@ static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLi
         const float *w = float_weights(q, i);
         int N, unused;
         linear_shape(&q->config, i, &N, &unused);
+        if (q->method.progress) q->method.progress(l, i, q->config.n_layers);
         round_to_nearest(q, w, NULL, importance, N, K);
         double total = q->calibrate ? squared_output(q, w, N, K) : 0;
         errors[i].before = q->calibrate ? relative_error(q, w, total, N, K) : NAN;

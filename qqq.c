@@ -133,10 +133,10 @@ bool parse_choice(char flag, const char *value, const char *first, const char *s
 
 void show_progress(const char *what, int done, int total, double seconds_left) {
     char left[64] = "";
-    if (seconds_left >= 0) snprintf(left, sizeof left, ", %.0f s left  ", seconds_left);
+    if (seconds_left >= 0) snprintf(left, sizeof left, ", %.0f s left", seconds_left);
     if (isatty(STDERR_FILENO)) {
         int width = 40 * done / total;
-        fprintf(stderr, "\r[%.*s%*s] %d of %d %s%s%s", width,
+        fprintf(stderr, "\r[%.*s%*s] %d of %d %s%s\033[K%s", width,
                 "########################################", 40 - width, "", done, total, what, left,
                 done == total ? "\n" : "");
     } else if (done && 4 * done / total > 4 * (done - 1) / total) {

@@ -661,11 +661,12 @@ double gpu_copy_bandwidth(void);
 
 /* What is done to a layer. */
 typedef struct {
-    int group_size;       // 128, or -1: per channel
-    bool smooth;          // with search_smoothing()
-    bool search_ranges;   // or max|w|
-    bool gptq, act_order; // or round_to_nearest()
-    const int8_t *signs;  // [dim] of the rotation, NULL: none
+    int group_size;                                        // 128, or -1: per channel
+    bool smooth;                                           // with search_smoothing()
+    bool search_ranges;                                    // or max|w|
+    bool gptq, act_order;                                  // or round_to_nearest()
+    const int8_t *signs;                                   // [dim] of the rotation, NULL: none
+    void (*progress)(int layer, int linear, int n_layers); // before each linear; NULL: none
 } Method;
 
 /* The calibration, all on the GPU: the residual streams of the float and of the quantized model,

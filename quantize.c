@@ -137,7 +137,8 @@ static Options parse_options(int argc, char **argv) {
  * one whose layers so far are quantized. */
 typedef struct {
     const Options *o;
-    const Config *config;
+    const Config *config; // of one layer, for buffers
+    int n_layers;
     int n, length;            // windows, tokens of each; n = 0: nothing needs calibration
     float *x_float, *x_quant; // [n][length][dim] the residual streams
     State *s_float, *s_quant; // buffers for one window
@@ -153,7 +154,8 @@ static float *window(const Calibration *c, float *x, int w) {
 static Calibration calibration_new(const Options *o, const Model *m, const Linear *embedding,
                                    const Checkpoint *checkpoint, const Config *one_layer,
                                    int **used) {
-    Calibration c = {.o = o, .config = one_layer, .length = o->length};
+    Calibration c = {
+        .o = o, .config = one_layer, .n_layers = m->config.n_layers, .length = o->length};
     if (!o->gptq && !o->search_ranges && !o->smooth) return c;
     if (o->length > m->config.max_context)
         die_usage("-l %d: the context of %s is %d", o->length, o->model, m->config.max_context);
@@ -309,10 +311,20 @@ static float *column_importance(const Moments *m, int l, const char *name) {
     return importance;
 }
 
+/* Before a linear is quantized: which one, and when all will be. */
+static void show_linear(int l, int linear, int n_layers) {
+    static double start;
+    int done = l * N_LINEARS + linear, total = n_layers * N_LINEARS;
+    char what[64];
+    snprintf(what, sizeof what, "linears: layer %d, %s", l, linear_names[linear]);
+    if (!done) start = seconds();
+    show_progress(what, done, total, done ? (seconds() - start) * (total - done) / done : -1);
+}
+
 /* Quantizes the linears first .. first + count - 1 of layer l, which share their input, from the
  * float layer f to W4A8 in q. */
-static void quantize_linears(const Options *o, const Moments *m, int l, int first, int count,
-                             const Layer *f, Layer *q, Errors *errors) {
+static void quantize_linears(const Options *o, const Moments *m, int l, int n_layers, int first,
+                             int count, const Layer *f, Layer *q, Errors *errors) {
     float *importance = m->H ? column_importance(m, l, linear_names[first]) : NULL;
     const float *weighting = o->search_ranges ? importance : NULL;
     Inverse inverse;
@@ -320,6 +332,7 @@ static void quantize_linears(const Options *o, const Moments *m, int l, int firs
     for (int i = first; i < first + count; i++) {
         const float *w = f->linears[i].w;
         int N = f->linears[i].N, K = f->linears[i].K;
+        show_linear(l, i, n_layers);
         Linear nearest = round_to_nearest(w, weighting, N, K, o->group_size);
         errors[i].before = errors[i].after = m->H ? relative_error(w, &nearest, m->H) : NAN;
         q->linears[i] = nearest;
@@ -374,7 +387,7 @@ static void quantize_half(const Calibration *c, int l, const Layer *f, Layer *q,
         rmsnorm(window(c, c->x_quant, w), half_q.norm, T, dim, c->config->norm_eps, s_q->xb);
         moments_add(&m, s_f->xb, s_q->xb, NULL, NULL, T, 0);
     }
-    quantize_linears(c->o, &m, l, first, n_inside, f, q, errors);
+    quantize_linears(c->o, &m, l, c->n_layers, first, n_inside, f, q, errors);
     moments_free(&m);
 
     // o or down: its input has passed the linears just quantized.
@@ -388,7 +401,7 @@ static void quantize_half(const Calibration *c, int l, const Layer *f, Layer *q,
         float *in_q = run_inside(c, &half_q, x_q, s_q);
         moments_add(&m, in_f, in_q, s_f->x, x_q, T, dim);
     }
-    quantize_linears(c->o, &m, l, outside, 1, f, q, errors);
+    quantize_linears(c->o, &m, l, c->n_layers, outside, 1, f, q, errors);
     moments_free(&m);
 
     // The quantized model's residual stream.
@@ -480,10 +493,7 @@ static double quantize_layers(const Calibration *c, const Checkpoint *checkpoint
     const Config *config = &m->config;
     printf("                         smoothed             relative error\n");
     printf("layer  linear            channels  threshold  to nearest  final\n");
-    double start = seconds();
     for (int l = 0; l < config->n_layers; l++) {
-        show_progress("layers", l, config->n_layers,
-                      l ? (seconds() - start) * (config->n_layers - l) / l : -1);
         Layer q;
         Smoothing found[3];
         Errors errors[N_LINEARS];
@@ -504,7 +514,7 @@ static double quantize_layers(const Calibration *c, const Checkpoint *checkpoint
         for (int k = 0; k < N_LINEARS; k++) quantized_free(&q.linears[k]);
         free(q.attention_norm);
     }
-    show_progress("layers", config->n_layers, config->n_layers, 0);
+    show_progress("linears", config->n_layers * N_LINEARS, config->n_layers * N_LINEARS, 0);
     return o->gptq ? final_scale(c, m->norm) : 1;
 }
 
@@ -676,7 +686,8 @@ static void quantize(Options *o, const Checkpoint *c) {
                 : o->gpu_note ? o->gpu_note
                               : "");
     if (o->gpu) {
-        Method method = {o->group_size, o->smooth, o->search_ranges, o->gptq, o->act_order, signs};
+        Method method = {o->group_size, o->smooth, o->search_ranges, o->gptq,
+                         o->act_order,  signs,     show_linear};
         calibration.gpu = gpu_quantizer_new(config, &method, &embedding, tokens, calibration.n,
                                             o->length, o->most_memory);
     }

@@ -100,6 +100,21 @@ static void test_failures(void) {
               strstr(out, "GB of GPU memory, -M allows 0.10 GB") && !exists(made),
           "%s", out);
 
+    test_begin("GPU: ./quantize, a full disk at several places");
+    // Blocks of 512 or of 1024 bytes, as the shell has it; the file has 7.2 MB.
+    static const int blocks[] = {0, 100, 1000, 3000, 6000};
+    for (int i = 0; i < 5; i++) {
+        snprintf(two, sizeof two,
+                 "rm -rf build/test/full && mkdir build/test/full && ulimit -f %d\n"
+                 "./quantize data/tiny build/test/full/x.bin -d cuda -n 2 -l 512",
+                 blocks[i]);
+        int status = run_command(two, out, sizeof out);
+        check(status == 1 && strstr(out, "cannot be written: File too large"),
+              "%d blocks: status %d: %s", blocks[i], status, out);
+        run_command("ls -A build/test/full", out, sizeof out);
+        check(!*out, "%d blocks: left behind: %s", blocks[i], out);
+    }
+
     test_begin("GPU: ./quantize refuses -d cuda -a 2");
     check(run_command("./quantize data/tiny -d cuda -a 2", out, sizeof out) == 2 &&
               strstr(out, "-d cpu"),

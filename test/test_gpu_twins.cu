@@ -89,7 +89,7 @@ static GpuQuantizer *new_quantizer(int group_size) {
     std::vector<int> tokens(TOKENS, 3);
     std::vector<int8_t> signs(DIM);
     random_signs(7, DIM, signs.data());
-    Method method = {group_size, true, true, true, true, signs.data()};
+    Method method = {group_size, true, true, true, true, signs.data(), NULL};
     return gpu_quantizer_new(&c, &method, &e, tokens.data(), 2, TOKENS / 2, 0);
 }
 
