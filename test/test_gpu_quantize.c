@@ -144,7 +144,7 @@ void test_gpu_quantize(void) {
         "-o 0", "-g -1 -r 1", "-b rtn", "-b rtn -m 0", "-b rtn -a 0 -m 0"};
     for (size_t i = 0; i < sizeof switches / sizeof *switches; i++) {
         char options[100];
-        snprintf(options, sizeof options, "-n 8 -l 512 %s", switches[i]);
+        snprintf(options, sizeof options, "-n 32 %s", switches[i]);
         test_same("tiny", "data/tiny", options);
     }
     test_same("tiny-outliers", "../shared/models/tiny-outliers", "-n 32");
