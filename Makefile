@@ -16,8 +16,8 @@ OBJECTS = $(BUILD)/qqq.o $(BUILD)/tokenizer.o
 TESTS = $(patsubst %.c,$(BUILD)/%.o,$(sort $(wildcard test/test*.c)))
 SOURCES = $(wildcard *.h *.c *.cu test/*.h test/*.c test/*.cu)
 
-.PHONY: all demo test test-san test-faults test-valgrind test-tsan test-slow test-gpu coverage bench lint \
-	format fuzz clean help
+.PHONY: all demo test test-san test-faults test-valgrind test-tsan test-slow test-gpu coverage bench ladder \
+	lint format fuzz clean help
 .DELETE_ON_ERROR:
 
 all: $(BIN)/run $(BIN)/quantize
@@ -32,6 +32,7 @@ help:
 	@echo 'make coverage   lines of the C files that make test does not reach'
 	@echo 'make test-gpu   the GPU against plain C (needs nvcc and a GPU)'
 	@echo 'make bench      speed of the kernels against cuBLAS (needs nvcc and a GPU)'
+	@echo 'make ladder     the GEMM in eight steps, from naive to wgmma, each with its time'
 	@echo 'make lint       clang-format, gcc, clang, gcc -fanalyzer, clang-tidy, cppcheck: no findings'
 	@echo 'make format     clang-format everything'
 	@echo 'make fuzz       libFuzzer on files, texts and command lines, FUZZ_SECONDS (10) each'
@@ -104,8 +105,8 @@ $(BUILD)/%.cu.o: %.cu qqq.h Makefile
 
 # test_gpu_twins includes kernels.cu.
 $(BUILD)/test/test_gpu_twins.cu.o: kernels.cu
-$(BUILD)/test_kernels $(BUILD)/bench_gemm: $(BUILD)/kernels.cu.o
-$(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/bench_gemm: $(BUILD)/%: $(BUILD)/test/%.cu.o $(OBJECTS)
+$(BUILD)/test_kernels $(BUILD)/bench_gemm $(BUILD)/ladder: $(BUILD)/kernels.cu.o
+$(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/bench_gemm $(BUILD)/ladder: $(BUILD)/%: $(BUILD)/test/%.cu.o $(OBJECTS)
 	$(NVCC) $^ -o $@ $(LIBS) -lgomp -lcublas
 
 test-gpu: all $(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/tests
@@ -116,6 +117,9 @@ test-gpu: all $(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/tests
 
 bench: $(BUILD)/bench_gemm
 	$(BUILD)/bench_gemm $(BUILD)/bench_gemm.csv
+
+ladder: $(BUILD)/ladder
+	$(BUILD)/ladder
 
 # -fanalyzer: Off is what it sees wrongly: that die() leaks, and that loops over rows may be empty.
 # cppcheck: NULL is a pointer here; a realloc that fails ends the program; exp() sums are above 0;
