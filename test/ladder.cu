@@ -452,8 +452,7 @@ __device__ bool add_blocks(const Gemm &p, const Shares &shares, int at, int firs
     const int first_block = shares.owner(at), last_block = shares.owner(at + chunks - 1);
     for (int b = first_block; b <= last_block; b++) {
         if (b == (int)blockIdx.x) continue;
-        bool from_start = b > first_block || shares.start(b) == at;
-        const int4 *theirs = p.partial + (size_t)(b * 2 + from_start) * SIZE;
+        const int4 *theirs = p.partial + (size_t)(b * 2 + (b == first_block)) * SIZE;
 #pragma unroll 8
         for (int i = threadIdx.x; i < SIZE; i += 256) sums[i] = sums[i] + __ldcg(theirs + i);
     }
