@@ -1,20 +1,25 @@
 /* QQQ on the GPU. Each kernel has a plain-C twin in qqq.c.
  *
- *   1 W4A8 GEMM with mma.sync (and wgmma), per channel and per group, and the activation quantizer
- *   2 the small kernels around the linears: RMSNorm and SwiGLU, with quantization in one pass
- *   3 attention: of a prompt, and of one token of each sequence
- *   4 the forward pass: weights, KV cache, a prompt, a decode step as one graph, perplexity
+ *   1 the forward pass: a layer, a prompt, a decode step as one graph
+ *   2 W4A8 GEMM with mma.sync (and wgmma), per channel and per group
+ *   3 what stands around the linears: RMSNorm, SwiGLU, the activation quantizer, 16-bit linears,
+ *     the choice of a token
+ *   4 attention and the KV cache: of a prompt, and of one token of each sequence
  *   5 quantization: rotation, ranges, smoothing, moments, Cholesky, GPTQ, layer by layer
+ *   6 plumbing: weights and buffers in GPU memory, perplexity
  */
 #include "qqq.h"
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <stdlib.h>
-#include <type_traits>
 
 static void cuda_check(cudaError_t status, const char *what) {
     if (status != cudaSuccess) die("%s: %s", what, cudaGetErrorString(status));
+}
+
+static void cublas_check(cublasStatus_t status) {
+    if (status != CUBLAS_STATUS_SUCCESS) die("cuBLAS: %s", cublasGetStatusString(status));
 }
 
 static void *device_alloc(size_t bytes) {
@@ -49,8 +54,249 @@ static bool hopper_code() {
     return version >= 90;
 }
 
+constexpr int MAX_CLUSTER = 8; // blocks: as many as every Hopper GPU allows
+
+struct LaunchShape {
+    dim3 grid;
+    int threads;
+    size_t shared = 0; // bytes of dynamic shared memory
+    int cluster = 1;   // blocks, along y, that see each other's shared memory (Hopper)
+};
+
+/* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel
+ * launched so must wait_for_previous_kernel(), whatever it does: the one after it relies on that.
+ */
+template <typename... Parameters, typename... Arguments>
+static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
+                   Arguments... arguments) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {1, (unsigned)shape.cluster, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = shape.grid;
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = !hopper_code() ? 0 : shape.cluster > 1 ? 2 : 1;
+    cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+}
+
+/* Lets a kernel have so much dynamic shared memory. */
+template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               "shared memory");
+}
+
 /* ================================================================================================
- * 1. W4A8 GEMM
+ * 1. The forward pass
+ *
+ *     x <- x + o(attention(rope(q(h)), rope(k(h)), v(h))),   h = rmsnorm(x)
+ *     x <- x + down(silu(gate(h)) * up(h)),                  h = rmsnorm(x)
+ *
+ * as in qqq.c, section 1, with q, k, v as one product and gate, up as one. A layer is eight
+ * kernels:
+ *
+ *     rmsnorm+quantize  qkv  attention+quantize  o+add  rmsnorm+quantize  gate,up
+ *     swiglu+quantize  down+add              (prompts: cache, attention, quantize one by one)
+ *
+ * W4A8 linears are section 2's. 16-bit ones, and lm_head always, are cuBLAS's, or gemv_kernel's for
+ * a single token, which is bound by reading the weights and needs no tensor cores.
+ * ============================================================================================== */
+
+/* Linears with one input, stacked. */
+struct Matrix {
+    int N, K;
+    GpuLinear w4a8; // or
+    half *w;        // [N][K], NULL: W4A8
+};
+
+struct GpuLayer {
+    float *attention_norm, *ffn_norm; // [dim]
+    Matrix qkv, o, gate_up, down;
+};
+
+struct GpuModel {
+    Config config;
+    bool quantized;
+    half *embedding; // [vocab_size][dim]
+    Matrix lm_head;  // its w may be the embedding
+    float *norm;     // [dim]
+    GpuLayer *layers;
+    size_t bytes;
+};
+
+/* What the greedy choice of a token is kept as: larger logit, larger key; of equals the smaller
+ * token. 0: none yet. All ones: a logit was not finite. */
+typedef unsigned long long Choice;
+
+static __host__ __device__ int chosen_token(Choice choice) {
+    return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
+}
+
+struct GpuState {
+    const GpuModel *model;
+    int n_sequences, context, max_T;
+    cudaStream_t stream;
+    cublasHandle_t cublas;
+    cudaGraphExec_t step; // a decode step, captured at the first
+    uint8_t *memory;      // [bytes] of all that follows
+    size_t bytes;
+    int *tokens;    // [max_T] of a prompt
+    int *positions; // [n_sequences] of the next token
+    Choice *chosen; // [n_sequences] the next token
+    float *x;       // [max_T][dim] the residual stream
+    int8_t *a;      // [max_T][K] a linear's input, int8 or
+    half *h;        // [max_T][K] 16 bits; after the last layer: normed, ready for lm_head
+    float *scale;   // [max_T] of either
+    half *qkv;      // [max_T][q_dim + 2 kv_dim]
+    half *att;      // [max_T][q_dim]
+    half *gate_up;  // [max_T][2][hidden_dim]
+    float *y;       // [max_T][dim] down's output before it is scaled (16-bit models)
+    half *keys;     // [n_layers][n_sequences][n_kv_heads][context][head_dim]
+    half *values;   // the same
+    float4 *rope;   // [context][head_dim / 4] cos and sin of two angles
+    float *logits;  // [max(LOGIT_ROWS, n_sequences)][vocab_size]
+    double *nll;    // [LOGIT_ROWS]
+    float *partial; // of attention_decode_kernel, for `splits` blocks a row of blocks
+    int *arrived;   // [n_sequences * rows of blocks]
+    int splits;
+    int *gemm_workspace;
+    void *cublas_workspace;
+    float *host_logits; // [n_sequences][vocab_size] pinned
+    int *host_chosen;   // [n_sequences]
+    int rows;           // of logits, by the last call
+};
+
+/* Where T rows of x stand: one after the other in a sequence, or each the next token of its own. */
+struct Rows {
+    int T;
+    int sequence, pos; // of the first; sequence -1: a decode step
+};
+
+/* ---- a layer --------------------------------------------------------------------------------- */
+
+/* A linear's input in the form that the model's linears want. */
+static LinearInput linear_input(const GpuState *s) {
+    if (s->model->quantized) return {s->a, NULL, s->scale};
+    return {NULL, s->h, s->scale};
+}
+
+static void embed(GpuState *s, int T);
+static void embed_chosen(GpuState *s);
+static void linear(GpuState *s, const Matrix *w, int T, half *y);
+static void add_linear(GpuState *s, const Matrix *w, int T, const half *in, const float *scale);
+static void attend(GpuState *s, int l, const Rows &rows);
+static void lm_head(GpuState *s, int first, int n);
+static void choose(GpuState *s, int sequence, int n);
+
+static void layer(GpuState *s, int l, const Rows &rows) {
+    const Config *c = &s->model->config;
+    const GpuLayer *w = &s->model->layers[l];
+    const LinearInput input = linear_input(s);
+    const int T = rows.T;
+
+    gpu_rmsnorm(s->x, w->attention_norm, T, c->dim, c->norm_eps, input, s->stream);
+    linear(s, &w->qkv, T, s->qkv);
+    attend(s, l, rows);
+    add_linear(s, &w->o, T, s->att, NULL);
+
+    gpu_rmsnorm(s->x, w->ffn_norm, T, c->dim, c->norm_eps, input, s->stream);
+    linear(s, &w->gate_up, T, s->gate_up);
+    gpu_swiglu(s->gate_up, T, c->hidden_dim, input, s->stream);
+    add_linear(s, &w->down, T, s->h, s->scale);
+}
+
+/* All layers and the final norm: from x to h [T][dim], in 16 bits. */
+static void layers(GpuState *s, const Rows &rows) {
+    const Config *c = &s->model->config;
+    for (int l = 0; l < c->n_layers; l++) layer(s, l, rows);
+    gpu_rmsnorm(s->x, s->model->norm, rows.T, c->dim, c->norm_eps, {NULL, s->h, NULL}, s->stream);
+}
+
+/* ---- a prompt, a step ------------------------------------------------------------------------ */
+
+static void check_tokens(const GpuState *s, const int *tokens, int T, int pos) {
+    if (T < 1 || pos < 0 || pos > s->context - T) {
+        die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
+    }
+    for (int t = 0; t < T; t++) {
+        if (tokens[t] < 0 || tokens[t] >= s->model->config.vocab_size) {
+            die("token %d is outside the vocabulary of %d", tokens[t], s->model->config.vocab_size);
+        }
+    }
+}
+
+static void upload(GpuState *s, void *to, const void *from, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, s->stream), "upload");
+}
+
+/* Up to max_T tokens through all layers. */
+static void forward_chunk(GpuState *s, int sequence, const int *tokens, int T, int pos) {
+    upload(s, s->tokens, tokens, T * sizeof *tokens);
+    embed(s, T);
+    layers(s, {T, sequence, pos});
+}
+
+void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int pos) {
+    check_tokens(s, tokens, T, pos);
+    int done = 0, n = 0;
+    for (; done < T; done += n) {
+        n = min(T - done, s->max_T);
+        forward_chunk(s, sequence, tokens + done, n, pos + done);
+    }
+    lm_head(s, n - 1, 1);
+    const int last = pos + T - 1;
+    const Choice none = 0;
+    upload(s, s->positions + sequence, &last, sizeof last);
+    upload(s, s->chosen + sequence, &none, sizeof none);
+    choose(s, sequence, 1);
+}
+
+void gpu_decode(GpuState *s, const int *tokens, const int *positions) {
+    for (int i = 0; tokens && i < s->n_sequences; i++) {
+        check_tokens(s, tokens + i, 1, positions[i]);
+        const Choice given = (uint32_t)~tokens[i];
+        upload(s, s->chosen + i, &given, sizeof given);
+        upload(s, s->positions + i, positions + i, sizeof *positions);
+    }
+    if (!s->step) {
+        cudaGraph_t graph;
+        cuda_check(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal), "capture");
+        embed_chosen(s);
+        layers(s, {s->n_sequences, -1, 0});
+        lm_head(s, 0, s->n_sequences);
+        choose(s, 0, s->n_sequences);
+        cuda_check(cudaStreamEndCapture(s->stream, &graph), "capture");
+        cuda_check(cudaGraphInstantiate(&s->step, graph, 0), "cudaGraphInstantiate");
+        cuda_check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+    }
+    cuda_check(cudaGraphLaunch(s->step, s->stream), "cudaGraphLaunch");
+    s->rows = s->n_sequences;
+}
+
+const float *gpu_logits(GpuState *s) {
+    size_t bytes = (size_t)s->rows * s->model->config.vocab_size * sizeof(float);
+    cuda_check(cudaMemcpyAsync(s->host_logits, s->logits, bytes, cudaMemcpyDeviceToHost, s->stream),
+               "download of logits");
+    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+    return s->host_logits;
+}
+
+const int *gpu_chosen(GpuState *s) {
+    Choice *chosen = (Choice *)s->host_logits; // pinned, and not in use
+    cuda_check(cudaMemcpyAsync(chosen, s->chosen, s->n_sequences * sizeof *chosen,
+                               cudaMemcpyDeviceToHost, s->stream),
+               "download of tokens");
+    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+    for (int i = 0; i < s->n_sequences; i++) s->host_chosen[i] = chosen_token(chosen[i]);
+    return s->host_chosen;
+}
+
+/* ================================================================================================
+ * 2. W4A8 GEMM
  *
  *     y[m][n] = (sum_k a[m][k] * w8[n][k]) * s_a[m] * s_channel[n]        the sum in int32, exact
  *     w8 = q (per channel) or q * s_group (per group of 128)              q: 4 bits
@@ -92,10 +338,10 @@ static bool hopper_code() {
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
-constexpr int STRIP = 32; // channels of a warp: two m16 tiles
-constexpr int UNIT = 64;  // k of one load: two k32 steps
-constexpr int DEPTH = 4;  // units that a warp has in flight, and in a chunk
-constexpr int BAND = 8;   // tiles of tokens that are worked on together
+constexpr int STRIP = 32;      // channels of a warp: two m16 tiles
+constexpr int UNIT = 64;       // k of one load: two k32 steps
+constexpr int CHUNK_UNITS = 4; // units that a warp has in flight, and in a chunk
+constexpr int BAND = 8;        // tiles of tokens that are worked on together
 
 /* ---- the layout of the weights -------------------------------------------------------------- */
 
@@ -167,24 +413,6 @@ __global__ void layout_weights_kernel(const uint16_t *qweight, const uint8_t *s_
     }
 }
 
-/* The inverse. One thread for four columns. */
-__global__ void restore_weights_kernel(const uint32_t *w, const uint8_t *scales, int N, int K,
-                                       uint16_t *qweight, uint8_t *s_group) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)N * (K / 4)) return;
-    int n = i / (K / 4);
-    int k = i % (K / 4) * 4;
-    uint32_t word = w[fragment_word(n, k, K)];
-    if (!scales) word ^= TWOS_COMPLEMENT;
-    if (k % UNIT >= 32) word >>= 4;
-    uint32_t codes = 0;
-    for (int b = 0; b < 4; b++) codes |= (word >> 8 * b & 15) << 4 * b;
-    qweight[i] = codes;
-    if (scales && k % GROUP == 0) {
-        s_group[(size_t)n * (K / GROUP) + k / GROUP] = scales[fragment_scale(n, k, K)];
-    }
-}
-
 __global__ void scale_kernel(float *x, int n, float factor) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) x[i] *= factor;
@@ -252,25 +480,6 @@ void gpu_linear_free(GpuLinear *l) {
     cuda_check(cudaFree(l->s_group), "cudaFree");
     cuda_check(cudaFree(l->s_channel), "cudaFree");
     *l = {};
-}
-
-void gpu_linear_restore(const GpuLinear *l, uint8_t *qweight, float *s_channel, uint8_t *s_group) {
-    size_t bytes = (size_t)l->N * l->K / 2;
-    size_t groups = l->s_group ? (size_t)l->N * (l->K / GROUP) : 0;
-    uint16_t *q = (uint16_t *)device_alloc(bytes);
-    uint8_t *s = groups ? (uint8_t *)device_alloc(groups) : NULL;
-    restore_weights_kernel<<<(bytes / 2 + 255) / 256, 256>>>(l->w, l->s_group, l->N, l->K, q, s);
-    cuda_check(cudaGetLastError(), "restore_weights_kernel");
-    cuda_check(cudaMemcpy(qweight, q, bytes, cudaMemcpyDeviceToHost), "download of qweight");
-    cuda_check(cudaMemcpy(s_channel, l->s_channel, l->N * sizeof(float), cudaMemcpyDeviceToHost),
-               "download of s_channel");
-    if (groups) {
-        cuda_check(cudaMemcpy(s_group, s, groups, cudaMemcpyDeviceToHost), "download of s_group");
-    } else {
-        for (int n = 0; n < l->N; n++) s_channel[n] *= 16;
-    }
-    cuda_check(cudaFree(q), "cudaFree");
-    cuda_check(cudaFree(s), "cudaFree");
 }
 
 /* ---- instructions that C++ has no name for --------------------------------------------------- */
@@ -433,10 +642,11 @@ __device__ __forceinline__ void wgmma(int (&c)[16][4], const uint32_t (&a)[4], u
 template <int TOKENS, int TEAMS> struct Shape {
     static constexpr int TEAM_WARPS = WARPS / TEAMS;
     static constexpr int TEAM_THREADS = TEAM_WARPS * 32;
-    static constexpr int CHANNELS = TEAM_WARPS * STRIP;      // of a tile
-    static constexpr int TILE = CHANNELS * TOKENS;           // outputs of a tile
-    static constexpr int CHUNK = TEAMS * DEPTH;              // units of a chunk
-    static constexpr int STAGE = TOKENS * DEPTH * UNIT;      // bytes: a team's part of a chunk of a
+    static constexpr int CHANNELS = TEAM_WARPS * STRIP; // of a tile
+    static constexpr int TILE = CHANNELS * TOKENS;      // outputs of a tile
+    static constexpr int CHUNK = TEAMS * CHUNK_UNITS;   // units of a chunk
+    static constexpr int STAGE =
+        TOKENS * CHUNK_UNITS * UNIT;                         // bytes: a team's part of a chunk of a
     static constexpr int TEAM_SUMS = (TEAMS - 1) * TILE * 4; // bytes: for adding up the teams
     // How blocks share the K of a tile, if they do: as a cluster, write_shared_tile(); or any
     // blocks whose shares meet there, add_blocks().
@@ -542,7 +752,7 @@ template <int TOKENS, int TEAMS>
 __device__ __forceinline__ void load_activations(const GemmArgs &p, const Work &work, int team,
                                                  uint32_t stage, int half_of_rows) {
     using S = Shape<TOKENS, TEAMS>;
-    constexpr int PIECES = DEPTH * UNIT / 16; // of a row
+    constexpr int PIECES = CHUNK_UNITS * UNIT / 16; // of a row
     constexpr int ROWS = S::TEAM_THREADS / PIECES;
     int column = threadIdx.x % PIECES;
     int k = (work.chunk * S::CHUNK + (column / 8 * TEAMS + team) * 2) * UNIT + column % 8 * 16;
@@ -591,8 +801,8 @@ __device__ __forceinline__ uint32_t dequantize(uint32_t word, int step, uint32_t
 /* acc [2 m16 tiles][N_TILES n8 tiles] += weights a . activations at `from`, k32. One ldmatrix reads
  * the right operands of two n8 tiles, four mma use them. */
 template <int N_TILES>
-__device__ __forceinline__ void multiply(int (&acc)[2][N_TILES][4], const uint32_t (&a)[2][4],
-                                         uint32_t from) {
+__device__ __forceinline__ void multiply_step(int (&acc)[2][N_TILES][4], const uint32_t (&a)[2][4],
+                                              uint32_t from) {
     constexpr int PAIR = N_TILES == 1 ? 1 : 2;
 #pragma unroll
     for (int j = 0; j < N_TILES; j += PAIR) {
@@ -878,8 +1088,8 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
     // The weights of the next four units, on their way. Pairs of units go to the teams in turn: the
     // 128 k of a pair share a line of activations and a group's scale.
-    uint4 w[DEPTH][2] = {};
-    uint32_t s_group[DEPTH / 2] = {};
+    uint4 w[CHUNK_UNITS][2] = {};
+    uint32_t s_group[CHUNK_UNITS / 2] = {};
     const uint4 *from_w = p.w;
     const uint32_t *from_s_group = p.s_group;
     int valid = 0; // units from there to the end
@@ -914,7 +1124,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     }
     aim(next);
 #pragma unroll
-    for (int u = 0; u < DEPTH; u++) load_weights(u);
+    for (int u = 0; u < CHUNK_UNITS; u++) load_weights(u);
     prefetch(p.s_channel + (next.n * S::TEAM_WARPS + warp) * STRIP, valid > 0);
     launch_dependents();
     wait_for_previous_kernel();
@@ -939,7 +1149,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
             if (filling == stages + STAGES * S::STAGE) filling = stages;
 
 #pragma unroll
-            for (int u = 0; u < DEPTH; u++) {
+            for (int u = 0; u < CHUNK_UNITS; u++) {
                 if (!WGMMA && u < 2) load_activations<TOKENS, TEAMS>(p, next, team, filling, u);
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
@@ -968,7 +1178,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
                         }
                         wgmma_wait<1>(); // the step before is through: its `left` is free
                     } else {
-                        multiply<TOKENS / 8>(acc, left, panel + (b_row ^ column));
+                        multiply_step<TOKENS / 8>(acc, left, panel + (b_row ^ column));
                     }
                 }
             }
@@ -1002,36 +1212,6 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
 /* ---- launching ------------------------------------------------------------------------------- */
 
-constexpr int MAX_CLUSTER = 8; // blocks: as many as every Hopper GPU allows
-
-struct LaunchShape {
-    dim3 grid;
-    int threads;
-    size_t shared = 0; // bytes of dynamic shared memory
-    int cluster = 1;   // blocks, along y, that see each other's shared memory (Hopper)
-};
-
-/* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel
- * launched so must wait_for_previous_kernel(), whatever it does: the one after it relies on that.
- */
-template <typename... Parameters, typename... Arguments>
-static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
-                   Arguments... arguments) {
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {1, (unsigned)shape.cluster, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = shape.grid;
-    config.blockDim = dim3(shape.threads);
-    config.dynamicSmemBytes = shape.shared;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = !hopper_code() ? 0 : shape.cluster > 1 ? 2 : 1;
-    cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
-}
-
 /* What the largest kernels need of `partial`: two tiles of 256 x 128 for each multiprocessor (or of
  * half that size for each of two blocks). Split tiles are fewer than twice the blocks. */
 static size_t partial_ints() {
@@ -1051,9 +1231,9 @@ int *gpu_gemm_workspace(void) {
 
 /* Of how many blocks the clusters should be that share a tile's chunks of K: as few as leave the
  * fewest chunks to each, of so many that all clusters run at once. */
-template <typename Kernel>
-static int choose_cluster(Kernel kernel, int tiles, int chunks, size_t shared) {
-    static int at_once[MAX_CLUSTER + 1]; // [blocks] clusters
+template <void (*KERNEL)(GemmArgs)>
+static int choose_cluster(int tiles, int chunks, size_t shared) {
+    static int at_once[MAX_CLUSTER + 1]; // [blocks] clusters of this kernel
     int best = 1;
     for (int blocks = 2; blocks <= MAX_CLUSTER && hopper_code(); blocks++) {
         if (!at_once[blocks]) {
@@ -1066,7 +1246,7 @@ static int choose_cluster(Kernel kernel, int tiles, int chunks, size_t shared) {
             config.dynamicSmemBytes = shared;
             config.attrs = &cluster;
             config.numAttrs = 1;
-            cuda_check(cudaOccupancyMaxActiveClusters(&at_once[blocks], kernel, &config),
+            cuda_check(cudaOccupancyMaxActiveClusters(&at_once[blocks], KERNEL, &config),
                        "cudaOccupancyMaxActiveClusters");
         }
         auto each = [&](int n) { return (chunks + n - 1) / n; };
@@ -1079,20 +1259,21 @@ static int choose_cluster(Kernel kernel, int tiles, int chunks, size_t shared) {
 
 /* Shares the work out among `blocks` blocks. Unless SHARES, every tile is one block's, or one
  * cluster's, and each block gets the same number of tiles. */
-template <int TOKENS, int TEAMS, bool GROUPS, bool HOPPER>
-static void launch_gemm(GemmArgs p, int blocks, cudaStream_t stream) {
+template <int TOKENS, int TEAMS, bool GROUPS, bool HOPPER = false>
+static void launch_gemm(GemmArgs p, cudaStream_t stream) {
     using S = Shape<TOKENS, TEAMS>;
+    int blocks = multiprocessors() * (TOKENS <= 32 ? 2 : 1);
     p.tiles_m = (p.M + TOKENS - 1) / TOKENS;
     p.tiles_n = (p.N + S::CHANNELS - 1) / S::CHANNELS;
     p.tiles = p.tiles_m * p.tiles_n;
     p.units = p.K / UNIT;
     p.chunks = (p.units + S::CHUNK - 1) / S::CHUNK;
-    auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS, HOPPER>;
+    constexpr auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS, HOPPER>;
     constexpr int shared = TEAMS * (HOPPER ? 3 : 2) * S::STAGE + S::TEAM_SUMS + S::BLOCK_SUMS;
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     cuda_check(allowed, "shared memory");
-    const int cluster = S::CLUSTERS ? choose_cluster(kernel, p.tiles, p.chunks, shared) : 1;
+    const int cluster = S::CLUSTERS ? choose_cluster<kernel>(p.tiles, p.chunks, shared) : 1;
     if (S::SHARES) {
         // Whole tiles, if that keeps the blocks busy for 13/14 of the time. Else the tiles of the
         // last, incomplete round are split. Very few would be split very finely, with more to add
@@ -1113,39 +1294,6 @@ static void launch_gemm(GemmArgs p, int blocks, cudaStream_t stream) {
     launch(kernel, {dim3(blocks, cluster), THREADS, shared, cluster}, stream, p);
 }
 
-template <bool GROUPS>
-static void launch_kernel(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream) {
-    const int sms = multiprocessors();
-    switch (kernel) {
-    case GEMM_8X8:
-        launch_gemm<8, 8, GROUPS, false>(p, 2 * sms, stream);
-        break;
-    case GEMM_16X8:
-        launch_gemm<16, 8, GROUPS, false>(p, 2 * sms, stream);
-        break;
-    case GEMM_32X4:
-        launch_gemm<32, 4, GROUPS, false>(p, 2 * sms, stream);
-        break;
-    case GEMM_64X4:
-        launch_gemm<64, 4, GROUPS, false>(p, sms, stream);
-        break;
-    case GEMM_64X2:
-        launch_gemm<64, 2, GROUPS, false>(p, sms, stream);
-        break;
-    case GEMM_64:
-        launch_gemm<64, 1, GROUPS, false>(p, sms, stream);
-        break;
-    case GEMM_128:
-        launch_gemm<128, 1, GROUPS, false>(p, sms, stream);
-        break;
-    case GEMM_WGMMA:
-        launch_gemm<128, 1, GROUPS, true>(p, sms, stream);
-        break;
-    default:
-        die("no such GEMM kernel: %d", kernel);
-    }
-}
-
 /* Measured, not derived: build and run `make bench` before changing a number. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     static const int largest_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -1158,16 +1306,22 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     // Short sums are added up fastest by a cluster; long ones better keep all multiprocessors busy.
     if (M <= 64 && l->K <= 8192 && hopper_code() && tiles(l->N, 256) <= sms) return GEMM_64;
     // Large tiles pay if a block gets some chunks for each time that it adds up with others.
-    int chunks = tiles(M, 128) * tiles(l->N, 256) * tiles(l->K, DEPTH * UNIT);
+    int chunks = tiles(M, 128) * tiles(l->N, 256) * tiles(l->K, CHUNK_UNITS * UNIT);
     if (M > 64 && chunks >= 7 * sms) return wgmma ? GEMM_WGMMA : GEMM_128;
     bool fits = largest_shared >= 8 * Shape<64, 4>::STAGE + Shape<64, 4>::TEAM_SUMS;
     return fits && tiles(M, 64) * tiles(l->N, 64) <= sms ? GEMM_64X4 : GEMM_64X2;
 }
 
+/* In the order of GemmKernel. */
+template <bool GROUPS>
+static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
+    launch_gemm<8, 8, GROUPS>,   launch_gemm<16, 8, GROUPS>,       launch_gemm<32, 4, GROUPS>,
+    launch_gemm<64, 4, GROUPS>,  launch_gemm<64, 2, GROUPS>,       launch_gemm<64, 1, GROUPS>,
+    launch_gemm<128, 1, GROUPS>, launch_gemm<128, 1, GROUPS, true>};
+
 void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
                   half *y, float *residual, int *acc, int *workspace, cudaStream_t stream) {
     GemmArgs p = {};
-    p.residual = residual;
     p.M = M;
     p.N = l->N;
     p.K = l->K;
@@ -1177,14 +1331,11 @@ void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const 
     p.a = a;
     p.s_a = s_a;
     p.y = y;
+    p.residual = residual;
     p.acc = acc;
     p.partial = (int4 *)workspace;
     p.arrived = workspace + partial_ints();
-    if (l->s_group) {
-        launch_kernel<true>(kernel, p, stream);
-    } else {
-        launch_kernel<false>(kernel, p, stream);
-    }
+    (l->s_group ? gemm_launchers<true> : gemm_launchers<false>)[kernel](p, stream);
 }
 
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
@@ -1192,56 +1343,8 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
     gpu_gemm_run(gpu_gemm_choose(l, M, false), l, a, s_a, M, y, residual, NULL, workspace, stream);
 }
 
-/* ---- the activation quantizer ---------------------------------------------------------------- */
-
-/* s_a = max|x| / 127, a = rint(x / s_a); quantize_row() in qqq.c is the twin. One block a row. */
-__global__ void __launch_bounds__(THREADS)
-    quantize_kernel(const half *x, int K, int8_t *a, float *s_a) {
-    __shared__ uint32_t maxima[WARPS];
-    launch_dependents();
-    wait_for_previous_kernel();
-    const uint4 *row = (const uint4 *)(x + (size_t)blockIdx.x * K); // [K / 8]
-    uint2 *out = (uint2 *)(a + (size_t)blockIdx.x * K);             // [K / 8]
-
-    // Without its sign bit a half orders as an integer; NaN and infinity are above all others.
-    const uint32_t magnitude = 0x7fff7fff;
-    uint32_t pair = 0;
-    for (int i = threadIdx.x; i < K / 8; i += THREADS) {
-        uint4 v = row[i];
-        pair = __vmaxu2(pair, __vmaxu2(v.x & magnitude, v.y & magnitude));
-        pair = __vmaxu2(pair, __vmaxu2(v.z & magnitude, v.w & magnitude));
-    }
-    uint32_t most = max(pair >> 16, pair & 0xffff);
-    for (int i = 16; i > 0; i /= 2) most = max(most, __shfl_xor_sync(~0u, most, i));
-    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = most;
-    __syncthreads();
-    for (int i = 0; i < WARPS; i++) most = max(most, maxima[i]);
-    const uint32_t infinity = 0x7c00;
-    float s = __fdiv_rn(__half2float(__ushort_as_half(most)), 127.0f);
-    if (most >= infinity) s = __int_as_float(0x7fc00000); // NaN
-    if (threadIdx.x == 0) s_a[blockIdx.x] = s;
-
-    for (int i = threadIdx.x; i < K / 8; i += THREADS) {
-        uint4 v = row[i];
-        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-        uint32_t bytes[2] = {};
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float f = __half2float(__ushort_as_half(pairs[j / 2] >> j % 2 * 16 & 0xffff));
-            float r = s > 0 ? rintf(__fdiv_rn(f, s)) : 0;
-            int q = (int)fminf(fmaxf(r, -128.0f), 127.0f);
-            bytes[j / 4] |= (q & 0xff) << j % 4 * 8;
-        }
-        out[i] = make_uint2(bytes[0], bytes[1]);
-    }
-}
-
-void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream_t stream) {
-    launch(quantize_kernel, {dim3(M), THREADS}, stream, x, K, a, s_a);
-}
-
 /* ================================================================================================
- * 2. The small kernels around the linears
+ * 3. The small kernels around the linears
  *
  *     h = x / sqrt(mean(x^2) + eps) * weight          RMSNorm, arXiv 1910.07467
  *     h = silu(gate) * up                             SwiGLU, arXiv 2002.05202
@@ -1338,14 +1441,15 @@ __device__ __forceinline__ float activation_scale(uint32_t most) {
     return __fdiv_rn(__uint_as_float(most >= INFINITE ? 0x7fc00000 : most), 127.0f);
 }
 
+__device__ __forceinline__ int quantize_one(float x, float s_a) {
+    float r = s_a > 0 ? rintf(__fdiv_rn(x, s_a)) : 0;
+    return (int)fminf(fmaxf(r, -128.0f), 127.0f);
+}
+
 __device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
     uint32_t bytes[2] = {};
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        float r = s_a > 0 ? rintf(__fdiv_rn(e.v[i], s_a)) : 0;
-        int q = (int)fminf(fmaxf(r, -128.0f), 127.0f);
-        bytes[i / 4] |= (q & 0xff) << i % 4 * 8;
-    }
+    for (int i = 0; i < 8; i++) bytes[i / 4] |= (quantize_one(e.v[i], s_a) & 0xff) << i % 4 * 8;
     return make_uint2(bytes[0], bytes[1]);
 }
 
@@ -1456,12 +1560,6 @@ static int row_threads(int T, int K) {
     return T <= 2 * multiprocessors() ? threads : min(threads, 256);
 }
 
-/* Lets a kernel have so much dynamic shared memory. */
-template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-               "shared memory");
-}
-
 void gpu_rmsnorm(const float *x, const float *weight, int T, int dim, float eps, LinearInput out,
                  cudaStream_t stream) {
     size_t shared = dim * sizeof(float);
@@ -1480,7 +1578,7 @@ void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cud
 }
 
 /* The block's row of x [T][dim] = the embedding [vocab_size][dim] of a token. */
-__device__ static void embed(const half *embedding, int token, int dim, float *x) {
+__device__ static void embed_row(const half *embedding, int token, int dim, float *x) {
     const uint4 *from = (const uint4 *)(embedding + (size_t)token * dim);
     float4 *to = (float4 *)(x + (size_t)blockIdx.x * dim);
     for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
@@ -1493,11 +1591,236 @@ __device__ static void embed(const half *embedding, int token, int dim, float *x
 __global__ void embed_kernel(const half *embedding, const int *tokens, int dim, float *x) {
     launch_dependents();
     wait_for_previous_kernel();
-    embed(embedding, tokens[blockIdx.x], dim, x);
+    embed_row(embedding, tokens[blockIdx.x], dim, x);
+}
+
+/* Quantizes a row of halves, `eights` times 8, into a and *s_a: s_a = max|x| / 127, a = rint(x /
+ * s_a). A thread keeps so much of it in registers between the two passes. */
+__device__ __forceinline__ void quantize_halves(const uint4 *row, int eights, uint2 *a,
+                                                float *s_a) {
+    constexpr int KEPT = 4;
+    uint4 kept[KEPT] = {};
+    uint32_t most = 0;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * blockDim.x;
+        if (i < eights) kept[j] = __ldcg(row + i);
+    }
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) most = max(most, magnitude(from_halves(kept[j])));
+    for (int i = threadIdx.x + KEPT * blockDim.x; i < eights; i += blockDim.x) {
+        most = max(most, magnitude(from_halves(__ldcg(row + i))));
+    }
+    const float s = activation_scale(block_max(most));
+    if (threadIdx.x == 0) *s_a = s;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        int i = threadIdx.x + j * blockDim.x;
+        if (i < eights) a[i] = quantize_eight(from_halves(kept[j]), s);
+    }
+    for (int i = threadIdx.x + KEPT * blockDim.x; i < eights; i += blockDim.x) {
+        a[i] = quantize_eight(from_halves(__ldcg(row + i)), s);
+    }
+}
+
+/* Twin: quantize_row(). One block a row. */
+__global__ void __launch_bounds__(THREADS)
+    quantize_kernel(const half *x, int K, int8_t *a, float *s_a) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const size_t at = (size_t)blockIdx.x * (K / 8);
+    quantize_halves((const uint4 *)x + at, K / 8, (uint2 *)a + at, s_a + blockIdx.x);
+}
+
+void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream_t stream) {
+    launch(quantize_kernel, {dim3(M), THREADS}, stream, x, K, a, s_a);
+}
+
+/* ---- 16-bit linears -------------------------------------------------------------------------- */
+
+constexpr int GEMV_ROWS = 2;  // of a warp
+constexpr int GEMV_LOADS = 4; // of a row in flight
+
+/* y [N] = (x [K] . w [N][K]) * scale, or with `add` y += that; to y16 or y32, whichever is not
+ * NULL. A warp reads two rows of weights, straight into registers, always four loads ahead. */
+__global__ void __launch_bounds__(THREADS, 3)
+    gemv_kernel(const half *w, int N, int K, const half *x, const float *scale, half *y16,
+                float *y32, bool add) {
+    extern __shared__ uint4 shared_x[]; // [K / 8]
+    const int lane = threadIdx.x % 32, pieces = K / 8;
+    const int n = (blockIdx.x * WARPS + threadIdx.x / 32) * GEMV_ROWS;
+    const uint4 *rows[GEMV_ROWS];
+#pragma unroll
+    for (int r = 0; r < GEMV_ROWS; r++) rows[r] = (const uint4 *)(w + (size_t)(n + r) * K) + lane;
+    uint4 next[GEMV_LOADS][GEMV_ROWS];
+    auto load = [&](int u, int i) {
+#pragma unroll
+        for (int r = 0; r < GEMV_ROWS; r++) {
+            next[u][r] = make_uint4(0, 0, 0, 0);
+            load_16(next[u][r], rows[r] + i, i + lane < pieces && n + r < N);
+        }
+    };
+#pragma unroll
+    for (int u = 0; u < GEMV_LOADS; u++) load(u, 32 * u);
+    launch_dependents();
+    wait_for_previous_kernel();
+    for (int i = threadIdx.x; i < pieces; i += THREADS) shared_x[i] = ((const uint4 *)x)[i];
+    __syncthreads();
+
+    float sum[GEMV_ROWS] = {};
+    for (int i = 0; i < pieces; i += 32 * GEMV_LOADS) {
+#pragma unroll
+        for (int u = 0; u < GEMV_LOADS; u++) {
+            int piece = i + 32 * u + lane;
+            Eight b = from_halves(shared_x[min(piece, pieces - 1)]); // past the end w is 0
+#pragma unroll
+            for (int r = 0; r < GEMV_ROWS; r++) {
+                Eight a = from_halves(next[u][r]);
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum[r] += a.v[j] * b.v[j];
+            }
+            load(u, i + 32 * (u + GEMV_LOADS));
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < GEMV_ROWS; r++) {
+        for (int i = 16; i > 0; i /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], i);
+        if (lane != 0 || n + r >= N) continue;
+        float y = scale ? sum[r] * *scale : sum[r];
+        if (y16) y16[n + r] = __float2half(y);
+        else y32[n + r] = add ? y32[n + r] + y : y;
+    }
+}
+
+/* x [T][dim] += y * scale [T] */
+__global__ void add_scaled_kernel(const float *y, const float *scale, int dim, float *x) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    size_t row = (size_t)blockIdx.x * dim;
+    for (int i = threadIdx.x; i < dim; i += blockDim.x)
+        x[row + i] += y[row + i] * scale[blockIdx.x];
+}
+
+/* y16 or y32 [T][N] = in [T][K] W^T, or with `add` += . */
+static void linear_halves(GpuState *s, const Matrix *w, const half *in, const float *scale, int T,
+                          half *y16, float *y32, bool add) {
+    if (T == 1) {
+        int rows = WARPS * GEMV_ROWS;
+        allow_shared(gemv_kernel, w->K * sizeof(half));
+        launch(gemv_kernel, {dim3((w->N + rows - 1) / rows), THREADS, w->K * sizeof(half)},
+               s->stream, w->w, w->N, w->K, in, scale, y16, y32, add);
+        return;
+    }
+    if (scale) { // of each row apart
+        linear_halves(s, w, in, NULL, T, NULL, s->y, false);
+        launch(add_scaled_kernel, {dim3(T), THREADS}, s->stream, s->y, scale, w->N, y32);
+        return;
+    }
+    const float one = 1, beta = add;
+    cublas_check(cublasGemmEx(s->cublas, CUBLAS_OP_T, CUBLAS_OP_N, w->N, T, w->K, &one, w->w,
+                              CUDA_R_16F, w->K, in, CUDA_R_16F, w->K, &beta,
+                              y16 ? (void *)y16 : y32, y16 ? CUDA_R_16F : CUDA_R_32F, w->N,
+                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+/* y [T][N] = W applied to linear_input(). */
+static void linear(GpuState *s, const Matrix *w, int T, half *y) {
+    if (w->w) linear_halves(s, w, s->h, NULL, T, y, NULL, false);
+    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, y, NULL, s->gemm_workspace, s->stream);
+}
+
+/* x [T][N] += W applied to linear_input(), or in 16 bits to in [T][K] * scale [T]. */
+static void add_linear(GpuState *s, const Matrix *w, int T, const half *in, const float *scale) {
+    if (w->w) linear_halves(s, w, in, scale, T, NULL, s->x, true);
+    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, NULL, s->x, s->gemm_workspace, s->stream);
+}
+
+/* logits [n][vocab_size] of tokens first .. first + n - 1 of the last layers(). */
+static void lm_head(GpuState *s, int first, int n) {
+    const half *h = s->h + (size_t)first * s->model->config.dim;
+    linear_halves(s, &s->model->lm_head, h, NULL, n, NULL, s->logits, false);
+    s->rows = n;
+}
+
+/* ---- the choice of the likeliest token ---------------------------------------------------------
+ */
+
+__device__ __forceinline__ Choice choice(float logit, int token) {
+    if (!isfinite(logit)) return ~0ull;
+    uint32_t bits = __float_as_uint(logit); // of a float, as an integer of the same order
+    bits = bits >> 31 ? ~bits : bits | 0x80000000;
+    return (Choice)bits << 32 | (uint32_t)~token;
+}
+
+/* Row blockIdx.y of logits, shared by gridDim.x blocks, into chosen; and its position moves on.
+ * Twin: argmax() in run.c. */
+__global__ void choose_kernel(const float *logits, int vocab_size, Choice *chosen, int *positions) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const float *row = logits + (size_t)blockIdx.y * vocab_size;
+    Choice best = 0;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab_size;
+         i += gridDim.x * blockDim.x) {
+        best = max(best, choice(row[i], i));
+    }
+    for (int i = 16; i > 0; i /= 2) best = max(best, __shfl_xor_sync(~0u, best, i));
+    if (threadIdx.x % 32 == 0) atomicMax(chosen + blockIdx.y, best);
+    if (blockIdx.x == 0 && threadIdx.x == 0) positions[blockIdx.y]++;
+}
+
+/* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
+__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
+    // In this order: no kernel of a step starts before the step before has finished. So they may
+    // read what that left, positions and cache, without waiting for each other.
+    wait_for_previous_kernel();
+    launch_dependents();
+    const int token = max(0, chosen_token(chosen[blockIdx.x])); // the host sees to what is none
+    __syncthreads();
+    if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
+    embed_row(embedding, token, dim, x);
+}
+
+static void embed(GpuState *s, int T) {
+    const int dim = s->model->config.dim;
+    launch(embed_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding, s->tokens,
+           dim, s->x);
+}
+
+static void embed_chosen(GpuState *s) {
+    const int dim = s->model->config.dim, T = s->n_sequences;
+    launch(embed_chosen_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding,
+           s->chosen, dim, s->x);
+}
+
+static void choose(GpuState *s, int sequence, int n) {
+    launch(choose_kernel, {dim3(max(8, 128 / n), n), THREADS}, s->stream, s->logits,
+           s->model->config.vocab_size, s->chosen + sequence, s->positions + sequence);
+}
+
+/* nll [rows] = -log softmax(logits)[target]; one block a row. Twin: negative_log_likelihood(). */
+__global__ void nll_kernel(const float *logits, int vocab_size, const int *targets, double *nll) {
+    __shared__ double sums[32];
+    launch_dependents();
+    wait_for_previous_kernel();
+    const float *row = logits + (size_t)blockIdx.x * vocab_size;
+    float most = -INFINITY;
+    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) most = fmaxf(most, row[i]);
+    uint32_t bits = __float_as_uint(most); // as in choice()
+    bits = block_max(bits >> 31 ? ~bits : bits | 0x80000000);
+    most = __uint_as_float(bits >> 31 ? bits & 0x7fffffff : ~bits);
+    double sum = 0;
+    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) sum += expf(row[i] - most);
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    sum = 0;
+    for (int i = 0; i < (int)blockDim.x / 32; i++) sum += sums[i];
+    nll[blockIdx.x] = log(sum) + most - row[targets[blockIdx.x]];
 }
 
 /* ================================================================================================
- * 3. Attention
+ * 4. Attention
  *
  *     out = softmax(q k^T / sqrt(d)) v,   causal;   query head h reads KV head h / group
  *
@@ -1744,40 +2067,58 @@ constexpr int HEADS = 8;       // query heads of a block: mma's right side is 8 
  *
  *     of k, positions g and g + 8:            dimensions 32 j + 8 t .. + 7, for two steps of mma
  *     of v, positions 2t, 2t+1, 2t+8, 2t+9:   dimensions 64 i + 8 g .. + 7, for four tiles of o^T
- *
- * The block of a row of blocks that comes last joins them, through partial [blocks][HEADS *
- * (HEAD_DIM + 2)]: o, m, l of each; that of a token quantizes its row for o. arrived counts them:
- * [sequences][rows of blocks + 1]. */
-template <int HEAD_DIM, int DECODE_WARPS>
-__global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
-    attention_decode_kernel(const half *qkv, int group, const int *positions, const float4 *rope,
-                            Cache cache, half *out, LinearInput quantized, float *partial,
-                            int *arrived) {
-    constexpr int K_LOADS = HEAD_DIM / 32, V_LOADS = HEAD_DIM / 64;
-    __shared__ float sums[DECODE_WARPS][HEADS][HEAD_DIM + 1]; // + 1: other banks
-    __shared__ uint4 q[K_LOADS][32];
-    __shared__ float maxima[DECODE_WARPS][HEADS], totals[DECODE_WARPS][HEADS];
-    __shared__ float joined[2][HEADS]; // m, l of the block
-    __shared__ bool last;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int eights = (group + HEADS - 1) / HEADS; // of query heads, to a KV head
-    const int kv_head = blockIdx.y / eights, sequence = blockIdx.z;
-    const int head0 = kv_head * group + blockIdx.y % eights * HEADS;
-    const int n_heads = min(HEADS, (kv_head + 1) * group - head0);
-    const int q_dim = cache.n_kv_heads * group * HEAD_DIM, kv_dim = cache.n_kv_heads * HEAD_DIM;
-    launch_dependents();
-    const int pos = positions[sequence], tiles = pos / 16 + 1;
-    const int tile0 = (int)((long long)tiles * blockIdx.x / gridDim.x);
-    const int tile1 = (int)((long long)tiles * (blockIdx.x + 1) / gridDim.x);
-    half *keys = cache.keys + cache.at(sequence, kv_head, HEAD_DIM);
-    half *values = cache.values + cache.at(sequence, kv_head, HEAD_DIM);
-    const half *row = qkv + (size_t)sequence * (q_dim + 2 * kv_dim);
-    const float4 *angles = rope + (size_t)pos * (HEAD_DIM / 4);
+ */
+struct DecodeArgs {
+    const half *qkv;      // [sequences][q_dim + 2 kv_dim]
+    int group;            // query heads to a KV head
+    const int *positions; // [sequences]
+    const float4 *rope;
+    Cache cache;
+    half *out;             // [sequences][q_dim]
+    LinearInput quantized; // the same as o's input
+    float *partial;        // [sequences][rows of blocks][gridDim.x][HEADS * (HEAD_DIM + 2)] o, m, l
+    int *arrived;          // [sequences][rows of blocks + 1] blocks that are through
+};
 
+/* What one block does, and where. */
+template <int HEAD_DIM> struct DecodeBlock {
+    int kv_head, head0, n_heads; // of the query heads the first, and how many: at most HEADS
+    int q_dim, kv_dim, pos;
+    int tiles, tile0, tile1; // of the sequence; of this block
+    half *keys, *values;     // [context][HEAD_DIM]
+    const half *row;         // of qkv
+    const float4 *angles;    // of the position
+};
+
+template <int HEAD_DIM>
+__device__ __forceinline__ DecodeBlock<HEAD_DIM> decode_block(const DecodeArgs &p) {
+    DecodeBlock<HEAD_DIM> b;
+    const int eights = (p.group + HEADS - 1) / HEADS; // of query heads, to a KV head
+    b.kv_head = blockIdx.y / eights;
+    b.head0 = b.kv_head * p.group + blockIdx.y % eights * HEADS;
+    b.n_heads = min(HEADS, (b.kv_head + 1) * p.group - b.head0);
+    b.q_dim = p.cache.n_kv_heads * p.group * HEAD_DIM;
+    b.kv_dim = p.cache.n_kv_heads * HEAD_DIM;
+    b.pos = p.positions[blockIdx.z];
+    b.tiles = b.pos / 16 + 1;
+    b.tile0 = (int)((long long)b.tiles * blockIdx.x / gridDim.x);
+    b.tile1 = (int)((long long)b.tiles * (blockIdx.x + 1) / gridDim.x);
+    b.keys = p.cache.keys + p.cache.at(blockIdx.z, b.kv_head, HEAD_DIM);
+    b.values = p.cache.values + p.cache.at(blockIdx.z, b.kv_head, HEAD_DIM);
+    b.row = p.qkv + (size_t)blockIdx.z * (b.q_dim + 2 * b.kv_dim);
+    b.angles = p.rope + (size_t)b.pos * (HEAD_DIM / 4);
+    return b;
+}
+
+/* A warp's tile of the cache in registers. */
+template <int HEAD_DIM> struct Tile {
+    static constexpr int K_LOADS = HEAD_DIM / 32, V_LOADS = HEAD_DIM / 64;
     uint4 k[K_LOADS][2], v[V_LOADS][4];
+
     // The cache has room for whole tiles, and past the end old numbers, whose weight will be 0.
-    auto load_keys = [&](int tile) {
-        const half *from = keys + (tile * 16 + g) * HEAD_DIM + t * 8;
+    __device__ __forceinline__ void load_keys(const DecodeBlock<HEAD_DIM> &b, int tile) {
+        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        const half *from = b.keys + (tile * 16 + g) * HEAD_DIM + t * 8;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
 #pragma unroll
@@ -1785,9 +2126,10 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
                 k[j][i] = __ldcg((const uint4 *)(from + i * 8 * HEAD_DIM + j * 32));
             }
         }
-    };
-    auto load_values = [&](int tile) {
-        const half *from = values + (tile * 16 + 2 * t) * HEAD_DIM + g * 8;
+    }
+    __device__ __forceinline__ void load_values(const DecodeBlock<HEAD_DIM> &b, int tile) {
+        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        const half *from = b.values + (tile * 16 + 2 * t) * HEAD_DIM + g * 8;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
 #pragma unroll
@@ -1795,544 +2137,262 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
                 v[j][i] = __ldcg((const uint4 *)(from + (i / 2 * 8 + i % 2) * HEAD_DIM + j * 64));
             }
         }
-    };
-
-    // A tile of older tokens has been in the cache since earlier steps: see embed_chosen_kernel.
-    int tile = tile0 + warp;
-    const bool early = tile < tile1 && tile < pos / 16;
-    if (early) {
-        load_keys(tile);
-        load_values(tile);
     }
-    wait_for_previous_kernel();
+};
 
-    // The new token's k and v: by the block whose part they are in.
-    if (tile1 == tiles && threadIdx.x < HEAD_DIM / 4) {
-        const uint32_t *k = (const uint32_t *)(row + q_dim + kv_head * HEAD_DIM);
-        const uint32_t *v = k + kv_dim / 2;
-        uint32_t first = k[threadIdx.x], second = k[threadIdx.x + HEAD_DIM / 4];
-        rotate_pairs(first, second, angles[threadIdx.x]);
-        uint32_t *to_k = (uint32_t *)(keys + (size_t)pos * HEAD_DIM);
-        uint32_t *to_v = (uint32_t *)(values + (size_t)pos * HEAD_DIM);
-        to_k[threadIdx.x] = first;
-        to_k[threadIdx.x + HEAD_DIM / 4] = second;
-        to_v[threadIdx.x] = v[threadIdx.x];
-        to_v[threadIdx.x + HEAD_DIM / 4] = v[threadIdx.x + HEAD_DIM / 4];
+/* The new token's k and v, into the cache. */
+template <int HEAD_DIM> __device__ __forceinline__ void append_kv(const DecodeBlock<HEAD_DIM> &b) {
+    const int i = threadIdx.x, quarter = HEAD_DIM / 4;
+    if (i >= quarter) return;
+    const uint32_t *k = (const uint32_t *)(b.row + b.q_dim + b.kv_head * HEAD_DIM);
+    const uint32_t *v = k + b.kv_dim / 2;
+    uint32_t first = k[i], second = k[i + quarter];
+    rotate_pairs(first, second, b.angles[i]);
+    uint32_t *to_k = (uint32_t *)(b.keys + (size_t)b.pos * HEAD_DIM);
+    uint32_t *to_v = (uint32_t *)(b.values + (size_t)b.pos * HEAD_DIM);
+    to_k[i] = first;
+    to_k[i + quarter] = second;
+    to_v[i] = v[i];
+    to_v[i + quarter] = v[i + quarter];
+}
+
+/* Query head g in the dimensions of a lane's keys, RoPE applied: the same for every warp. Loads j
+ * and j + K_LOADS / 2 are partners. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void load_query(const DecodeBlock<HEAD_DIM> &b,
+                                           uint4 (&q)[HEAD_DIM / 32][32]) {
+    constexpr int PAIRS = HEAD_DIM / 64;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    if (warp >= PAIRS) return;
+    uint4 first = {}, second = {};
+    if (g < b.n_heads) {
+        const half *from = b.row + (size_t)(b.head0 + g) * HEAD_DIM + warp * 32 + t * 8;
+        const float4 *a = b.angles + warp * 16 + t * 4;
+        first = *(const uint4 *)from;
+        second = *(const uint4 *)(from + HEAD_DIM / 2);
+        rotate_pairs(first.x, second.x, a[0]);
+        rotate_pairs(first.y, second.y, a[1]);
+        rotate_pairs(first.z, second.z, a[2]);
+        rotate_pairs(first.w, second.w, a[3]);
     }
+    q[warp][lane] = first;
+    q[warp + PAIRS][lane] = second;
+}
 
-    // Query head g in the dimensions of a lane's keys, RoPE applied: the same for every warp. Loads
-    // j and j + K_LOADS / 2 are partners.
-    if (warp < K_LOADS / 2) {
-        uint4 first = {}, second = {};
-        if (g < n_heads) {
-            const half *from = row + (size_t)(head0 + g) * HEAD_DIM + warp * 32 + t * 8;
-            const float4 *a = angles + warp * 16 + t * 4;
-            first = *(const uint4 *)from;
-            second = *(const uint4 *)(from + HEAD_DIM / 2);
-            rotate_pairs(first.x, second.x, a[0]);
-            rotate_pairs(first.y, second.y, a[1]);
-            rotate_pairs(first.z, second.z, a[2]);
-            rotate_pairs(first.w, second.w, a[3]);
-        }
-        q[warp][lane] = first;
-        q[warp + K_LOADS / 2][lane] = second;
-    }
-    __syncthreads(); // now there are q, and the new token's k and v
-
-    float o[V_LOADS][4][4] = {};                    // rows 64 i + 8 g + 2 e, + 1; heads
+/* o, m and l of a warp's part of the positions. */
+template <int HEAD_DIM> struct Attended {
+    float o[HEAD_DIM / 64][4][4] = {};              // rows 64 i + 8 g + 2 e, + 1; heads
     float m[2] = {-INFINITY, -INFINITY}, l[2] = {}; // of heads 2 t, 2 t + 1
+};
+
+/* A warp's tiles: `tile`, which is in `kv`, and every WARPS-th after it. */
+template <int HEAD_DIM, int DECODE_WARPS>
+__device__ __forceinline__ void attend_tiles(const DecodeBlock<HEAD_DIM> &b, Tile<HEAD_DIM> &kv,
+                                             int tile, const uint4 (&q)[HEAD_DIM / 32][32],
+                                             Attended<HEAD_DIM> &a) {
+    const int lane = threadIdx.x % 32, g = lane / 4;
     const float scale = score_scale(HEAD_DIM);
-    if (!early && tile < tile1) {
-        load_keys(tile);
-        load_values(tile);
-    }
-    for (; tile < tile1; tile += DECODE_WARPS) {
+    for (; tile < b.tile1; tile += DECODE_WARPS) {
+        const int next = tile + DECODE_WARPS;
         float s[4] = {}, odd[4] = {}; // two chains of mma, half the wait
 #pragma unroll
-        for (int j = 0; j < K_LOADS; j++) {
-            const uint32_t a[4] = {k[j][0].x, k[j][1].x, k[j][0].y, k[j][1].y};
-            const uint32_t b[4] = {k[j][0].z, k[j][1].z, k[j][0].w, k[j][1].w};
+        for (int j = 0; j < HEAD_DIM / 32; j++) {
+            const uint4 *k = kv.k[j];
+            const uint32_t even_k[4] = {k[0].x, k[1].x, k[0].y, k[1].y};
+            const uint32_t odd_k[4] = {k[0].z, k[1].z, k[0].w, k[1].w};
             const uint4 q_j = q[j][lane];
-            mma(s, a, q_j.x, q_j.y);
-            mma(odd, b, q_j.z, q_j.w);
+            mma(s, even_k, q_j.x, q_j.y);
+            mma(odd, odd_k, q_j.z, q_j.w);
         }
         for (int i = 0; i < 4; i++) s[i] += odd[i];
-        // What is used up makes room for the next tile.
-        if (tile + DECODE_WARPS < tile1) load_keys(tile + DECODE_WARPS);
+        if (next < b.tile1) kv.load_keys(b, next); // what is used up makes room for the next tile
         float p[4], shrink[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float most = m[h];
+            float most = a.m[h];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                bool seen = tile * 16 + g + 8 * i <= pos;
+                bool seen = tile * 16 + g + 8 * i <= b.pos;
                 s[2 * i + h] = seen ? s[2 * i + h] * scale : -INFINITY;
                 most = fmaxf(most, s[2 * i + h]);
             }
             for (int i = 4; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-            shrink[h] = exp2f(m[h] - most);
-            m[h] = most;
+            shrink[h] = exp2f(a.m[h] - most);
+            a.m[h] = most;
             p[h] = exp2f(s[h] - most);
             p[2 + h] = exp2f(s[2 + h] - most);
-            l[h] = l[h] * shrink[h] + p[h] + p[2 + h];
+            a.l[h] = a.l[h] * shrink[h] + p[h] + p[2 + h];
         }
         const uint32_t b0 = transpose_8x8(pack(p[0], p[1]));
         const uint32_t b1 = transpose_8x8(pack(p[2], p[3]));
 #pragma unroll
-        for (int i = 0; i < V_LOADS; i++) {
-            const uint32_t *rows[4] = {(uint32_t *)&v[i][0], (uint32_t *)&v[i][1],
-                                       (uint32_t *)&v[i][2], (uint32_t *)&v[i][3]};
+        for (int i = 0; i < HEAD_DIM / 64; i++) {
+            const uint32_t *rows[4] = {(uint32_t *)&kv.v[i][0], (uint32_t *)&kv.v[i][1],
+                                       (uint32_t *)&kv.v[i][2], (uint32_t *)&kv.v[i][3]};
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                for (int c = 0; c < 4; c++) o[i][e][c] *= shrink[c % 2];
+                for (int c = 0; c < 4; c++) a.o[i][e][c] *= shrink[c % 2];
                 // Two positions of one dimension side by side: low halves, high halves.
-                const uint32_t a[4] = {__byte_perm(rows[0][e], rows[1][e], 0x5410),
+                const uint32_t v[4] = {__byte_perm(rows[0][e], rows[1][e], 0x5410),
                                        __byte_perm(rows[0][e], rows[1][e], 0x7632),
                                        __byte_perm(rows[2][e], rows[3][e], 0x5410),
                                        __byte_perm(rows[2][e], rows[3][e], 0x7632)};
-                mma(o[i][e], a, b0, b1);
+                mma(a.o[i][e], v, b0, b1);
             }
         }
-        if (tile + DECODE_WARPS < tile1) load_values(tile + DECODE_WARPS);
+        if (next < b.tile1) kv.load_values(b, next);
     }
+}
 
-    // Joins the warps: a warp's share is scaled by e^(m - maximum of all).
+/* Where the warps of a block put their shares together. */
+template <int HEAD_DIM, int DECODE_WARPS> struct Joined {
+    float o[DECODE_WARPS][HEADS][HEAD_DIM + 1]; // + 1: other banks
+    float m[DECODE_WARPS][HEADS], l[DECODE_WARPS][HEADS];
+    float block_m[HEADS], block_l[HEADS];
+};
+
+/* Joins the warps: a warp's share is scaled by e^(m - maximum of all), which then stands in m. */
+template <int HEAD_DIM, int DECODE_WARPS>
+__device__ __forceinline__ void join_warps(const DecodeBlock<HEAD_DIM> &b, Attended<HEAD_DIM> &a,
+                                           Joined<HEAD_DIM, DECODE_WARPS> &all) {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        for (int i = 4; i < 32; i *= 2) l[h] += __shfl_xor_sync(~0u, l[h], i);
+        for (int i = 4; i < 32; i *= 2) a.l[h] += __shfl_xor_sync(~0u, a.l[h], i);
         const int head = 2 * t + h;
-        if (head >= n_heads) continue;
+        if (head >= b.n_heads) continue;
         if (g == 0) {
-            maxima[warp][head] = m[h];
-            totals[warp][head] = l[h];
+            all.m[warp][head] = a.m[h];
+            all.l[warp][head] = a.l[h];
         }
 #pragma unroll
-        for (int i = 0; i < V_LOADS; i++) {
+        for (int i = 0; i < HEAD_DIM / 64; i++) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                sums[warp][head][i * 64 + g * 8 + 2 * e] = o[i][e][h];
-                sums[warp][head][i * 64 + g * 8 + 2 * e + 1] = o[i][e][2 + h];
+                all.o[warp][head][i * 64 + g * 8 + 2 * e] = a.o[i][e][h];
+                all.o[warp][head][i * 64 + g * 8 + 2 * e + 1] = a.o[i][e][2 + h];
             }
         }
     }
     __syncthreads();
-
     if (threadIdx.x < HEADS) {
         const int head = threadIdx.x;
         float most = -INFINITY, total = 0;
-        for (int w = 0; w < DECODE_WARPS; w++) most = fmaxf(most, maxima[w][head]);
+        for (int w = 0; w < DECODE_WARPS; w++) most = fmaxf(most, all.m[w][head]);
         for (int w = 0; w < DECODE_WARPS; w++) {
-            float factor = maxima[w][head] == -INFINITY ? 0 : exp2f(maxima[w][head] - most);
-            total += totals[w][head] * factor;
-            maxima[w][head] = factor;
+            float factor = all.m[w][head] == -INFINITY ? 0 : exp2f(all.m[w][head] - most);
+            total += all.l[w][head] * factor;
+            all.m[w][head] = factor;
         }
-        joined[0][head] = most;
-        joined[1][head] = total;
+        all.block_m[head] = most;
+        all.block_l[head] = total;
     }
     __syncthreads();
+}
 
-    constexpr int PARTIAL = HEADS * (HEAD_DIM + 2); // floats of a block: o, m, l
-    const int row_of_blocks = (sequence * gridDim.y + blockIdx.y) * gridDim.x;
-    float *parts = partial + (size_t)row_of_blocks * PARTIAL;
-    float *mine = parts + blockIdx.x * PARTIAL;
-    half *to = out + (size_t)sequence * q_dim + head0 * HEAD_DIM;
-    for (int i = threadIdx.x; i < n_heads * HEAD_DIM; i += blockDim.x) {
-        int head = i / HEAD_DIM, d = i % HEAD_DIM;
+/* The last of n blocks to come here finds what all of them have written, as in add_blocks(). */
+__device__ __forceinline__ bool is_last(int *counter, int n) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = add_in_order(counter, 1) + 1 == n;
+        if (last) *counter = 0; // as the next launch wants it
+    }
+    __syncthreads();
+    return last;
+}
+
+/* Joins the parts [blocks] of a row of blocks into out [n_heads][HEAD_DIM]. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void join_blocks(const float *parts, int n_heads, half *out) {
+    constexpr int PART = HEADS * (HEAD_DIM + 2); // floats: o, m, l
+    const int n = n_heads * HEAD_DIM / 4, blocks = gridDim.x;
+    for (int i = threadIdx.x; i < (n + 31) / 32 * 32; i += blockDim.x) {
+        float4 x[MAX_SPLITS]; // all on their way at once
+#pragma unroll
+        for (int b = 0; b < MAX_SPLITS; b++) {
+            if (b < blocks) x[b] = __ldcg((const float4 *)(parts + b * PART) + min(i, n - 1));
+        }
+        // Lane b knows block b's factor for this head, and so does lane b + 16: for the next
+        // head, if that is 64 wide.
+        const int head = min(i, n - 1) / (HEAD_DIM / 4), its = threadIdx.x % MAX_SPLITS;
+        const float *part = parts + min(its, blocks - 1) * PART + HEADS * HEAD_DIM + head;
+        float most = __ldcg(part), total = __ldcg(part + HEADS), all = most;
+        for (int j = 8; j > 0; j /= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, j));
+        float factor = most == -INFINITY || its >= blocks ? 0 : exp2f(most - all);
+        total *= factor;
+        for (int j = 8; j > 0; j /= 2) total += __shfl_xor_sync(~0u, total, j);
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int b = 0; b < MAX_SPLITS; b++) {
+            float f = __shfl_sync(~0u, factor, b, MAX_SPLITS);
+            if (b >= blocks) break;
+            sum.x += x[b].x * f;
+            sum.y += x[b].y * f;
+            sum.z += x[b].z * f;
+            sum.w += x[b].w * f;
+        }
+        if (i < n) {
+            ((uint2 *)out)[i] =
+                make_uint2(pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total));
+        }
+    }
+}
+
+template <int HEAD_DIM, int DECODE_WARPS>
+__global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
+    attention_decode_kernel(const __grid_constant__ DecodeArgs p) {
+    __shared__ uint4 q[HEAD_DIM / 32][32];
+    __shared__ Joined<HEAD_DIM, DECODE_WARPS> all;
+    launch_dependents();
+    const DecodeBlock<HEAD_DIM> b = decode_block<HEAD_DIM>(p);
+
+    // A tile of older tokens has been in the cache since earlier steps: see embed_chosen_kernel.
+    Tile<HEAD_DIM> kv;
+    const int tile = b.tile0 + threadIdx.x / 32;
+    const bool early = tile < b.tile1 && tile < b.pos / 16;
+    if (early) {
+        kv.load_keys(b, tile);
+        kv.load_values(b, tile);
+    }
+    wait_for_previous_kernel();
+    if (b.tile1 == b.tiles) append_kv(b); // into this block's part
+    load_query(b, q);
+    __syncthreads(); // now there are q, and the new token's k and v
+    if (!early && tile < b.tile1) {
+        kv.load_keys(b, tile);
+        kv.load_values(b, tile);
+    }
+    Attended<HEAD_DIM> a;
+    attend_tiles<HEAD_DIM, DECODE_WARPS>(b, kv, tile, q, a);
+    join_warps(b, a, all);
+
+    constexpr int PART = HEADS * (HEAD_DIM + 2);
+    float *parts = p.partial + (size_t)(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * PART;
+    float *mine = parts + blockIdx.x * PART;
+    half *out = p.out + (size_t)blockIdx.z * b.q_dim + b.head0 * HEAD_DIM;
+    for (int i = threadIdx.x; i < b.n_heads * HEAD_DIM; i += blockDim.x) {
+        int head = i / HEAD_DIM;
         float sum = 0;
-        for (int w = 0; w < DECODE_WARPS; w++) sum += sums[w][head][d] * maxima[w][head];
-        if (gridDim.x == 1) to[i] = __float2half(sum / joined[1][head]);
+        for (int w = 0; w < DECODE_WARPS; w++) sum += all.o[w][head][i % HEAD_DIM] * all.m[w][head];
+        if (gridDim.x == 1) out[i] = __float2half(sum / all.block_l[head]);
         else mine[i] = sum;
     }
-    if (gridDim.x > 1 && threadIdx.x < 2 * HEADS) {
-        mine[HEADS * HEAD_DIM + threadIdx.x] = joined[0][threadIdx.x];
-    }
-
-    // The last of n blocks to come here finds what all of them have written, as in add_blocks().
-    auto is_last = [&](int *counter, int n) {
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            last = add_in_order(counter, 1) + 1 == n;
-            if (last) *counter = 0; // as the next launch wants it
+    int *counters = p.arrived + blockIdx.z * (gridDim.y + 1);
+    if (gridDim.x > 1) {
+        if (threadIdx.x < HEADS) {
+            mine[HEADS * HEAD_DIM + threadIdx.x] = all.block_m[threadIdx.x];
+            mine[HEADS * (HEAD_DIM + 1) + threadIdx.x] = all.block_l[threadIdx.x];
         }
-        __syncthreads();
-        return last;
-    };
-    int *counters = arrived + sequence * (gridDim.y + 1);
-    if (gridDim.x > 1) { // joins the blocks
         if (!is_last(counters + blockIdx.y, gridDim.x)) return;
-        const int n = n_heads * HEAD_DIM / 4, blocks = gridDim.x;
-        for (int i = threadIdx.x; i < (n + 31) / 32 * 32; i += blockDim.x) {
-            float4 x[MAX_SPLITS]; // all on their way at once
-#pragma unroll
-            for (int b = 0; b < MAX_SPLITS; b++) {
-                if (b < blocks)
-                    x[b] = __ldcg((const float4 *)(parts + b * PARTIAL) + min(i, n - 1));
-            }
-            // Lane b knows block b's factor for this head, and so does lane b + 16: for the next
-            // head, if that is 64 wide.
-            const int head = min(i, n - 1) / (HEAD_DIM / 4);
-            const int its = lane % MAX_SPLITS;
-            const float *part = parts + min(its, blocks - 1) * PARTIAL + HEADS * HEAD_DIM + head;
-            float most = __ldcg(part), total = __ldcg(part + HEADS), all = most;
-            for (int j = 8; j > 0; j /= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, j));
-            float factor = most == -INFINITY || its >= blocks ? 0 : exp2f(most - all);
-            total *= factor;
-            for (int j = 8; j > 0; j /= 2) total += __shfl_xor_sync(~0u, total, j);
-            float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-            for (int b = 0; b < MAX_SPLITS; b++) {
-                float f = __shfl_sync(~0u, factor, b, MAX_SPLITS);
-                if (b >= blocks) break;
-                sum.x += x[b].x * f;
-                sum.y += x[b].y * f;
-                sum.z += x[b].z * f;
-                sum.w += x[b].w * f;
-            }
-            if (i < n) {
-                ((uint2 *)to)[i] = make_uint2(pack(sum.x / total, sum.y / total),
-                                              pack(sum.z / total, sum.w / total));
-            }
-        }
+        join_blocks<HEAD_DIM>(parts, b.n_heads, out);
     }
 
-    // The last block of a token quantizes its row, of which a thread keeps so much in registers.
-    if (!quantized.a || !is_last(counters + gridDim.y, gridDim.y)) return;
-    constexpr int KEPT = 4;
-    const uint4 *att = (const uint4 *)(out + (size_t)sequence * q_dim);
-    uint4 kept[KEPT] = {};
-    uint32_t most = 0;
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) {
-        int i = threadIdx.x + j * blockDim.x;
-        if (i < q_dim / 8) kept[j] = __ldcg(att + i);
-    }
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) most = max(most, magnitude(from_halves(kept[j])));
-    for (int i = threadIdx.x + KEPT * blockDim.x; i < q_dim / 8; i += blockDim.x) {
-        most = max(most, magnitude(from_halves(__ldcg(att + i))));
-    }
-    const float s_a = activation_scale(block_max(most));
-    if (threadIdx.x == 0) quantized.scale[sequence] = s_a;
-    uint2 *a = (uint2 *)(quantized.a + (size_t)sequence * q_dim);
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) {
-        int i = threadIdx.x + j * blockDim.x;
-        if (i < q_dim / 8) a[i] = quantize_eight(from_halves(kept[j]), s_a);
-    }
-    for (int i = threadIdx.x + KEPT * blockDim.x; i < q_dim / 8; i += blockDim.x) {
-        a[i] = quantize_eight(from_halves(__ldcg(att + i)), s_a);
-    }
-}
-
-/* ================================================================================================
- * 4. The forward pass
- *
- *     x <- x + o(attention(rope(q(h)), rope(k(h)), v(h))),   h = rmsnorm(x)
- *     x <- x + down(silu(gate(h)) * up(h)),                  h = rmsnorm(x)
- *
- * as in qqq.c, section 3, with q, k, v as one product and gate, up as one. A layer is eight
- * kernels:
- *
- *     rmsnorm+quantize  qkv  attention+quantize  o+add  rmsnorm+quantize  gate,up
- *     swiglu+quantize  down+add              (prompts: cache, attention, quantize one by one)
- *
- * W4A8 linears are section 1's. 16-bit ones, and lm_head always, are cuBLAS's, or gemv_kernel's for
- * a single token, which is bound by reading the weights and needs no tensor cores. 16-bit weights
- * are halves: BF16 ones become halves exactly from 2^-14 to 65504, below that to 2^-25.
- * ============================================================================================== */
-
-/* Linears with one input, stacked. */
-struct Matrix {
-    int N, K;
-    GpuLinear w4a8; // or
-    half *w;        // [N][K], NULL: W4A8
-};
-
-struct GpuLayer {
-    float *attention_norm, *ffn_norm; // [dim]
-    Matrix qkv, o, gate_up, down;
-};
-
-struct GpuModel {
-    Config config;
-    bool quantized;
-    half *embedding; // [vocab_size][dim]
-    Matrix lm_head;  // its w may be the embedding
-    float *norm;     // [dim]
-    GpuLayer *layers;
-    size_t bytes;
-};
-
-/* ---- weights --------------------------------------------------------------------------------- */
-
-__device__ __forceinline__ float to_float(float x) {
-    return x;
-}
-__device__ __forceinline__ float to_float(half x) {
-    return __half2float(x);
-}
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
-    return __bfloat162float(x);
-}
-
-__device__ __forceinline__ void from_float(float x, half *to) {
-    *to = __float2half(x);
-}
-__device__ __forceinline__ void from_float(float x, float *to) {
-    *to = x;
-}
-
-template <typename From, typename To>
-__global__ void convert_kernel(const From *from, size_t n, To *to, int *not_finite) {
-    size_t stride = (size_t)gridDim.x * blockDim.x;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
-        To x;
-        from_float(to_float(from[i]), &x);
-        if (!isfinite(to_float(x))) *not_finite = 1;
-        to[i] = x;
-    }
-}
-
-/* Elements [n] of a dtype become To; *not_finite is set if one of them is NaN or infinite. */
-template <typename To>
-static void convert(const void *from, DType dtype, size_t n, To *to, int *not_finite,
-                    cudaStream_t stream) {
-    if (dtype == F32) {
-        convert_kernel<<<1024, 256, 0, stream>>>((const float *)from, n, to, not_finite);
-    } else if (dtype == F16) {
-        convert_kernel<<<1024, 256, 0, stream>>>((const half *)from, n, to, not_finite);
-    } else {
-        convert_kernel<<<1024, 256, 0, stream>>>((const __nv_bfloat16 *)from, n, to, not_finite);
-    }
-    cuda_check(cudaGetLastError(), "convert_kernel");
-}
-
-constexpr size_t UPLOAD = 64 << 20; // bytes at a time
-
-/* Uploads float weights as To, by way of `buffer` [UPLOAD + 4 bytes]: the file's pages are read
- * once and not copied on the host. False if one is NaN or infinite. */
-template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer) {
-    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype), most = UPLOAD / size;
-    int *not_finite = (int *)(buffer + UPLOAD), found;
-    cuda_check(cudaMemset(not_finite, 0, sizeof(int)), "cudaMemset");
-    for (size_t i = 0; i < count; i += most) {
-        size_t n = min(most, count - i);
-        cuda_check(
-            cudaMemcpy(buffer, (const uint8_t *)l->w + i * size, n * size, cudaMemcpyHostToDevice),
-            "upload of weights");
-        convert(buffer, l->dtype, n, to + i, not_finite, 0);
-    }
-    cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost),
-               "upload of weights");
-    return !found;
-}
-
-static void upload_halves(const Linear *l, const char *name, half *to) {
-    uint8_t *buffer = (uint8_t *)device_alloc(UPLOAD + sizeof(int));
-    if (!upload_weights(l, to, buffer))
-        die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
-    cuda_check(cudaFree(buffer), "cudaFree");
-}
-
-static float *upload_floats(const float *x, int n) {
-    float *p = (float *)device_alloc(n * sizeof *p);
-    cuda_check(cudaMemcpy(p, x, n * sizeof *p, cudaMemcpyHostToDevice), "upload of a norm");
-    return p;
-}
-
-/* The linears first .. first + n - 1 of a layer, stacked. */
-static Matrix upload_matrix(const Layer *layer, int index, int first, int n) {
-    Matrix m = {};
-    const Linear *parts = &layer->linears[first];
-    m.K = parts[0].K;
-    for (int i = 0; i < n; i++) m.N += parts[i].N;
-    if (parts[0].qweight) {
-        m.w4a8 = gpu_linear_create(parts, n);
-        return m;
-    }
-    m.w = (half *)device_alloc((size_t)m.N * m.K * sizeof *m.w);
-    half *to = m.w;
-    for (int i = 0; i < n; i++) {
-        char name[128];
-        snprintf(name, sizeof name, "model.layers.%d.%s", index, linear_names[first + i]);
-        upload_halves(&parts[i], name, to);
-        to += (size_t)parts[i].N * m.K;
-    }
-    return m;
-}
-
-static void free_matrix(Matrix *m) {
-    if (m->w) cuda_check(cudaFree(m->w), "cudaFree");
-    else gpu_linear_free(&m->w4a8);
-}
-
-const char *gpu_name(void) {
-    static cudaDeviceProp properties;
-    int count;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return NULL;
-    if (!properties.major) cuda_check(cudaGetDeviceProperties(&properties, 0), "GPU");
-    return properties.major >= 8 ? properties.name : NULL;
-}
-
-static void require_memory(const char *what, size_t bytes) {
-    if (bytes > gpu_free_memory()) {
-        die("%s needs %.2f GB of GPU memory, only %.2f GB are free", what, bytes / 1e9,
-            gpu_free_memory() / 1e9);
-    }
-}
-
-/* What the kernels ask of a model. */
-static void check_shape(const Config *c) {
-    if (c->head_dim != 64 && c->head_dim != 128) {
-        die("-d cuda: heads of %d, expected 64 or 128", c->head_dim);
-    }
-    if (c->dim % 8 || c->hidden_dim % 8) {
-        die("-d cuda: dim %d and ffn %d must be multiples of 8", c->dim, c->hidden_dim);
-    }
-    if (c->n_heads / c->n_kv_heads > 16 * WARPS) {
-        die("-d cuda: %d query heads share a KV head, at most %d can", c->n_heads / c->n_kv_heads,
-            16 * WARPS);
-    }
-}
-
-GpuModel *gpu_model_load(const Model *m) {
-    GpuModel *g = (GpuModel *)allocate(1, sizeof *g);
-    const Config *c = &g->config;
-    g->config = m->config;
-    g->quantized = m->group_size != 0;
-    check_shape(c);
-    const bool tied = m->lm_head.w == m->embedding.w;
-    const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
-    size_t layer_bytes = 2 * c->dim * sizeof(float);
-    for (int k = 0; k < N_LINEARS; k++) {
-        const Linear *l = &m->layers[0].linears[k];
-        size_t weights = (size_t)l->N * l->K;
-        layer_bytes +=
-            !g->quantized ? weights * sizeof(half)
-                          : weights / 2 + l->N * sizeof(float) + (l->s_group ? weights / GROUP : 0);
-    }
-    g->bytes = c->n_layers * layer_bytes + (tied ? 1 : 2) * table + c->dim * sizeof(float);
-    require_memory("the model", g->bytes);
-
-    g->embedding = (half *)device_alloc(table);
-    upload_halves(&m->embedding, "model.embed_tokens", g->embedding);
-    g->lm_head.N = c->vocab_size;
-    g->lm_head.K = c->dim;
-    g->lm_head.w = tied ? g->embedding : (half *)device_alloc(table);
-    if (!tied) upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
-    g->norm = upload_floats(m->norm, c->dim);
-    g->layers = (GpuLayer *)allocate(c->n_layers, sizeof *g->layers);
-    for (int i = 0; i < c->n_layers; i++) {
-        const Layer *from = &m->layers[i];
-        GpuLayer *to = &g->layers[i];
-        to->attention_norm = upload_floats(from->attention_norm, c->dim);
-        to->ffn_norm = upload_floats(from->ffn_norm, c->dim);
-        to->qkv = upload_matrix(from, i, 0, 3);
-        to->o = upload_matrix(from, i, 3, 1);
-        to->gate_up = upload_matrix(from, i, 4, 2);
-        to->down = upload_matrix(from, i, 6, 1);
-    }
-    return g;
-}
-
-void gpu_model_free(GpuModel *g) {
-    for (int i = 0; i < g->config.n_layers; i++) {
-        GpuLayer *l = &g->layers[i];
-        Matrix *matrices[] = {&l->qkv, &l->o, &l->gate_up, &l->down};
-        for (Matrix *m : matrices) free_matrix(m);
-        cuda_check(cudaFree(l->attention_norm), "cudaFree");
-        cuda_check(cudaFree(l->ffn_norm), "cudaFree");
-    }
-    if (g->lm_head.w != g->embedding) free_matrix(&g->lm_head);
-    cuda_check(cudaFree(g->embedding), "cudaFree");
-    cuda_check(cudaFree(g->norm), "cudaFree");
-    free(g->layers);
-    free(g);
-}
-
-size_t gpu_model_bytes(const GpuModel *g) {
-    return g->bytes;
-}
-
-size_t gpu_step_bytes(const GpuModel *g) {
-    size_t table = (size_t)g->config.vocab_size * g->config.dim * sizeof(half);
-    return g->lm_head.w == g->embedding ? g->bytes : g->bytes - table;
-}
-
-size_t gpu_free_memory(void) {
-    size_t free, total;
-    cuda_check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
-    return free;
-}
-
-double gpu_copy_bandwidth(void) {
-    size_t bytes = min(gpu_free_memory() / 4, (size_t)1 << 30);
-    uint8_t *buffer = (uint8_t *)device_alloc(2 * bytes);
-    cudaEvent_t start, stop;
-    cuda_check(cudaEventCreate(&start), "cudaEventCreate");
-    cuda_check(cudaEventCreate(&stop), "cudaEventCreate");
-    float best = INFINITY;
-    for (int pass = 0; pass < 8; pass++) {
-        float ms;
-        cuda_check(cudaEventRecord(start), "cudaEventRecord");
-        cuda_check(cudaMemcpyAsync(buffer, buffer + bytes, bytes, cudaMemcpyDeviceToDevice),
-                   "copy");
-        cuda_check(cudaEventRecord(stop), "cudaEventRecord");
-        cuda_check(cudaEventSynchronize(stop), "copy");
-        cuda_check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
-        best = min(best, ms);
-    }
-    cuda_check(cudaEventDestroy(start), "cudaEventDestroy");
-    cuda_check(cudaEventDestroy(stop), "cudaEventDestroy");
-    cuda_check(cudaFree(buffer), "cudaFree");
-    return 2 * bytes / (best * 1e-3);
-}
-
-/* ---- the state ------------------------------------------------------------------------------- */
-
-constexpr int CHUNK_TOKENS = 1024;            // of a prompt, which go through the layers together
-constexpr size_t CUBLAS_WORKSPACE = 32 << 20; // bytes, as NVIDIA recommends for Hopper
-
-/* What the greedy choice of a token is kept as: larger logit, larger key; of equals the smaller
- * token. 0: none yet. All ones: a logit was not finite. */
-typedef unsigned long long Choice;
-
-struct GpuState {
-    const GpuModel *model;
-    int n_sequences, context, max_T;
-    cudaStream_t stream;
-    cublasHandle_t cublas;
-    cudaGraphExec_t step; // a decode step, captured at the first
-    uint8_t *memory;      // [bytes] of all that follows
-    size_t bytes;
-    int *tokens;    // [max_T] of a prompt
-    int *positions; // [n_sequences] of the next token
-    Choice *chosen; // [n_sequences] the next token
-    float *x;       // [max_T][dim] the residual stream
-    int8_t *a;      // [max_T][K] a linear's input, int8 or
-    half *h;        // [max_T][K] 16 bits; after the last layer: normed, ready for lm_head
-    float *scale;   // [max_T] of either
-    half *qkv;      // [max_T][q_dim + 2 kv_dim]
-    half *att;      // [max_T][q_dim]
-    half *gate_up;  // [max_T][2][hidden_dim]
-    float *y;       // [max_T][dim] down's output before it is scaled (16-bit models)
-    half *keys;     // [n_layers][n_sequences][n_kv_heads][context][head_dim]
-    half *values;   // the same
-    float4 *rope;   // [context][head_dim / 4] cos and sin of two angles
-    float *logits;  // [max(LOGIT_ROWS, n_sequences)][vocab_size]
-    double *nll;    // [LOGIT_ROWS]
-    float *partial; // of attention_decode_kernel, for `splits` blocks a row of blocks
-    int *arrived;   // [n_sequences * rows of blocks]
-    int splits;
-    int *gemm_workspace;
-    void *cublas_workspace;
-    float *host_logits; // [n_sequences][vocab_size] pinned
-    int *host_chosen;   // [n_sequences]
-    int rows;           // of logits, by the last call
-};
-
-static void cublas_check(cublasStatus_t status) {
-    if (status != CUBLAS_STATUS_SUCCESS) die("cuBLAS: %s", cublasGetStatusString(status));
+    // The last block of a token quantizes its row for o.
+    if (!p.quantized.a || !is_last(counters + gridDim.y, gridDim.y)) return;
+    const size_t at = (size_t)blockIdx.z * b.q_dim / 8;
+    quantize_halves((const uint4 *)p.out + at, b.q_dim / 8, (uint2 *)p.quantized.a + at,
+                    p.quantized.scale + blockIdx.z);
 }
 
 /* Blocks that attention_decode_kernel has for each part of a sequence's positions. */
@@ -2346,481 +2406,46 @@ static size_t padded_context(const GpuState *s) {
     return (s->context + 15) / 16 * 16;
 }
 
-/* Arrays that lie one after the other in one piece of memory. */
-struct Places {
-    uint8_t *memory;
-    size_t used;
-    template <typename T> void take(T *&p, size_t count) {
-        p = (T *)(memory + used);
-        used += (count * sizeof(T) + 255) / 256 * 256;
-    }
-};
-
-/* Lays the buffers out in s->memory, or from address 0 on: returns their size. */
-static size_t place_buffers(GpuState *s) {
-    const Config *c = &s->model->config;
-    const size_t T = s->max_T, B = s->n_sequences;
-    const size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
-    const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
-    const size_t cache = c->n_layers * B * padded_context(s) * kv_dim;
-    const bool q = s->model->quantized;
-    Places places = {s->memory, 0};
-    auto take = [&](auto *&p, size_t count) { places.take(p, count); };
-    take(s->tokens, T);
-    take(s->positions, B);
-    take(s->chosen, B);
-    take(s->x, T * c->dim);
-    take(s->a, q ? T * widest : 0);
-    take(s->h, T * (q ? c->dim : widest));
-    take(s->scale, T);
-    take(s->qkv, T * (q_dim + 2 * kv_dim));
-    take(s->att, T * q_dim);
-    take(s->gate_up, T * 2 * c->hidden_dim);
-    take(s->y, q ? 0 : T * c->dim);
-    take(s->keys, cache);
-    take(s->values, cache);
-    take(s->rope, (size_t)s->context * (c->head_dim / 4));
-    take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
-    take(s->nll, LOGIT_ROWS);
-    take(s->partial, B * decode_rows(c) * s->splits * HEADS * (c->head_dim + 2));
-    take(s->arrived, B * (decode_rows(c) + 1));
-    uint8_t *workspace;
-    take(workspace, CUBLAS_WORKSPACE);
-    s->cublas_workspace = workspace;
-    return places.used;
-}
-
-/* The sizes of a state, before its memory is there. */
-static GpuState plan_state(const GpuModel *g, int n_sequences, int context) {
-    GpuState s = {};
-    s.model = g;
-    s.n_sequences = n_sequences;
-    s.context = context;
-    s.max_T = max(min(context, CHUNK_TOKENS), n_sequences);
-    // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor.
-    int rows = decode_rows(&g->config) * n_sequences;
-    s.splits = max(1, min(MAX_SPLITS, 2 * multiprocessors() / rows));
-    s.bytes = place_buffers(&s);
-    return s;
-}
-
-size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context) {
-    return plan_state(g, n_sequences, context).bytes + gemm_workspace_bytes();
-}
-
-static void upload_rope(const Config *c, int context, float4 *to) {
-    float *rope = (float *)allocate((size_t)context * c->head_dim, sizeof *rope);
-    for (int pos = 0; pos < context; pos++) rope_angles(c, pos, rope + (size_t)pos * c->head_dim);
-    cuda_check(
-        cudaMemcpy(to, rope, (size_t)context * c->head_dim * sizeof *rope, cudaMemcpyHostToDevice),
-        "upload of RoPE's angles");
-    free(rope);
-}
-
-GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
-    const Config *c = &g->config;
-    char what[100];
-    snprintf(what, sizeof what, "%d sequences of %d tokens", n_sequences, context);
-    require_memory(what, gpu_state_bytes(g, n_sequences, context));
-    GpuState *s = (GpuState *)allocate(1, sizeof *s);
-    *s = plan_state(g, n_sequences, context);
-    s->memory = (uint8_t *)device_alloc(s->bytes);
-    place_buffers(s);
-    s->gemm_workspace = gpu_gemm_workspace();
-    // Zeros: counters, and the cache, where what is not written yet must at least be finite.
-    cuda_check(cudaMemset(s->memory, 0, s->bytes), "cudaMemset");
-    upload_rope(c, context, s->rope);
-    cuda_check(cudaMallocHost(&s->host_logits, (size_t)n_sequences * c->vocab_size * sizeof(float)),
-               "pinned memory");
-    s->host_chosen = (int *)allocate(n_sequences, sizeof *s->host_chosen);
-    cuda_check(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), "cudaStreamCreate");
-    cublas_check(cublasCreate(&s->cublas));
-    cublas_check(cublasSetStream(s->cublas, s->stream));
-    cublas_check(cublasSetWorkspace(s->cublas, s->cublas_workspace, CUBLAS_WORKSPACE));
-    return s;
-}
-
-void gpu_state_free(GpuState *s) {
-    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
-    if (s->step) cuda_check(cudaGraphExecDestroy(s->step), "cudaGraphExecDestroy");
-    cublas_check(cublasDestroy(s->cublas));
-    cuda_check(cudaStreamDestroy(s->stream), "cudaStreamDestroy");
-    cuda_check(cudaFreeHost(s->host_logits), "cudaFreeHost");
-    cuda_check(cudaFree(s->gemm_workspace), "cudaFree");
-    cuda_check(cudaFree(s->memory), "cudaFree");
-    free(s->host_chosen);
-    free(s);
-}
-
-/* ---- 16-bit linears -------------------------------------------------------------------------- */
-
-constexpr int GEMV_ROWS = 2;  // of a warp
-constexpr int GEMV_LOADS = 4; // of a row in flight
-
-/* y [N] = (x [K] . w [N][K]) * scale, or with `add` y += that; to y16 or y32, whichever is not
- * NULL. A warp reads two rows of weights, straight into registers, always four loads ahead. */
-__global__ void __launch_bounds__(THREADS, 3)
-    gemv_kernel(const half *w, int N, int K, const half *x, const float *scale, half *y16,
-                float *y32, bool add) {
-    extern __shared__ uint4 shared_x[]; // [K / 8]
-    const int lane = threadIdx.x % 32, pieces = K / 8;
-    const int n = (blockIdx.x * WARPS + threadIdx.x / 32) * GEMV_ROWS;
-    const uint4 *rows[GEMV_ROWS];
-#pragma unroll
-    for (int r = 0; r < GEMV_ROWS; r++) rows[r] = (const uint4 *)(w + (size_t)(n + r) * K) + lane;
-    uint4 next[GEMV_LOADS][GEMV_ROWS];
-    auto load = [&](int u, int i) {
-#pragma unroll
-        for (int r = 0; r < GEMV_ROWS; r++) {
-            next[u][r] = make_uint4(0, 0, 0, 0);
-            load_16(next[u][r], rows[r] + i, i + lane < pieces && n + r < N);
-        }
-    };
-#pragma unroll
-    for (int u = 0; u < GEMV_LOADS; u++) load(u, 32 * u);
-    launch_dependents();
-    wait_for_previous_kernel();
-    for (int i = threadIdx.x; i < pieces; i += THREADS) shared_x[i] = ((const uint4 *)x)[i];
-    __syncthreads();
-
-    float sum[GEMV_ROWS] = {};
-    for (int i = 0; i < pieces; i += 32 * GEMV_LOADS) {
-#pragma unroll
-        for (int u = 0; u < GEMV_LOADS; u++) {
-            int piece = i + 32 * u + lane;
-            Eight b = from_halves(shared_x[min(piece, pieces - 1)]); // past the end w is 0
-#pragma unroll
-            for (int r = 0; r < GEMV_ROWS; r++) {
-                Eight a = from_halves(next[u][r]);
-#pragma unroll
-                for (int j = 0; j < 8; j++) sum[r] += a.v[j] * b.v[j];
-            }
-            load(u, i + 32 * (u + GEMV_LOADS));
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < GEMV_ROWS; r++) {
-        for (int i = 16; i > 0; i /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], i);
-        if (lane != 0 || n + r >= N) continue;
-        float y = scale ? sum[r] * *scale : sum[r];
-        if (y16) y16[n + r] = __float2half(y);
-        else y32[n + r] = add ? y32[n + r] + y : y;
-    }
-}
-
-/* x [T][dim] += y * scale [T] */
-__global__ void add_scaled_kernel(const float *y, const float *scale, int dim, float *x) {
-    launch_dependents();
-    wait_for_previous_kernel();
-    size_t row = (size_t)blockIdx.x * dim;
-    for (int i = threadIdx.x; i < dim; i += blockDim.x)
-        x[row + i] += y[row + i] * scale[blockIdx.x];
-}
-
-/* y16 or y32 [T][N] = in [T][K] W^T, or with `add` += . */
-static void multiply_halves(GpuState *s, const Matrix *w, const half *in, const float *scale, int T,
-                            half *y16, float *y32, bool add) {
-    if (T == 1) {
-        int rows = WARPS * GEMV_ROWS;
-        allow_shared(gemv_kernel, w->K * sizeof(half));
-        launch(gemv_kernel, {dim3((w->N + rows - 1) / rows), THREADS, w->K * sizeof(half)},
-               s->stream, w->w, w->N, w->K, in, scale, y16, y32, add);
-        return;
-    }
-    if (scale) { // of each row apart
-        multiply_halves(s, w, in, NULL, T, NULL, s->y, false);
-        launch(add_scaled_kernel, {dim3(T), THREADS}, s->stream, s->y, scale, w->N, y32);
-        return;
-    }
-    const float one = 1, beta = add;
-    cublas_check(cublasGemmEx(s->cublas, CUBLAS_OP_T, CUBLAS_OP_N, w->N, T, w->K, &one, w->w,
-                              CUDA_R_16F, w->K, in, CUDA_R_16F, w->K, &beta,
-                              y16 ? (void *)y16 : y32, y16 ? CUDA_R_16F : CUDA_R_32F, w->N,
-                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
-}
-
-/* ---- a layer --------------------------------------------------------------------------------- */
-
-/* A linear's input in the form that the model's linears want. */
-static LinearInput linear_input(const GpuState *s) {
-    if (s->model->quantized) return {s->a, NULL, s->scale};
-    return {NULL, s->h, s->scale};
-}
-
-/* y [T][N] = W applied to linear_input(). */
-static void apply(GpuState *s, const Matrix *w, int T, half *y) {
-    if (w->w) multiply_halves(s, w, s->h, NULL, T, y, NULL, false);
-    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, y, NULL, s->gemm_workspace, s->stream);
-}
-
-/* x [T][N] += W applied to linear_input(), or in 16 bits to in [T][K] * scale [T]. */
-static void apply_and_add(GpuState *s, const Matrix *w, int T, const half *in, const float *scale) {
-    if (w->w) multiply_halves(s, w, in, scale, T, NULL, s->x, true);
-    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, NULL, s->x, s->gemm_workspace, s->stream);
-}
-
-/* Where T rows of x stand: one after the other in a sequence, or each the next token of its own. */
-struct Rows {
-    int T;
-    int sequence, pos; // of the first; sequence -1: a decode step
-};
-
-template <int HEAD_DIM>
-static void prefill_attention(const Config *c, const half *qkv, int T, int sequence, int pos,
-                              const float4 *rope, Cache cache, half *att, cudaStream_t stream) {
-    const int group = c->n_heads / c->n_kv_heads;
+static void attend_prompt(const Config *c, const half *qkv, int T, int sequence, int pos,
+                          const float4 *rope, Cache cache, half *att, cudaStream_t stream) {
+    const int group = c->n_heads / c->n_kv_heads, tokens = 16 * WARPS / group; // of a block
     launch(write_cache_kernel, {dim3(T), THREADS}, stream, qkv, c->n_heads * c->head_dim,
            c->head_dim, sequence, pos, rope, cache);
-    constexpr int shared = 2 * 2 * KEYS * HEAD_DIM * sizeof(half);
-    allow_shared(attention_prefill_kernel<HEAD_DIM>, shared);
-    const int tokens = 16 * WARPS / group;
-    launch(attention_prefill_kernel<HEAD_DIM>,
-           {dim3(c->n_kv_heads, (T + tokens - 1) / tokens), THREADS, shared}, stream, qkv, T, group,
-           sequence, pos, rope, cache, att);
+    const size_t shared = 2 * 2 * KEYS * c->head_dim * sizeof(half);
+    auto *kernel = c->head_dim == 64 ? attention_prefill_kernel<64> : attention_prefill_kernel<128>;
+    allow_shared(kernel, shared);
+    launch(kernel, {dim3(c->n_kv_heads, (T + tokens - 1) / tokens), THREADS, shared}, stream, qkv,
+           T, group, sequence, pos, rope, cache, att);
 }
 
-template <int HEAD_DIM> static void attention(GpuState *s, Cache cache, const Rows &rows) {
+template <int HEAD_DIM> static void attend_decoded(GpuState *s, const Cache &cache, int T) {
     const Config *c = &s->model->config;
-    const int group = c->n_heads / c->n_kv_heads;
-    if (rows.sequence < 0) {
-        // Four warps each, if that many blocks fill the GPU: less to join.
-        bool many = decode_rows(c) * rows.T >= 3 * multiprocessors();
-        launch(many ? attention_decode_kernel<HEAD_DIM, 4> : attention_decode_kernel<HEAD_DIM, 8>,
-               {dim3(s->splits, decode_rows(c), rows.T), many ? 128 : 256}, s->stream, s->qkv,
-               group, s->positions, s->rope, cache, s->att, linear_input(s), s->partial,
-               s->arrived);
-        return;
-    }
-    prefill_attention<HEAD_DIM>(c, s->qkv, rows.T, rows.sequence, rows.pos, s->rope, cache, s->att,
-                                s->stream);
+    // Four warps each, if that many blocks fill the GPU: less to join.
+    bool many = decode_rows(c) * T >= 3 * multiprocessors();
+    const DecodeArgs args = {s->qkv,          c->n_heads / c->n_kv_heads,
+                             s->positions,    s->rope,
+                             cache,           s->att,
+                             linear_input(s), s->partial,
+                             s->arrived};
+    launch(many ? attention_decode_kernel<HEAD_DIM, 4> : attention_decode_kernel<HEAD_DIM, 8>,
+           {dim3(s->splits, decode_rows(c), T), many ? 128 : 256}, s->stream, args);
 }
 
-static void layer(GpuState *s, int l, const Rows &rows) {
-    const GpuModel *g = s->model;
-    const Config *c = &g->config;
-    const GpuLayer *w = &g->layers[l];
-    const LinearInput input = linear_input(s);
-    const int T = rows.T, q_dim = c->n_heads * c->head_dim;
+/* Attention of layer l: from s->qkv to linear_input(), in 16 bits s->att. */
+static void attend(GpuState *s, int l, const Rows &rows) {
+    const Config *c = &s->model->config;
     const int context = (int)padded_context(s);
     const size_t cached = (size_t)l * s->n_sequences * c->n_kv_heads * context * c->head_dim;
-    Cache cache = {s->keys + cached, s->values + cached, c->n_kv_heads, context};
-
-    gpu_rmsnorm(s->x, w->attention_norm, T, c->dim, c->norm_eps, input, s->stream);
-    apply(s, &w->qkv, T, s->qkv);
-    if (c->head_dim == 64) attention<64>(s, cache, rows);
-    else attention<128>(s, cache, rows);
-    if (g->quantized && rows.sequence >= 0) { // a decoded token's is quantized already
-        gpu_quantize(s->att, T, q_dim, s->a, s->scale, s->stream);
+    const Cache cache = {s->keys + cached, s->values + cached, c->n_kv_heads, context};
+    if (rows.sequence < 0) {
+        auto *run = c->head_dim == 64 ? attend_decoded<64> : attend_decoded<128>;
+        run(s, cache, rows.T);
+        return;
     }
-    apply_and_add(s, &w->o, T, s->att, NULL);
-
-    gpu_rmsnorm(s->x, w->ffn_norm, T, c->dim, c->norm_eps, input, s->stream);
-    apply(s, &w->gate_up, T, s->gate_up);
-    gpu_swiglu(s->gate_up, T, c->hidden_dim, input, s->stream);
-    apply_and_add(s, &w->down, T, s->h, s->scale);
-}
-
-/* All layers and the final norm: from x to h [T][dim], in 16 bits. */
-static void layers(GpuState *s, const Rows &rows) {
-    const Config *c = &s->model->config;
-    for (int l = 0; l < c->n_layers; l++) layer(s, l, rows);
-    gpu_rmsnorm(s->x, s->model->norm, rows.T, c->dim, c->norm_eps, {NULL, s->h, NULL}, s->stream);
-}
-
-/* logits [n][vocab_size] of tokens first .. first + n - 1 of the last layers(). */
-static void lm_head(GpuState *s, int first, int n) {
-    const half *h = s->h + (size_t)first * s->model->config.dim;
-    multiply_halves(s, &s->model->lm_head, h, NULL, n, NULL, s->logits, false);
-    s->rows = n;
-}
-
-/* ---- the choice of the likeliest token ---------------------------------------------------------
- */
-
-__device__ __forceinline__ Choice choice(float logit, int token) {
-    if (!isfinite(logit)) return ~0ull;
-    uint32_t bits = __float_as_uint(logit); // of a float, as an integer of the same order
-    bits = bits >> 31 ? ~bits : bits | 0x80000000;
-    return (Choice)bits << 32 | (uint32_t)~token;
-}
-
-static __host__ __device__ int chosen_token(Choice choice) {
-    return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
-}
-
-/* Row blockIdx.y of logits, shared by gridDim.x blocks, into chosen; and its position moves on.
- * Twin: argmax() in run.c. */
-__global__ void choose_kernel(const float *logits, int vocab_size, Choice *chosen, int *positions) {
-    launch_dependents();
-    wait_for_previous_kernel();
-    const float *row = logits + (size_t)blockIdx.y * vocab_size;
-    Choice best = 0;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab_size;
-         i += gridDim.x * blockDim.x) {
-        best = max(best, choice(row[i], i));
+    attend_prompt(c, s->qkv, rows.T, rows.sequence, rows.pos, s->rope, cache, s->att, s->stream);
+    if (s->model->quantized) {
+        gpu_quantize(s->att, rows.T, c->n_heads * c->head_dim, s->a, s->scale, s->stream);
     }
-    for (int i = 16; i > 0; i /= 2) best = max(best, __shfl_xor_sync(~0u, best, i));
-    if (threadIdx.x % 32 == 0) atomicMax(chosen + blockIdx.y, best);
-    if (blockIdx.x == 0 && threadIdx.x == 0) positions[blockIdx.y]++;
-}
-
-/* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
-__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
-    // In this order: no kernel of a step starts before the step before has finished. So they may
-    // read what that left, positions and cache, without waiting for each other.
-    wait_for_previous_kernel();
-    launch_dependents();
-    const int token = max(0, chosen_token(chosen[blockIdx.x])); // the host sees to what is none
-    __syncthreads();
-    if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
-    embed(embedding, token, dim, x);
-}
-
-static void choose(GpuState *s, int sequence, int n) {
-    launch(choose_kernel, {dim3(max(8, 128 / n), n), THREADS}, s->stream, s->logits,
-           s->model->config.vocab_size, s->chosen + sequence, s->positions + sequence);
-}
-
-/* ---- a prompt, a step ------------------------------------------------------------------------ */
-
-static void check_tokens(const GpuState *s, const int *tokens, int T, int pos) {
-    if (T < 1 || pos < 0 || pos > s->context - T) {
-        die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
-    }
-    for (int t = 0; t < T; t++) {
-        if (tokens[t] < 0 || tokens[t] >= s->model->config.vocab_size) {
-            die("token %d is outside the vocabulary of %d", tokens[t], s->model->config.vocab_size);
-        }
-    }
-}
-
-static void upload(GpuState *s, void *to, const void *from, size_t bytes) {
-    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, s->stream), "upload");
-}
-
-/* Up to max_T tokens through all layers. */
-static void forward_chunk(GpuState *s, int sequence, const int *tokens, int T, int pos) {
-    const Config *c = &s->model->config;
-    upload(s, s->tokens, tokens, T * sizeof *tokens);
-    launch(embed_kernel, {dim3(T), row_threads(T, c->dim)}, s->stream, s->model->embedding,
-           s->tokens, c->dim, s->x);
-    layers(s, {T, sequence, pos});
-}
-
-void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int pos) {
-    check_tokens(s, tokens, T, pos);
-    int done = 0, n = 0;
-    for (; done < T; done += n) {
-        n = min(T - done, s->max_T);
-        forward_chunk(s, sequence, tokens + done, n, pos + done);
-    }
-    lm_head(s, n - 1, 1);
-    const int last = pos + T - 1;
-    const Choice none = 0;
-    upload(s, s->positions + sequence, &last, sizeof last);
-    upload(s, s->chosen + sequence, &none, sizeof none);
-    choose(s, sequence, 1);
-}
-
-void gpu_decode(GpuState *s, const int *tokens, const int *positions) {
-    const GpuModel *g = s->model;
-    for (int i = 0; tokens && i < s->n_sequences; i++) {
-        check_tokens(s, tokens + i, 1, positions[i]);
-        const Choice given = (uint32_t)~tokens[i];
-        upload(s, s->chosen + i, &given, sizeof given);
-        upload(s, s->positions + i, positions + i, sizeof *positions);
-    }
-    if (!s->step) {
-        cudaGraph_t graph;
-        cuda_check(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal), "capture");
-        launch(embed_chosen_kernel,
-               {dim3(s->n_sequences), row_threads(s->n_sequences, g->config.dim)}, s->stream,
-               g->embedding, s->chosen, g->config.dim, s->x);
-        layers(s, {s->n_sequences, -1, 0});
-        lm_head(s, 0, s->n_sequences);
-        choose(s, 0, s->n_sequences);
-        cuda_check(cudaStreamEndCapture(s->stream, &graph), "capture");
-        cuda_check(cudaGraphInstantiate(&s->step, graph, 0), "cudaGraphInstantiate");
-        cuda_check(cudaGraphDestroy(graph), "cudaGraphDestroy");
-    }
-    cuda_check(cudaGraphLaunch(s->step, s->stream), "cudaGraphLaunch");
-    s->rows = s->n_sequences;
-}
-
-const float *gpu_logits(GpuState *s) {
-    size_t bytes = (size_t)s->rows * s->model->config.vocab_size * sizeof(float);
-    cuda_check(cudaMemcpyAsync(s->host_logits, s->logits, bytes, cudaMemcpyDeviceToHost, s->stream),
-               "download of logits");
-    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
-    return s->host_logits;
-}
-
-const int *gpu_chosen(GpuState *s) {
-    Choice *chosen = (Choice *)s->host_logits; // pinned, and not in use
-    cuda_check(cudaMemcpyAsync(chosen, s->chosen, s->n_sequences * sizeof *chosen,
-                               cudaMemcpyDeviceToHost, s->stream),
-               "download of tokens");
-    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
-    for (int i = 0; i < s->n_sequences; i++) s->host_chosen[i] = chosen_token(chosen[i]);
-    return s->host_chosen;
-}
-
-/* ---- perplexity ------------------------------------------------------------------------------ */
-
-/* nll [rows] = -log softmax(logits)[target]; one block a row. Twin: negative_log_likelihood(). */
-__global__ void nll_kernel(const float *logits, int vocab_size, const int *targets, double *nll) {
-    __shared__ double sums[32];
-    launch_dependents();
-    wait_for_previous_kernel();
-    const float *row = logits + (size_t)blockIdx.x * vocab_size;
-    float most = -INFINITY;
-    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) most = fmaxf(most, row[i]);
-    uint32_t bits = __float_as_uint(most); // as in choice()
-    bits = block_max(bits >> 31 ? ~bits : bits | 0x80000000);
-    most = __uint_as_float(bits >> 31 ? bits & 0x7fffffff : ~bits);
-    double sum = 0;
-    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) sum += expf(row[i] - most);
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    sum = 0;
-    for (int i = 0; i < (int)blockDim.x / 32; i++) sum += sums[i];
-    nll[blockIdx.x] = log(sum) + most - row[targets[blockIdx.x]];
-}
-
-/* The mean of -log p of a window's tokens after the first. */
-static double window_loss(void *state, const int *window, int length) {
-    GpuState *s = (GpuState *)state;
-    check_tokens(s, window, length, 0);
-    double sum = 0;
-    for (int done = 0, n = 0; done < length; done += n) {
-        n = min(length - done, s->max_T);
-        forward_chunk(s, 0, window + done, n, done);
-        int known = min(n, length - 1 - done); // whose next token is in the window
-        upload(s, s->tokens, window + done + 1, known * sizeof *window);
-        for (int t = 0; t < known; t += LOGIT_ROWS) {
-            double nll[LOGIT_ROWS];
-            int rows = min(LOGIT_ROWS, known - t);
-            lm_head(s, t, rows);
-            launch(nll_kernel, {dim3(rows), THREADS}, s->stream, s->logits,
-                   s->model->config.vocab_size, s->tokens + t, s->nll);
-            cuda_check(
-                cudaMemcpyAsync(nll, s->nll, rows * sizeof *nll, cudaMemcpyDeviceToHost, s->stream),
-                "download of losses");
-            cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
-            for (int i = 0; i < rows; i++) sum += nll[i];
-        }
-    }
-    return sum / (length - 1);
-}
-
-double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, int max_windows,
-                      int *windows, void (*progress)(int done, int total)) {
-    GpuState *s = gpu_state_new(g, 1, length);
-    double ppl = mean_perplexity(window_loss, s, tokens, n, length, max_windows, windows, progress);
-    gpu_state_free(s);
-    return ppl;
 }
 
 /* ================================================================================================
@@ -2841,6 +2466,12 @@ double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, i
  * ============================================================================================== */
 
 constexpr int CALIBRATION_TOKENS = 8192; // of a chunk, if a window has no more
+
+/* From section 6: float weights, or numbers of a dtype, as To. */
+template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer);
+template <typename To>
+static void convert(const void *from, DType dtype, size_t n, To *to, int *not_finite,
+                    cudaStream_t stream);
 
 /* Where the time goes. */
 enum Phase {
@@ -2901,7 +2532,7 @@ struct GpuQuantizer {
     double *p, *t;  // [N][K]
     float *target;  // [N][K]
     float *product; // [N][K]
-    double *e;      // [N][COLUMNS]
+    double *e;      // [N][GPTQ_COLUMNS]
     int8_t *codes;  // [N][K]
     // of inverting a matrix
     double *half_matrix; // [K / 2][K / 2]
@@ -2967,8 +2598,8 @@ template <typename T> struct Operand {
 
 /* y [M][N] = alpha a b + beta y, a [M][K], b [K][N]. What is row-major here is transposed to
  * cuBLAS, which so is asked for y^T = b^T a^T. */
-static void multiply(GpuQuantizer *q, int M, int N, int K, float alpha, Operand<float> a,
-                     Operand<float> b, float beta, float *y, int columns) {
+static void product(GpuQuantizer *q, int M, int N, int K, float alpha, Operand<float> a,
+                    Operand<float> b, float beta, float *y, int columns) {
     cublas_check(cublasGemmEx(q->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
                               a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b.p,
                               CUDA_R_32F, b.columns, a.p, CUDA_R_32F, a.columns, &beta, y,
@@ -2976,8 +2607,8 @@ static void multiply(GpuQuantizer *q, int M, int N, int K, float alpha, Operand<
                               CUBLAS_GEMM_DEFAULT));
 }
 
-static void multiply(GpuQuantizer *q, int M, int N, int K, double alpha, Operand<double> a,
-                     Operand<double> b, double beta, double *y, int columns) {
+static void product(GpuQuantizer *q, int M, int N, int K, double alpha, Operand<double> a,
+                    Operand<double> b, double beta, double *y, int columns) {
     cublas_check(cublasDgemm(q->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
                              a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b.p,
                              b.columns, a.p, a.columns, &beta, y, columns));
@@ -3323,49 +2954,52 @@ static GpuHalf half_of(GpuQuantizer *q, bool ffn) {
 }
 
 /* q->att = attention of the windows in q->wide_half. */
-static void attention(GpuQuantizer *q, int T) {
+static void attend_windows(GpuQuantizer *q, int T) {
     const Config *c = &q->config;
     const int q_dim = c->n_heads * c->head_dim;
     const Cache cache = {q->keys, q->values, c->n_kv_heads, q->length};
-    auto *run = c->head_dim == 64 ? prefill_attention<64> : prefill_attention<128>;
     for (size_t t = 0; t < (size_t)T; t += q->length)
-        run(c, q->wide_half + t * q->qkv.N, q->length, 0, 0, q->rope, cache, q->att + t * q_dim,
-            q->stream);
+        attend_prompt(c, q->wide_half + t * q->qkv.N, q->length, 0, 0, q->rope, cache,
+                      q->att + t * q_dim, q->stream);
 }
 
 /* q->f = the input of the outside linear in the float model; x [T][dim]. */
 static void float_inside(GpuQuantizer *q, const GpuHalf *h, const float *x, int T) {
     const Config *c = &q->config;
     for_rows(q, T, 0, norm_kernel, x, h->norm, c->dim, c->norm_eps, q->f);
-    multiply(q, T, h->N_inside, c->dim, 1.0f, {q->f, c->dim}, {h->inside, c->dim, true}, 0.0f,
-             q->wide, h->N_inside);
+    product(q, T, h->N_inside, c->dim, 1.0f, {q->f, c->dim}, {h->inside, c->dim, true}, 0.0f,
+            q->wide, h->N_inside);
     if (h->ffn) {
         for_each(q, (size_t)T * h->K, swiglu_float_kernel, q->wide, T, h->K, q->f);
         return;
     }
     convert(q->wide, F32, (size_t)T * h->N_inside, q->wide_half, q->flag, q->stream);
-    attention(q, T);
+    attend_windows(q, T);
     convert(q->att, F16, (size_t)T * h->K, q->f, q->flag, q->stream);
+}
+
+/* y [T][N] = W q->in, or x += that. */
+static void linear_w4a8(GpuQuantizer *q, const GpuLinear *w, int T, half *y, float *x) {
+    gpu_gemm_w4a8(w, q->in.a, q->in.scale, T, y, x, q->gemm_workspace, q->stream);
 }
 
 /* The same in the quantized model, into q->in. */
 static void quantized_inside(GpuQuantizer *q, const GpuHalf *h, const float *x, int T) {
     const Config *c = &q->config;
     gpu_rmsnorm(x, h->norm, T, c->dim, c->norm_eps, q->in, q->stream);
-    gpu_gemm_w4a8(h->q_inside, q->in.a, q->in.scale, T, q->wide_half, NULL, q->gemm_workspace,
-                  q->stream);
+    linear_w4a8(q, h->q_inside, T, q->wide_half, NULL);
     if (h->ffn) {
         gpu_swiglu(q->wide_half, T, h->K, q->in, q->stream);
         return;
     }
-    attention(q, T);
+    attend_windows(q, T);
     gpu_quantize(q->att, T, h->K, q->in.a, q->in.scale, q->stream);
 }
 
 /* x [T][dim] += f [T][K] W^T */
 static void add_linear(GpuQuantizer *q, const float *w, int K, const float *f, int T, float *x) {
     const int dim = q->config.dim;
-    multiply(q, T, dim, K, 1.0f, {f, K}, {w, K, true}, 1.0f, x, dim);
+    product(q, T, dim, K, 1.0f, {f, K}, {w, K, true}, 1.0f, x, dim);
 }
 
 /* A chunk of the windows: a part of a residual stream, brought to the GPU if need be and, once it
@@ -3399,8 +3033,8 @@ template <typename F> static void for_chunks(const GpuQuantizer *q, int windows,
 static void add_hessian(GpuQuantizer *q, const float *x, int K, int T) {
     const int rows = 2048; // of a strip, which begins at the diagonal
     for (int i = 0; i < K; i += rows)
-        multiply(q, min(rows, K - i), K - i, T, 1.0f, {x + i, K, true}, {x + i, K}, 1.0f,
-                 q->H + (size_t)i * (K + 1), K);
+        product(q, min(rows, K - i), K - i, T, 1.0f, {x + i, K, true}, {x + i, K}, 1.0f,
+                q->H + (size_t)i * (K + 1), K);
 }
 
 /* The other part. */
@@ -3411,7 +3045,7 @@ __global__ void mirror_kernel(float *H, size_t K) {
 
 /* M [N][K] += d^T x for d [T][N], x [T][K]. */
 static void add_moments(GpuQuantizer *q, const float *d, int N, const float *x, int K, int T) {
-    multiply(q, N, K, T, 1.0f, {d, N, true}, {x, K}, 1.0f, q->M, K);
+    product(q, N, K, T, 1.0f, {d, N, true}, {x, K}, 1.0f, q->M, K);
 }
 
 __global__ void diagonal_kernel(const float *H, size_t K, float *diagonal) {
@@ -3482,7 +3116,7 @@ static void invert(GpuQuantizer *q, double *A, int n, int columns) {
     const int n1 = (n / 2 + LEAF - 1) / LEAF * LEAF, n2 = n - n1;
     double *A12 = A + n1, *A22 = A12 + (size_t)n1 * columns, *half = q->half_matrix;
     invert(q, A22, n2, columns);
-    multiply(q, n1, n2, n2, 1.0, {A12, columns}, {A22, columns, true}, 0.0, half, n2);
+    product(q, n1, n2, n2, 1.0, {A12, columns}, {A22, columns, true}, 0.0, half, n2);
     cuda_check(cudaMemcpy2DAsync(A12, columns * sizeof *A, half, n2 * sizeof *A, n2 * sizeof *A, n1,
                                  cudaMemcpyDeviceToDevice, q->stream),
                "copy");
@@ -3490,8 +3124,8 @@ static void invert(GpuQuantizer *q, double *A, int n, int columns) {
     cublas_check(cublasDsyrk(q->cublas, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_T, n1, n2, &minus, A12,
                              columns, &one, A, columns));
     invert(q, A, n1, columns);
-    multiply(q, n1, n2, n2, 1.0, {A12, columns}, {A22, columns}, 0.0, half, n2);
-    multiply(q, n1, n2, n1, -1.0, {A, columns}, {half, n2}, 0.0, A12, columns);
+    product(q, n1, n2, n2, 1.0, {A12, columns}, {A22, columns}, 0.0, half, n2);
+    product(q, n1, n2, n1, -1.0, {A, columns}, {half, n2}, 0.0, A12, columns);
 }
 
 /* q->U and q->order from H. Twin: hessian_inverse(). */
@@ -3511,8 +3145,8 @@ static void hessian_inverse(GpuQuantizer *q, const double *diagonal, int K) {
 
 /* ---- GPTQ ------------------------------------------------------------------------------------ */
 
-constexpr int COLUMNS = 128; // of a block; a lane has four
-constexpr int GPTQ_ROWS = 4; // of a warp
+constexpr int GPTQ_COLUMNS = 128; // of a block; a lane has four
+constexpr int GPTQ_ROWS = 4;      // of a warp
 
 /* to [N][K] = from, the columns in order. */
 __global__ void permute_kernel(const float *from, const int *order, size_t N, int K, double *to) {
@@ -3538,8 +3172,8 @@ __global__ void __launch_bounds__(THREADS)
                 const float *s_channel, const uint8_t *s_group, int8_t *codes, double *e) {
     const int lane = threadIdx.x % 32;
     const int row0 = (blockIdx.x * WARPS + threadIdx.x / 32) * GPTQ_ROWS;
-    const int columns = min(COLUMNS, K - first);
-    constexpr int EACH = COLUMNS / 32;
+    const int columns = min(GPTQ_COLUMNS, K - first);
+    constexpr int EACH = GPTQ_COLUMNS / 32;
     double value[GPTQ_ROWS][EACH];
     float scale[GPTQ_ROWS][EACH];
     int to[EACH];
@@ -3584,7 +3218,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int c = 0; c < EACH; c++) {
         for (int r = 0; r < GPTQ_ROWS; r++) {
-            if (row0 + r < N) e[(size_t)(row0 + r) * COLUMNS + lane + 32 * c] = value[r][c];
+            if (row0 + r < N) e[(size_t)(row0 + r) * GPTQ_COLUMNS + lane + 32 * c] = value[r][c];
         }
     }
 }
@@ -3593,8 +3227,8 @@ __global__ void __launch_bounds__(THREADS)
 static void corrected_target(GpuQuantizer *q, const float *w, const float *M, int N, int K) {
     const size_t n = (size_t)N * K;
     for_each(q, n, permute_kernel, M, q->order, N, K, q->p);
-    multiply(q, N, K, K, 1.0, {q->p, K}, {q->U, K, true}, 0.0, q->t, K);
-    multiply(q, N, K, K, 1.0, {q->t, K}, {q->U, K}, 0.0, q->p, K);
+    product(q, N, K, K, 1.0, {q->p, K}, {q->U, K, true}, 0.0, q->t, K);
+    product(q, N, K, K, 1.0, {q->t, K}, {q->U, K}, 0.0, q->p, K);
     for_each(q, n, target_kernel, w, q->p, q->order, N, K, CORRECTION, q->target);
 }
 
@@ -3602,22 +3236,22 @@ static void corrected_target(GpuQuantizer *q, const float *w, const float *M, in
 static void gptq(GpuQuantizer *q, const float *w, const float *importance, int N, int K) {
     choose_scales(q, w, NULL, importance, N, K);
     for_each(q, (size_t)N * K, permute_kernel, w, q->order, N, K, q->p);
-    for (int i = 0; i < K; i += COLUMNS) {
-        const int rows = WARPS * GPTQ_ROWS, end = min(i + COLUMNS, K);
+    for (int i = 0; i < K; i += GPTQ_COLUMNS) {
+        const int rows = WARPS * GPTQ_ROWS, end = min(i + GPTQ_COLUMNS, K);
         gptq_kernel<<<(N + rows - 1) / rows, THREADS, 0, q->stream>>>(
             q->p, q->U, q->order, N, K, i, q->s_channel,
             q->method.group_size > 0 ? q->s_group : NULL, q->codes, q->e);
         cuda_check(cudaGetLastError(), "gptq_kernel");
         if (end == K) break;
-        multiply(q, N, K - end, COLUMNS, -1.0, {q->e, COLUMNS}, {q->U + (size_t)i * K + end, K},
-                 1.0, q->p + end, K);
+        product(q, N, K - end, GPTQ_COLUMNS, -1.0, {q->e, GPTQ_COLUMNS},
+                {q->U + (size_t)i * K + end, K}, 1.0, q->p + end, K);
     }
     for_each(q, (size_t)N * (K / 4), pack_kernel, q->codes, (size_t)N * K, q->qweight);
 }
 
 /* tr(A H B^T) over A = B [N][K], H [K][K]. */
 static double squared_output(GpuQuantizer *q, const float *a, int N, int K) {
-    multiply(q, N, K, K, 1.0f, {a, K}, {q->H, K}, 0.0f, q->product, K);
+    product(q, N, K, K, 1.0f, {a, K}, {q->H, K}, 0.0f, q->product, K);
     return dot(q, a, q->product, (size_t)N * K);
 }
 
@@ -3661,10 +3295,7 @@ __global__ void divide_quantize_kernel(const float *x, const float *s, int K, in
         most = max(most, __float_as_uint(fabsf(x[k] / s[k])));
     const float scale = activation_scale(block_max(most));
     if (threadIdx.x == 0) s_a[blockIdx.x] = scale;
-    for (int k = threadIdx.x; k < K; k += THREADS) {
-        float r = scale > 0 ? rintf(x[k] / s[k] / scale) : 0;
-        a[k] = fminf(fmaxf(r, -128.0f), 127.0f);
-    }
+    for (int k = threadIdx.x; k < K; k += THREADS) a[k] = quantize_one(x[k] / s[k], scale);
 }
 
 /* Searches t for linears first .. first + n - 1, which share their input x [T][K] and are stacked
@@ -3676,7 +3307,7 @@ static float search_smoothing(GpuQuantizer *q, int first, int n, GpuLinear *cand
     float *importance = (float *)allocate(K, sizeof *s);
     for_each(q, K, mean_square_kernel, x, T, K, q->importance);
     to_host(q, mean_square, q->importance, K);
-    multiply(q, T, N, K, -1.0f, {x, K}, {float_weights(q, first), K, true}, 0.0f, q->output, N);
+    product(q, T, N, K, -1.0f, {x, K}, {float_weights(q, first), K, true}, 0.0f, q->output, N);
 
     float largest = 0;
     for (int k = 0; k < K; k++) largest = ::max(largest, max[k]);
@@ -3697,8 +3328,7 @@ static float search_smoothing(GpuQuantizer *q, int first, int n, GpuLinear *cand
         cuda_check(cudaMemcpyAsync(q->distance, q->output, (size_t)T * N * sizeof(float),
                                    cudaMemcpyDeviceToDevice, q->stream),
                    "copy");
-        gpu_gemm_w4a8(candidate, q->in.a, q->in.scale, T, NULL, q->distance, q->gemm_workspace,
-                      q->stream);
+        linear_w4a8(q, candidate, T, NULL, q->distance);
         double distance = dot(q, q->distance, q->distance, (size_t)T * N);
         if (distance < least) least = distance, best_t = t;
     }
@@ -3859,7 +3489,7 @@ static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLi
         if (q->method.gptq) {
             const float *M = q->M;
             if (count > 1) { // q->M is C
-                multiply(q, N, K, K, 1.0f, {w, K}, {q->M, K}, 0.0f, q->product, K);
+                product(q, N, K, K, 1.0f, {w, K}, {q->M, K}, 0.0f, q->product, K);
                 M = q->product;
             }
             corrected_target(q, w, M, N, K);
@@ -3934,8 +3564,7 @@ static void quantize_half(GpuQuantizer *q, int l, bool ffn, Layer *out, Errors *
     for_chunks(q, q->n, [&](Chunk c) {
         float *x_quant = stream_part(q, q->x_quant, c);
         quantized_inside(q, &h, x_quant, c.T);
-        gpu_gemm_w4a8(h.q_outside, q->in.a, q->in.scale, c.T, NULL, x_quant, q->gemm_workspace,
-                      q->stream);
+        linear_w4a8(q, h.q_outside, c.T, NULL, x_quant);
         put_back(q, q->x_quant, c, x_quant);
     });
 }
@@ -3980,6 +3609,385 @@ void gpu_final_scale(GpuQuantizer *q, const float *norm, double *xf, double *xx)
         *xf += dot(q, q->x, q->f, n);
         *xx += dot(q, q->x, q->x, n);
     });
+}
+
+/* ================================================================================================
+ * 6. Plumbing: weights and buffers in GPU memory, perplexity
+ *
+ * 16-bit weights are halves: BF16 ones become halves exactly from 2^-14 to 65504, below that to
+ * 2^-25.
+ * ============================================================================================== */
+
+/* ---- weights --------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ float to_float(float x) {
+    return x;
+}
+__device__ __forceinline__ float to_float(half x) {
+    return __half2float(x);
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+
+__device__ __forceinline__ void from_float(float x, half *to) {
+    *to = __float2half(x);
+}
+__device__ __forceinline__ void from_float(float x, float *to) {
+    *to = x;
+}
+
+template <typename From, typename To>
+__global__ void convert_kernel(const From *from, size_t n, To *to, int *not_finite) {
+    size_t stride = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
+        To x;
+        from_float(to_float(from[i]), &x);
+        if (!isfinite(to_float(x))) *not_finite = 1;
+        to[i] = x;
+    }
+}
+
+/* Elements [n] of a dtype become To; *not_finite is set if one of them is NaN or infinite. */
+template <typename To>
+static void convert(const void *from, DType dtype, size_t n, To *to, int *not_finite,
+                    cudaStream_t stream) {
+    if (dtype == F32) {
+        convert_kernel<<<1024, 256, 0, stream>>>((const float *)from, n, to, not_finite);
+    } else if (dtype == F16) {
+        convert_kernel<<<1024, 256, 0, stream>>>((const half *)from, n, to, not_finite);
+    } else {
+        convert_kernel<<<1024, 256, 0, stream>>>((const __nv_bfloat16 *)from, n, to, not_finite);
+    }
+    cuda_check(cudaGetLastError(), "convert_kernel");
+}
+
+constexpr size_t UPLOAD = 64 << 20; // bytes at a time
+
+/* Uploads float weights as To, by way of `buffer` [UPLOAD + 4 bytes]: the file's pages are read
+ * once and not copied on the host. False if one is NaN or infinite. */
+template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer) {
+    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype), most = UPLOAD / size;
+    int *not_finite = (int *)(buffer + UPLOAD), found;
+    cuda_check(cudaMemset(not_finite, 0, sizeof(int)), "cudaMemset");
+    for (size_t i = 0; i < count; i += most) {
+        size_t n = min(most, count - i);
+        cuda_check(
+            cudaMemcpy(buffer, (const uint8_t *)l->w + i * size, n * size, cudaMemcpyHostToDevice),
+            "upload of weights");
+        convert(buffer, l->dtype, n, to + i, not_finite, 0);
+    }
+    cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost),
+               "upload of weights");
+    return !found;
+}
+
+static void upload_halves(const Linear *l, const char *name, half *to) {
+    uint8_t *buffer = (uint8_t *)device_alloc(UPLOAD + sizeof(int));
+    if (!upload_weights(l, to, buffer))
+        die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
+    cuda_check(cudaFree(buffer), "cudaFree");
+}
+
+static float *upload_floats(const float *x, int n) {
+    float *p = (float *)device_alloc(n * sizeof *p);
+    cuda_check(cudaMemcpy(p, x, n * sizeof *p, cudaMemcpyHostToDevice), "upload of a norm");
+    return p;
+}
+
+/* The linears first .. first + n - 1 of a layer, stacked. */
+static Matrix upload_matrix(const Layer *layer, int index, int first, int n) {
+    Matrix m = {};
+    const Linear *parts = &layer->linears[first];
+    m.K = parts[0].K;
+    for (int i = 0; i < n; i++) m.N += parts[i].N;
+    if (parts[0].qweight) {
+        m.w4a8 = gpu_linear_create(parts, n);
+        return m;
+    }
+    m.w = (half *)device_alloc((size_t)m.N * m.K * sizeof *m.w);
+    half *to = m.w;
+    for (int i = 0; i < n; i++) {
+        char name[128];
+        snprintf(name, sizeof name, "model.layers.%d.%s", index, linear_names[first + i]);
+        upload_halves(&parts[i], name, to);
+        to += (size_t)parts[i].N * m.K;
+    }
+    return m;
+}
+
+static void free_matrix(Matrix *m) {
+    if (m->w) cuda_check(cudaFree(m->w), "cudaFree");
+    else gpu_linear_free(&m->w4a8);
+}
+
+const char *gpu_name(void) {
+    static cudaDeviceProp properties;
+    int count;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return NULL;
+    if (!properties.major) cuda_check(cudaGetDeviceProperties(&properties, 0), "GPU");
+    return properties.major >= 8 ? properties.name : NULL;
+}
+
+static void require_memory(const char *what, size_t bytes) {
+    if (bytes > gpu_free_memory()) {
+        die("%s needs %.2f GB of GPU memory, only %.2f GB are free", what, bytes / 1e9,
+            gpu_free_memory() / 1e9);
+    }
+}
+
+/* What the kernels ask of a model. */
+static void check_shape(const Config *c) {
+    if (c->head_dim != 64 && c->head_dim != 128) {
+        die("-d cuda: heads of %d, expected 64 or 128", c->head_dim);
+    }
+    if (c->dim % 8 || c->hidden_dim % 8) {
+        die("-d cuda: dim %d and ffn %d must be multiples of 8", c->dim, c->hidden_dim);
+    }
+    if (c->n_heads / c->n_kv_heads > 16 * WARPS) {
+        die("-d cuda: %d query heads share a KV head, at most %d can", c->n_heads / c->n_kv_heads,
+            16 * WARPS);
+    }
+}
+
+GpuModel *gpu_model_load(const Model *m) {
+    GpuModel *g = (GpuModel *)allocate(1, sizeof *g);
+    const Config *c = &g->config;
+    g->config = m->config;
+    g->quantized = m->group_size != 0;
+    check_shape(c);
+    const bool tied = m->lm_head.w == m->embedding.w;
+    const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
+    size_t layer_bytes = 2 * c->dim * sizeof(float);
+    for (int k = 0; k < N_LINEARS; k++) {
+        const Linear *l = &m->layers[0].linears[k];
+        size_t weights = (size_t)l->N * l->K;
+        layer_bytes +=
+            !g->quantized ? weights * sizeof(half)
+                          : weights / 2 + l->N * sizeof(float) + (l->s_group ? weights / GROUP : 0);
+    }
+    g->bytes = c->n_layers * layer_bytes + (tied ? 1 : 2) * table + c->dim * sizeof(float);
+    require_memory("the model", g->bytes);
+
+    g->embedding = (half *)device_alloc(table);
+    upload_halves(&m->embedding, "model.embed_tokens", g->embedding);
+    g->lm_head.N = c->vocab_size;
+    g->lm_head.K = c->dim;
+    g->lm_head.w = tied ? g->embedding : (half *)device_alloc(table);
+    if (!tied) upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
+    g->norm = upload_floats(m->norm, c->dim);
+    g->layers = (GpuLayer *)allocate(c->n_layers, sizeof *g->layers);
+    for (int i = 0; i < c->n_layers; i++) {
+        const Layer *from = &m->layers[i];
+        GpuLayer *to = &g->layers[i];
+        to->attention_norm = upload_floats(from->attention_norm, c->dim);
+        to->ffn_norm = upload_floats(from->ffn_norm, c->dim);
+        to->qkv = upload_matrix(from, i, 0, 3);
+        to->o = upload_matrix(from, i, 3, 1);
+        to->gate_up = upload_matrix(from, i, 4, 2);
+        to->down = upload_matrix(from, i, 6, 1);
+    }
+    return g;
+}
+
+void gpu_model_free(GpuModel *g) {
+    for (int i = 0; i < g->config.n_layers; i++) {
+        GpuLayer *l = &g->layers[i];
+        Matrix *matrices[] = {&l->qkv, &l->o, &l->gate_up, &l->down};
+        for (Matrix *m : matrices) free_matrix(m);
+        cuda_check(cudaFree(l->attention_norm), "cudaFree");
+        cuda_check(cudaFree(l->ffn_norm), "cudaFree");
+    }
+    if (g->lm_head.w != g->embedding) free_matrix(&g->lm_head);
+    cuda_check(cudaFree(g->embedding), "cudaFree");
+    cuda_check(cudaFree(g->norm), "cudaFree");
+    free(g->layers);
+    free(g);
+}
+
+size_t gpu_model_bytes(const GpuModel *g) {
+    return g->bytes;
+}
+
+size_t gpu_step_bytes(const GpuModel *g) {
+    size_t table = (size_t)g->config.vocab_size * g->config.dim * sizeof(half);
+    return g->lm_head.w == g->embedding ? g->bytes : g->bytes - table;
+}
+
+size_t gpu_free_memory(void) {
+    size_t free, total;
+    cuda_check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    return free;
+}
+
+double gpu_copy_bandwidth(void) {
+    size_t bytes = min(gpu_free_memory() / 4, (size_t)1 << 30);
+    uint8_t *buffer = (uint8_t *)device_alloc(2 * bytes);
+    cudaEvent_t start, stop;
+    cuda_check(cudaEventCreate(&start), "cudaEventCreate");
+    cuda_check(cudaEventCreate(&stop), "cudaEventCreate");
+    float best = INFINITY;
+    for (int pass = 0; pass < 8; pass++) {
+        float ms;
+        cuda_check(cudaEventRecord(start), "cudaEventRecord");
+        cuda_check(cudaMemcpyAsync(buffer, buffer + bytes, bytes, cudaMemcpyDeviceToDevice),
+                   "copy");
+        cuda_check(cudaEventRecord(stop), "cudaEventRecord");
+        cuda_check(cudaEventSynchronize(stop), "copy");
+        cuda_check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
+        best = min(best, ms);
+    }
+    cuda_check(cudaEventDestroy(start), "cudaEventDestroy");
+    cuda_check(cudaEventDestroy(stop), "cudaEventDestroy");
+    cuda_check(cudaFree(buffer), "cudaFree");
+    return 2 * bytes / (best * 1e-3);
+}
+
+/* ---- the state ------------------------------------------------------------------------------- */
+
+constexpr int CHUNK_TOKENS = 1024;            // of a prompt, which go through the layers together
+constexpr size_t CUBLAS_WORKSPACE = 32 << 20; // bytes, as NVIDIA recommends for Hopper
+
+/* Arrays that lie one after the other in one piece of memory. */
+struct Places {
+    uint8_t *memory;
+    size_t used;
+    template <typename T> void take(T *&p, size_t count) {
+        p = (T *)(memory + used);
+        used += (count * sizeof(T) + 255) / 256 * 256;
+    }
+};
+
+/* Lays the buffers out in s->memory, or from address 0 on: returns their size. */
+static size_t place_buffers(GpuState *s) {
+    const Config *c = &s->model->config;
+    const size_t T = s->max_T, B = s->n_sequences;
+    const size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
+    const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
+    const size_t cache = c->n_layers * B * padded_context(s) * kv_dim;
+    const bool q = s->model->quantized;
+    Places places = {s->memory, 0};
+    auto take = [&](auto *&p, size_t count) { places.take(p, count); };
+    take(s->tokens, T);
+    take(s->positions, B);
+    take(s->chosen, B);
+    take(s->x, T * c->dim);
+    take(s->a, q ? T * widest : 0);
+    take(s->h, T * (q ? c->dim : widest));
+    take(s->scale, T);
+    take(s->qkv, T * (q_dim + 2 * kv_dim));
+    take(s->att, T * q_dim);
+    take(s->gate_up, T * 2 * c->hidden_dim);
+    take(s->y, q ? 0 : T * c->dim);
+    take(s->keys, cache);
+    take(s->values, cache);
+    take(s->rope, (size_t)s->context * (c->head_dim / 4));
+    take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
+    take(s->nll, LOGIT_ROWS);
+    take(s->partial, B * decode_rows(c) * s->splits * HEADS * (c->head_dim + 2));
+    take(s->arrived, B * (decode_rows(c) + 1));
+    uint8_t *workspace;
+    take(workspace, CUBLAS_WORKSPACE);
+    s->cublas_workspace = workspace;
+    return places.used;
+}
+
+/* The sizes of a state, before its memory is there. */
+static GpuState plan_state(const GpuModel *g, int n_sequences, int context) {
+    GpuState s = {};
+    s.model = g;
+    s.n_sequences = n_sequences;
+    s.context = context;
+    s.max_T = max(min(context, CHUNK_TOKENS), n_sequences);
+    // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor.
+    int rows = decode_rows(&g->config) * n_sequences;
+    s.splits = max(1, min(MAX_SPLITS, 2 * multiprocessors() / rows));
+    s.bytes = place_buffers(&s);
+    return s;
+}
+
+size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context) {
+    return plan_state(g, n_sequences, context).bytes + gemm_workspace_bytes();
+}
+
+static void upload_rope(const Config *c, int context, float4 *to) {
+    float *rope = (float *)allocate((size_t)context * c->head_dim, sizeof *rope);
+    for (int pos = 0; pos < context; pos++) rope_angles(c, pos, rope + (size_t)pos * c->head_dim);
+    cuda_check(
+        cudaMemcpy(to, rope, (size_t)context * c->head_dim * sizeof *rope, cudaMemcpyHostToDevice),
+        "upload of RoPE's angles");
+    free(rope);
+}
+
+GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
+    const Config *c = &g->config;
+    char what[100];
+    snprintf(what, sizeof what, "%d sequences of %d tokens", n_sequences, context);
+    require_memory(what, gpu_state_bytes(g, n_sequences, context));
+    GpuState *s = (GpuState *)allocate(1, sizeof *s);
+    *s = plan_state(g, n_sequences, context);
+    s->memory = (uint8_t *)device_alloc(s->bytes);
+    place_buffers(s);
+    s->gemm_workspace = gpu_gemm_workspace();
+    // Zeros: counters, and the cache, where what is not written yet must at least be finite.
+    cuda_check(cudaMemset(s->memory, 0, s->bytes), "cudaMemset");
+    upload_rope(c, context, s->rope);
+    cuda_check(cudaMallocHost(&s->host_logits, (size_t)n_sequences * c->vocab_size * sizeof(float)),
+               "pinned memory");
+    s->host_chosen = (int *)allocate(n_sequences, sizeof *s->host_chosen);
+    cuda_check(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    cublas_check(cublasCreate(&s->cublas));
+    cublas_check(cublasSetStream(s->cublas, s->stream));
+    cublas_check(cublasSetWorkspace(s->cublas, s->cublas_workspace, CUBLAS_WORKSPACE));
+    return s;
+}
+
+void gpu_state_free(GpuState *s) {
+    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+    if (s->step) cuda_check(cudaGraphExecDestroy(s->step), "cudaGraphExecDestroy");
+    cublas_check(cublasDestroy(s->cublas));
+    cuda_check(cudaStreamDestroy(s->stream), "cudaStreamDestroy");
+    cuda_check(cudaFreeHost(s->host_logits), "cudaFreeHost");
+    cuda_check(cudaFree(s->gemm_workspace), "cudaFree");
+    cuda_check(cudaFree(s->memory), "cudaFree");
+    free(s->host_chosen);
+    free(s);
+}
+
+/* ---- perplexity ------------------------------------------------------------------------------ */
+
+/* The mean of -log p of a window's tokens after the first. */
+static double window_loss(void *state, const int *window, int length) {
+    GpuState *s = (GpuState *)state;
+    check_tokens(s, window, length, 0);
+    double sum = 0;
+    for (int done = 0, n = 0; done < length; done += n) {
+        n = min(length - done, s->max_T);
+        forward_chunk(s, 0, window + done, n, done);
+        int known = min(n, length - 1 - done); // whose next token is in the window
+        upload(s, s->tokens, window + done + 1, known * sizeof *window);
+        for (int t = 0; t < known; t += LOGIT_ROWS) {
+            double nll[LOGIT_ROWS];
+            int rows = min(LOGIT_ROWS, known - t);
+            lm_head(s, t, rows);
+            launch(nll_kernel, {dim3(rows), THREADS}, s->stream, s->logits,
+                   s->model->config.vocab_size, s->tokens + t, s->nll);
+            cuda_check(
+                cudaMemcpyAsync(nll, s->nll, rows * sizeof *nll, cudaMemcpyDeviceToHost, s->stream),
+                "download of losses");
+            cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+            for (int i = 0; i < rows; i++) sum += nll[i];
+        }
+    }
+    return sum / (length - 1);
+}
+
+double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, int max_windows,
+                      int *windows, void (*progress)(int done, int total)) {
+    GpuState *s = gpu_state_new(g, 1, length);
+    double ppl = mean_perplexity(window_loss, s, tokens, n, length, max_windows, windows, progress);
+    gpu_state_free(s);
+    return ppl;
 }
 
 /* ---- memory ---------------------------------------------------------------------------------- */
@@ -4079,7 +4087,7 @@ static size_t place_buffers(GpuQuantizer *q) {
     take(q->product, q->calibrate ? most : 0);
     take(q->p, q->method.gptq ? most : 0);
     take(q->target, q->method.gptq ? most : 0);
-    take(q->e, q->method.gptq ? K * COLUMNS : 0);
+    take(q->e, q->method.gptq ? K * GPTQ_COLUMNS : 0);
     take(q->codes, q->method.gptq ? most : 0);
     turn();
     take(q->half_matrix, q->method.gptq ? (K / 2 + LEAF) * (K / 2 + LEAF) : 0);

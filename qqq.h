@@ -6,8 +6,8 @@
  *   qqq.c        0 errors and JSON · 1 files · 2 number formats · 3 forward pass · 4 rotation ·
  *                5 adaptive smoothing · 6 GPTQ
  *   tokenizer.c  byte-level BPE
- *   kernels.cu   1 W4A8 GEMM · 2 small kernels · 3 attention · 4 forward pass · 5 quantization,
- *                on the GPU
+ *   kernels.cu   on the GPU: 1 forward pass · 2 W4A8 GEMM · 3 small kernels · 4 attention ·
+ *                5 quantization
  *
  * Conventions. Matrices are row-major and a shape stands beside each: w [N][K] has N rows of K.
  * A linear layer is y = x W^T with x [T][K], W [N][K], y [T][N]; T counts tokens, N output
@@ -501,7 +501,7 @@ typedef struct {
  * `flush` everything. Invalid bytes pass as they are. */
 void utf8_write(Utf8Stream *s, const char *text, size_t bytes, bool flush, FILE *out);
 
-/* ---- kernels.cu 1: the W4A8 GEMM on the GPU ------------------------------------------------ */
+/* ---- kernels.cu 2: the W4A8 GEMM on the GPU ------------------------------------------------ */
 
 #ifdef __CUDACC__
 
@@ -519,10 +519,6 @@ typedef struct {
  * file at any alignment and are not needed afterwards. gpu_linear_free() releases the result. */
 GpuLinear gpu_linear_create(const Linear *parts, int n_parts);
 void gpu_linear_free(GpuLinear *l);
-
-/* The inverse, into host memory, as the file had them: qweight [N][K/2], s_channel [N] and, with
- * groups, s_group [N][K/128]. */
-void gpu_linear_restore(const GpuLinear *l, uint8_t *qweight, float *s_channel, uint8_t *s_group);
 
 /* Device memory through which blocks that share an output tile add up their sums. One for each
  * stream that runs GEMMs; cudaFree() releases it. */
@@ -562,7 +558,7 @@ void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const 
  * 16-byte aligned. */
 void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream_t stream);
 
-/* ---- kernels.cu 2: the small kernels --------------------------------------------------------- */
+/* ---- kernels.cu 3: the small kernels --------------------------------------------------------- */
 
 /* What a linear reads, [T][K]: int8 a with s_a in `scale` as quantize_row() makes them; or, if a is
  * NULL, halves h, to be multiplied with `scale` (NULL: with 1). */
@@ -580,7 +576,7 @@ void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cud
 
 #endif
 
-/* ---- kernels.cu 4: the forward pass on the GPU ----------------------------------------------- */
+/* ---- kernels.cu 1: the forward pass on the GPU ----------------------------------------------- */
 
 /* These are in programs that are linked with kernels.cu. In others they are NULL: hence "weak". A
  * program asks `gpu_name && gpu_name()` first. */
@@ -603,7 +599,7 @@ void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cud
 /* The GPU's name, owned by the callee; NULL if there is none of sm_80 or newer. */
 const char *gpu_name(void);
 
-/* A model's weights in GPU memory: W4A8 as section 1 wants them, all else as halves. */
+/* A model's weights in GPU memory: W4A8 as section 2 wants them, all else as halves. */
 typedef struct GpuModel GpuModel;
 
 /* Uploads a model straight from the mapped file, which is not needed afterwards. Too little GPU
