@@ -10,7 +10,7 @@ BUILD ?= build
 BIN ?= .
 
 # -ffp-contract=fast: fused multiply-adds, which gcc leaves out under -std=c11 unless asked.
-FLAGS = -std=c11 -ffp-contract=fast -fopenmp -Wall -Wextra $(WERROR) $(CPPFLAGS) $(CFLAGS)
+FLAGS = -std=c11 -ffp-contract=fast -fopenmp -Wall -Wextra -Wmissing-prototypes $(WERROR) $(CPPFLAGS) $(CFLAGS)
 LIBS = $(LDFLAGS) -lutf8proc -lm
 OBJECTS = $(BUILD)/qqq.o $(BUILD)/tokenizer.o
 TESTS = $(patsubst %.c,$(BUILD)/%.o,$(sort $(wildcard test/test*.c)))
@@ -58,7 +58,7 @@ $(BUILD)/synthetic: $(BUILD)/test/synthetic.o $(OBJECTS)
 
 $(BUILD)/fault.so: test/fault.c Makefile
 	@mkdir -p $(@D)
-	$(CC) -std=c11 -O1 -Wall -Wextra $(WERROR) -shared -fPIC $< -o $@ -ldl
+	$(CC) -std=c11 -O1 -Wall -Wextra -Wmissing-prototypes $(WERROR) -shared -fPIC $< -o $@ -ldl
 
 DEMO = $(BUILD)/tiny-w4a8.bin
 demo: all

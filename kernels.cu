@@ -2455,8 +2455,7 @@ static void attend(GpuState *s, int l, const Rows &rows) {
  *     H = X^T X,   H^-1 = U^T U (damped, U upper),   M = W (F - X)^T X + D^T X,   D for o and down
  *     target = W + 1/4 M H^-1,   column by column:  e = (w_i - q_i) / U_ii,   w_j -= e U_ij, j > i
  *
- * as in qqq.c, sections 4 to 6, and quantize.c, sections 3 and 4, whose functions have the same
- * names here. A layer at a time is on the GPU, in float32, with the residual streams of all windows
+ * as in section 3 of qqq.c, whose functions have the same names here. A layer at a time is on the GPU, in float32, with the residual streams of all windows
  * if they fit; the windows go through it a chunk of some thousand tokens after the other.
  *
  * The products over tokens are cuBLAS's on TF32 tensor cores: sums in float32 of factors of 11
@@ -3359,7 +3358,7 @@ static Sample sample_of(const GpuQuantizer *q) {
 }
 
 /* Finds the thresholds and folds their scales into the layer; norms [2][dim] in host memory.
- * Twins: smooth() and record_inputs() of quantize.c, smooth_layer(). */
+ * Twins: smooth(), record_inputs(), smooth_layer(). */
 static void smooth(GpuQuantizer *q, int l, float *norms, Smoothing *found) {
     const Config *c = &q->config;
     const Sample sample = sample_of(q);
@@ -3449,7 +3448,7 @@ static void rotate_layer(GpuQuantizer *q, float *norms) {
 
 /* Quantizes the linears first .. first + count - 1 of layer l, which share their input, from q->w
  * into `to`, stacked, and into out. With H, and with M: for o and down; or C, for the others.
- * Twin: quantize_linears() of quantize.c. */
+ * Twin: quantize_linears(). */
 static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLinear *to,
                              Layer *out, Errors *errors) {
     const int K = to->K;
@@ -3471,7 +3470,7 @@ static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLi
             die("layer %d: the input of %s holds NaN or infinity", l, linear_names[first]);
         for (int k = 0; k < K; k++) h[k] = h[k] > 0 ? h[k] : mean > 0 ? mean : 1;
         to_gpu(q, q->importance, h, K);
-        if (q->method.search_ranges) importance = q->importance;
+        if (q->method.mse) importance = q->importance;
         if (q->method.gptq) hessian_inverse(q, diagonal, K);
         free(diagonal);
         free(h);
@@ -3506,7 +3505,7 @@ static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLi
     }
 }
 
-/* Twin: quantize_half() of quantize.c. */
+/* Twin: quantize_half(). */
 static void quantize_half(GpuQuantizer *q, int l, bool ffn, Layer *out, Errors *errors) {
     const GpuHalf h = half_of(q, ffn);
     const int dim = q->config.dim, K = h.K;
@@ -4132,7 +4131,7 @@ GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Lin
     q->method = *method;
     q->n = n_windows;
     q->length = length;
-    q->calibrate = n_windows && (method->gptq || method->search_ranges);
+    q->calibrate = n_windows && (method->gptq || method->mse);
     q->start = seconds();
     q->phase = REST;
     cuda_check(cudaStreamCreate(&q->stream), "cudaStreamCreate");

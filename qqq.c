@@ -1,14 +1,12 @@
 /* QQQ in plain C, no CUDA. From top to bottom:
  *
- *   0  errors, memory, JSON
- *   1  files: safetensors reader and writer, config.json, model loading
- *   2  the W4A8 number formats
- *   3  the forward pass, float and W4A8
- *   4  rotation
- *   5  adaptive smoothing
- *   6  GPTQ
+ *   1  the model: the forward pass, float and W4A8
+ *   2  the W4A8 numbers and the integer dot product
+ *   3  the method: what quantizes a layer, step by step
+ *   4  arithmetic beneath: products in tiles and in vectors, Cholesky, 16-bit floats
+ *   5  plumbing: errors, options, JSON, files
  *
- * The contracts of the public functions stand in qqq.h. */
+ * The contracts of the public functions stand in qqq.h. A first reader may stop after section 3. */
 #define _GNU_SOURCE
 #define JSMN_STATIC
 #define JSMN_STRICT
@@ -27,11 +25,1652 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "qqq.h"
 
+/* ---- what stands further down ---- */
+
+/* A float matrix seen as W [n][k]: element (n, k) is w[n * row + k * column]. */
+typedef struct {
+    const void *w;
+    DType dtype;
+    size_t row, column;
+} View;
+
+static float max_magnitude(const float *x, size_t n);
+static float clamp(float x, float low, float high);
+static float dot(const float *x, const float *y, int n);
+static double dot_double(const double *x, const double *y, int n);
+static void matmul(int M, int N, int K, const float *x, size_t ldx, View w, float *y, size_t ldy);
+static void float_linear(const Linear *w, const float *x, int T, float *y);
+static bool factor(double *V, size_t K);
+static void invert(const double *V, size_t K, double *U);
+
 /* ============================================================================================
- * 0  Errors, memory, JSON
+ * 1  The model
+ *
+ *   x <- x + o(attention(rope(q(h)), rope(k(h)), v(h))),   h = rmsnorm(x)
+ *   x <- x + down(silu(gate(h)) * up(h)),                  h = rmsnorm(x)
+ *
+ * LLaMA, arXiv 2302.13971; grouped-query attention, arXiv 2305.13245; LLaMA 3, arXiv 2407.21783.
+ *
+ * Each output number is computed by one thread in one order, so results do not depend on the
+ * number of threads.
+ * ============================================================================================ */
+
+void forward(const Model *m, State *s, const int *tokens, int T, int pos) {
+    const Config *c = &m->config;
+    if (T < 1 || T > s->max_T || pos < 0 || pos > s->context - T)
+        die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
+    for (int t = 0; t < T; t++) {
+        if (tokens[t] < 0 || tokens[t] >= c->vocab_size)
+            die("token %d is outside the vocabulary of %d", tokens[t], c->vocab_size);
+        floats(m->embedding.w, m->embedding.dtype, (size_t)tokens[t] * c->dim, c->dim,
+               s->x + (size_t)t * c->dim);
+    }
+    for (int l = 0; l < c->n_layers; l++) layer_forward(c, &m->layers[l], s, l, T, pos);
+    rmsnorm(s->x, m->norm, T, c->dim, c->norm_eps, s->x);
+}
+
+void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
+    rmsnorm(s->x, layer->attention_norm, T, c->dim, c->norm_eps, s->xb);
+    attention_block(c, layer, s, l, T, pos);
+    add_linear(&layer->o, s->att, T, s->xb, s->x);
+
+    rmsnorm(s->x, layer->ffn_norm, T, c->dim, c->norm_eps, s->xb);
+    ffn_block(c, layer, s, T);
+    add_linear(&layer->down, s->gate, T, s->xb, s->x);
+}
+
+/* Turns x [T][n_heads][head_dim], tokens pos .. pos + T - 1. */
+static void rope(const State *s, float *x, int T, int n_heads, int head_dim, int pos) {
+    int half = head_dim / 2;
+#pragma omp parallel for if (T > 1)
+    for (int t = 0; t < T; t++) {
+        const float *angle = s->rope + (size_t)(pos + t) * head_dim;
+        for (int h = 0; h < n_heads; h++) {
+            float *v = x + ((size_t)t * n_heads + h) * head_dim;
+            for (int i = 0; i < half; i++) {
+                float a = v[i], b = v[i + half], c = angle[2 * i], s_ = angle[2 * i + 1];
+                v[i] = a * c - b * s_;
+                v[i + half] = b * c + a * s_;
+            }
+        }
+    }
+}
+
+/* row <- softmax(row * scale) over its first n; the rest, up to n_keys, becomes 0. */
+static void softmax(float *row, int n, int n_keys, float scale) {
+    float max = row[0];
+    for (int i = 1; i < n; i++) max = row[i] > max ? row[i] : max;
+    double sum = 0; // in float, 8000 terms of one size would lose four digits
+    for (int i = 0; i < n; i++) {
+        row[i] = expf((row[i] - max) * scale);
+        sum += row[i];
+    }
+    for (int i = 0; i < n; i++) row[i] /= (float)sum;
+    memset(row + n, 0, (n_keys - n) * sizeof *row);
+}
+
+/* att = softmax(q k^T / sqrt(head_dim)) v, causal. Query head h reads KV head h / group. A task is
+ * one KV head and a block of queries: their query heads are the rows of two matrix products. */
+static void attention(const Config *c, State *s, int l, int T, int pos) {
+    enum { BLOCK = 32 };
+    int d = c->head_dim, group = c->n_heads / c->n_kv_heads;
+    size_t q_dim = (size_t)c->n_heads * d, kv_dim = (size_t)c->n_kv_heads * d;
+    const float *keys = s->keys + (size_t)l * s->context * kv_dim;
+    const float *values = s->values + (size_t)l * s->context * kv_dim;
+    int n_blocks = (T + BLOCK - 1) / BLOCK;
+#pragma omp parallel
+    {
+        size_t most_rows = (size_t)(T < BLOCK ? T : BLOCK) * group;
+        float *scores = allocate(most_rows * (pos + T), sizeof *scores);
+        float *in = allocate(most_rows * d, sizeof *in); // queries, later the output
+#pragma omp for schedule(dynamic)
+        for (int task = c->n_kv_heads * n_blocks - 1; task >= 0; task--) { // the long ones first
+            int h = task % c->n_kv_heads, t0 = task / c->n_kv_heads * BLOCK;
+            int n = T - t0 < BLOCK ? T - t0 : BLOCK, n_keys = pos + t0 + n, rows = n * group;
+            size_t at = t0 * q_dim + (size_t)h * group * d, row_bytes = group * d * sizeof(float);
+            for (int t = 0; t < n; t++)
+                memcpy(in + (size_t)t * group * d, s->q + at + t * q_dim, row_bytes);
+            View k = {keys + h * d, F32, kv_dim, 1}, v = {values + h * d, F32, 1, kv_dim};
+            matmul(rows, n_keys, d, in, d, k, scores, n_keys);
+            for (int r = 0; r < rows; r++)
+                softmax(scores + (size_t)r * n_keys, pos + t0 + r / group + 1, n_keys,
+                        1.0f / sqrtf(d));
+            matmul(rows, d, n_keys, scores, n_keys, v, in, d);
+            for (int t = 0; t < n; t++)
+                memcpy(s->att + at + t * q_dim, in + (size_t)t * group * d, row_bytes);
+        }
+        free(scores);
+        free(in);
+    }
+}
+
+void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
+    size_t kv_dim = (size_t)c->n_kv_heads * c->head_dim;
+    float *k = s->keys + ((size_t)l * s->context + pos) * kv_dim; // straight into the cache
+    float *v = s->values + ((size_t)l * s->context + pos) * kv_dim;
+    linear(&layer->q, s->xb, T, s->q);
+    linear(&layer->k, s->xb, T, k);
+    linear(&layer->v, s->xb, T, v);
+    rope(s, s->q, T, c->n_heads, c->head_dim, pos);
+    rope(s, k, T, c->n_kv_heads, c->head_dim, pos);
+    attention(c, s, l, T, pos);
+}
+
+/* gate <- silu(gate) * up,   silu(z) = z / (1 + exp(-z)).   SwiGLU, arXiv 2002.05202 */
+static void swiglu(float *gate, const float *up, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+void ffn_block(const Config *c, const Layer *layer, State *s, int T) {
+    linear(&layer->gate, s->xb, T, s->gate);
+    linear(&layer->up, s->xb, T, s->up);
+    swiglu(s->gate, s->up, (size_t)T * c->hidden_dim);
+}
+
+void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x) {
+    linear(w, in, T, buffer);
+    for (size_t i = 0; i < (size_t)T * w->N; i++) x[i] += buffer[i];
+}
+
+/* y_i = x_i / sqrt(mean(x^2) + eps) * weight_i.   RMSNorm, arXiv 1910.07467 */
+void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, float *y) {
+#pragma omp parallel for if (T > 1)
+    for (int t = 0; t < T; t++) {
+        const float *in = x + (size_t)t * dim;
+        float *out = y + (size_t)t * dim;
+        float scale = 1.0f / sqrtf(dot(in, in, dim) / dim + eps);
+        for (int i = 0; i < dim; i++) out[i] = in[i] * scale * weight[i];
+    }
+}
+
+/* RoPE turns the pair (x_i, x_(i + d/2)) of each head by pos * f_i, f_i = theta^(-2i/d)
+ * (arXiv 2104.09864, in Hugging Face's order). LLaMA 3.1 stretches slow turns, those with a
+ * wavelength 2 pi / f above original_context / low_freq_factor, by `factor`, leaves those below
+ * original_context / high_freq_factor alone, and mixes in between. */
+void rope_angles(const Config *c, int pos, float *cos_sin) {
+    for (int i = 0; i < c->head_dim / 2; i++) {
+        double f = pow(c->rope_theta, -2.0 * i / c->head_dim);
+        if (c->rope_factor) {
+            double turns = c->rope_original_context * f / (2 * M_PI); // in the original context
+            double mix = (turns - c->rope_low_freq_factor) /
+                         (c->rope_high_freq_factor - c->rope_low_freq_factor);
+            mix = mix < 0 ? 0 : mix > 1 ? 1 : mix;
+            f *= mix + (1 - mix) / c->rope_factor;
+        }
+        cos_sin[2 * i] = cos(pos * f);
+        cos_sin[2 * i + 1] = sin(pos * f);
+    }
+}
+
+const float *logits(const Model *m, State *s, int first, int n) {
+    linear(&m->lm_head, s->x + (size_t)first * m->config.dim, n, s->logits);
+    return s->logits;
+}
+
+/* ---- buffers ---- */
+
+State *state_new(const Config *c, int context, int max_T) {
+    State *s = allocate(1, sizeof *s);
+    size_t T = max_T, q_dim = (size_t)c->n_heads * c->head_dim;
+    size_t cache = (size_t)c->n_layers * context * c->n_kv_heads * c->head_dim;
+    s->context = context;
+    s->max_T = max_T;
+    s->x = allocate(T * c->dim, sizeof(float));
+    s->xb = allocate(T * c->dim, sizeof(float));
+    s->q = allocate(T * q_dim, sizeof(float));
+    s->att = allocate(T * q_dim, sizeof(float));
+    s->gate = allocate(T * c->hidden_dim, sizeof(float));
+    s->up = allocate(T * c->hidden_dim, sizeof(float));
+    s->keys = allocate(cache, sizeof(float));
+    s->values = allocate(cache, sizeof(float));
+    s->rope = allocate((size_t)context * c->head_dim, sizeof(float));
+    s->logits = allocate((size_t)LOGIT_ROWS * c->vocab_size, sizeof(float));
+#pragma omp parallel for
+    for (int pos = 0; pos < context; pos++)
+        rope_angles(c, pos, s->rope + (size_t)pos * c->head_dim);
+    return s;
+}
+
+void state_free(State *s) {
+    if (!s) return;
+    float *buffers[] = {s->x,  s->xb,   s->q,      s->att,  s->gate,
+                        s->up, s->keys, s->values, s->rope, s->logits};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+    free(s);
+}
+
+/* ---- perplexity ---- */
+
+/* -log softmax(logits)[target] */
+static double negative_log_likelihood(const float *logits, int n, int target) {
+    float max = logits[0];
+    for (int i = 1; i < n; i++) max = logits[i] > max ? logits[i] : max;
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += expf(logits[i] - max);
+    return log(sum) + max - logits[target];
+}
+
+double mean_perplexity(double (*loss)(void *engine, const int *window, int length), void *engine,
+                       const int *tokens, int n, int length, int max_windows, int *windows,
+                       void (*progress)(int done, int total)) {
+    int total = n / length;
+    if (max_windows > 0 && total > max_windows) total = max_windows;
+    double sum = 0;
+    for (int w = 0; w < total; w++) {
+        sum += loss(engine, tokens + (size_t)w * length, length);
+        if (progress) progress(w + 1, total);
+    }
+    *windows = total;
+    return exp(sum / total);
+}
+
+typedef struct {
+    const Model *model;
+    State *state;
+} Engine;
+
+static double window_loss(void *engine, const int *window, int length) {
+    const Model *m = ((Engine *)engine)->model;
+    State *s = ((Engine *)engine)->state;
+    int vocab = m->config.vocab_size;
+    forward(m, s, window, length, 0);
+    double sum = 0;
+    for (int t = 0; t < length - 1; t += LOGIT_ROWS) {
+        double nll[LOGIT_ROWS];
+        int rows = length - 1 - t < LOGIT_ROWS ? length - 1 - t : LOGIT_ROWS;
+        const float *rows_logits = logits(m, s, t, rows);
+#pragma omp parallel for
+        for (int i = 0; i < rows; i++)
+            nll[i] =
+                negative_log_likelihood(rows_logits + (size_t)i * vocab, vocab, window[t + i + 1]);
+        for (int i = 0; i < rows; i++) sum += nll[i];
+    }
+    return sum / (length - 1);
+}
+
+double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
+                  int *windows, void (*progress)(int done, int total)) {
+    State *s = state_new(&m->config, length, length);
+    double ppl = mean_perplexity(window_loss, &(Engine){m, s}, tokens, n, length, max_windows,
+                                 windows, progress);
+    state_free(s);
+    return ppl;
+}
+
+/* ============================================================================================
+ * 2  The W4A8 numbers
+ *
+ *   activations, per token:   s_a = max|x| / 127,   a = clamp(rint(x / s_a), -128, 127)
+ *   weights, per channel:     w = q s_channel,                q in -7..7
+ *   weights, per group:       w = (q s_group) s_channel,      q in -8..7, s_group in 1..15
+ *
+ * QQQ, arXiv 2406.09904, section 3.3; integer group scales: QoQ, arXiv 2405.04532.
+ * ============================================================================================ */
+
+float quantize_row(const float *x, int K, int8_t *a) {
+    float max = max_magnitude(x, K), s_a = max < INFINITY ? max / 127.0f : NAN;
+    for (int k = 0; k < K; k++) {
+        if (!(s_a > 0.0f)) {
+            a[k] = 0;
+            continue;
+        }
+        float r = rintf(x[k] / s_a); // a subnormal s_a is inexact: clamp
+        a[k] = r < -128.0f ? -128 : r > 127.0f ? 127 : (int8_t)r;
+    }
+    return s_a;
+}
+
+void pack_row(const int8_t *q, int K, uint8_t *qweight) {
+    for (int j = 0; j < K / 2; j++) qweight[j] = (q[2 * j] + 8) | (q[2 * j + 1] + 8) << 4;
+}
+
+void unpack_row(const uint8_t *qweight, int K, int8_t *q) {
+    for (int j = 0; j < K / 2; j++) {
+        q[2 * j] = (qweight[j] & 0x0f) - 8;
+        q[2 * j + 1] = (qweight[j] >> 4) - 8;
+    }
+}
+
+void dequantize_row(const Linear *l, int n, float *w) {
+    size_t K = l->K;
+    for (size_t k = 0; k < K; k++) {
+        int u = l->qweight[n * (K / 2) + k / 2] >> (k % 2 * 4) & 0x0f;
+        int s_group = l->s_group ? l->s_group[n * (K / GROUP) + k / GROUP] : 1;
+        w[k] = (float)((u - 8) * s_group) * l->s_channel[n];
+    }
+}
+
+Linear quantized_new(int N, int K, int group_size) {
+    Linear l = {.N = N, .K = K, .dtype = U8};
+    l.qweight = allocate((size_t)N * K / 2, 1);
+    l.s_channel = allocate(N, sizeof *l.s_channel);
+    if (group_size > 0) l.s_group = allocate((size_t)N * K / group_size, 1);
+    return l;
+}
+
+void linear_free(Linear *l) {
+    free(l->s_channel);
+    if (!l->mapped) free(l->w), free(l->qweight), free(l->s_group);
+    *l = (Linear){0};
+}
+
+/* Where row n of the codes and group scales stands. */
+static uint8_t *codes_of(const Linear *l, size_t n) {
+    return l->qweight + n * l->K / 2;
+}
+
+static uint8_t *groups_of(const Linear *l, size_t n) {
+    return l->s_group ? l->s_group + n * (l->K / GROUP) : NULL;
+}
+
+static float lowest_code(const Linear *l) {
+    return l->s_group ? -8.0f : -7.0f;
+}
+
+/* ---- y = x W^T in W4A8
+ *
+ *   acc[m][n] = sum_k a[m][k] w8[n][k],   w8 = q s_group = (u - 8) s_group
+ *             = sum_g s_group[g] (sum_(k in g) a_k u_k  -  8 sum_(k in g) a_k)
+ *   y[m][n] = (acc s_a[m]) s_channel[n]
+ *
+ * The codes u are unsigned and the activations signed: what vpdpbusd and vpmaddubsw multiply. The
+ * low nibbles of a row of qweight are its even columns, the high ones its odd columns, so the
+ * activations are kept in that order too: K/2 even ones, then K/2 odd ones. ---- */
+
+/* Plain C, the one to read. */
+static void dot_u4_c(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
+                     int32_t *acc) {
+    for (int t = 0; t < T; t++) {
+        const int8_t *even = a + (size_t)t * K, *odd = even + K / 2;
+        acc[t] = 0;
+        for (int j = 0; j < K / 2; j++) {
+            int s = s_group ? s_group[2 * j / GROUP] : 1;
+            acc[t] += s * ((w[j] & 0x0f) * even[j] + (w[j] >> 4) * odd[j]);
+        }
+    }
+}
+
+enum { MAX_T = 8 }; // tokens that share one unpacking of the weights
+
+/* Activations as the dot product wants them. */
+typedef struct {
+    int8_t *a;     // [T][2][K/2] even columns, odd columns
+    int32_t *sums; // [T][groups] sums over each group; one group per channel
+    int groups;
+} Activations;
+
+static Activations split_activations(const Linear *w, int T) {
+    int groups = w->s_group ? w->K / GROUP : 1;
+    return (Activations){allocate(T, w->K), allocate((size_t)T * groups, sizeof(int32_t)), groups};
+}
+
+static void split_row(const int8_t *a, int K, int t, Activations *to) {
+    int8_t *even = to->a + (size_t)t * K, *odd = even + K / 2;
+    for (int j = 0; j < K / 2; j++) {
+        even[j] = a[2 * j];
+        odd[j] = a[2 * j + 1];
+    }
+    for (int g = 0; g < to->groups; g++) {
+        int32_t sum = 0;
+        for (int k = g * (K / to->groups); k < (g + 1) * (K / to->groups); k++) sum += a[k];
+        to->sums[(size_t)t * to->groups + g] = sum;
+    }
+}
+
+/* acc [T] of output channel n for tokens t .. t + T - 1, T <= MAX_T. */
+static void accumulate(const Linear *w, DotU4 *dot_u4, const Activations *x, int n, int t, int T,
+                       int32_t *acc) {
+    size_t K = w->K;
+    const uint8_t *s_group = w->s_group ? w->s_group + (size_t)n * x->groups : NULL;
+    dot_u4(w->qweight + n * (K / 2), s_group, x->a + t * K, K, T, acc);
+    for (int i = 0; i < T; i++) {
+        const int32_t *sums = x->sums + (size_t)(t + i) * x->groups;
+        int32_t offset = 0;
+        for (int g = 0; g < x->groups; g++) offset += (s_group ? s_group[g] : 1) * sums[g];
+        acc[i] -= 8 * offset;
+    }
+}
+
+/* y [T][N], or the sums themselves in acc [T][N] if y is NULL. */
+static void integer_product(const Linear *w, DotU4 *dot_u4, const Activations *x, const float *s_a,
+                            int T, float *y, int32_t *acc) {
+    enum { N_BLOCK = 32, T_BLOCK = 32 }; // these tokens stay in the nearest cache for these rows
+    int N = w->N;
+#pragma omp parallel for schedule(dynamic)
+    for (int n0 = 0; n0 < N; n0 += N_BLOCK)
+        for (int t0 = 0; t0 < T; t0 += T_BLOCK)
+            for (int n = n0; n < n0 + N_BLOCK && n < N; n++)
+                for (int t = t0; t < t0 + T_BLOCK && t < T; t += MAX_T) {
+                    int32_t sums[MAX_T];
+                    int n_tokens = T - t < MAX_T ? T - t : MAX_T;
+                    accumulate(w, dot_u4, x, n, t, n_tokens, sums);
+                    for (int i = 0; i < n_tokens; i++) {
+                        size_t at = (size_t)(t + i) * N + n;
+                        if (y) y[at] = ((float)sums[i] * s_a[t + i]) * w->s_channel[n];
+                        else acc[at] = sums[i];
+                    }
+                }
+}
+
+static void w4a8_linear(const Linear *w, const float *x, int T, float *y) {
+    int K = w->K;
+    const char *name;
+    Activations split = split_activations(w, T);
+    float *s_a = allocate(T, sizeof *s_a);
+    int8_t *a = allocate(T, K);
+#pragma omp parallel for if (T > 1)
+    for (int t = 0; t < T; t++) {
+        s_a[t] = quantize_row(x + (size_t)t * K, K, a + (size_t)t * K);
+        split_row(a + (size_t)t * K, K, t, &split);
+    }
+    integer_product(w, dot_u4_best(&name), &split, s_a, T, y, NULL);
+    free(a);
+    free(s_a);
+    free(split.a);
+    free(split.sums);
+}
+
+void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc) {
+    Activations split = split_activations(w, T);
+    for (int t = 0; t < T; t++) split_row(a + (size_t)t * w->K, w->K, t, &split);
+    integer_product(w, dot_u4, &split, NULL, T, NULL, acc);
+    free(split.a);
+    free(split.sums);
+}
+
+void linear(const Linear *w, const float *x, int T, float *y) {
+    if (w->qweight) w4a8_linear(w, x, T, y);
+    else float_linear(w, x, T, y);
+}
+
+/* ============================================================================================
+ * 3  The method
+ *
+ * Two models run side by side over the calibration windows, a layer at a time: the float model, and
+ * the one whose layers so far are quantized. F are the inputs of a linear in the one, X in the
+ * other. QQQ, arXiv 2406.09904; what goes beyond it is said where it stands.
+ * ============================================================================================ */
+
+struct Quantizer {
+    Method method;
+    Config config; // of one layer, as the buffers are
+    int n_layers;
+    int n, length;            // windows, tokens of each; n = 0: nothing needs calibration
+    float *x_float, *x_quant; // [n][length][dim] the residual streams
+    State *s_float, *s_quant; // buffers for one window
+};
+
+static void smooth(const Quantizer *q, int l, Layer *layer, Smoothing found[3]);
+static void quantize_half(const Quantizer *q, int l, const Layer *f, Layer *out, bool ffn,
+                          Errors *errors);
+
+void quantize_layer(Quantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
+                    Errors *errors) {
+    Layer f = layer_float_copy(&q->config, layer, l);
+    if (q->method.signs) rotate_layer(&q->config, &f, q->method.signs); // step 1
+    if (q->method.smooth) smooth(q, l, &f, found);                      // step 2
+    *out = f; // with f's norms; its linears turn W4A8 one after the other, steps 3 to 5:
+    quantize_half(q, l, &f, out, false, errors); // q, k, v, then o
+    quantize_half(q, l, &f, out, true, errors);  // gate, up, then down
+    for (int k = 0; k < N_LINEARS; k++) linear_free(&f.linears[k]);
+}
+
+static float *window(const Quantizer *q, float *x, int w) {
+    return x + (size_t)w * q->length * q->config.dim;
+}
+
+/* Step 6: c times the final norm's weight w brings the quantized model's output nearest to the
+ * float model's, by least squares: c = sum w^2 x f / sum w^2 x^2, x and f normed. Noise in x makes
+ * c < 1: the logits of a noisy model are too sure of themselves. An extension. */
+void final_scale(const Quantizer *q, const float *norm, double *xf, double *xx) {
+    int dim = q->config.dim, T = q->length;
+    *xf = *xx = 0;
+    for (int w = 0; w < q->n; w++) {
+        float *f = q->s_float->xb, *x = q->s_quant->xb;
+        rmsnorm(window(q, q->x_float, w), norm, T, dim, q->config.norm_eps, f);
+        rmsnorm(window(q, q->x_quant, w), norm, T, dim, q->config.norm_eps, x);
+        for (size_t i = 0; i < (size_t)T * dim; i++) {
+            *xf += (double)x[i] * f[i];
+            *xx += (double)x[i] * x[i];
+        }
+    }
+}
+
+Quantizer *quantizer_new(const Config *c, const Method *method, const Linear *embedding,
+                         const int *tokens, int n_windows, int length) {
+    Quantizer *q = allocate(1, sizeof *q);
+    size_t dim = c->dim, total = (size_t)n_windows * length;
+    *q = (Quantizer){
+        .method = *method, .config = *c, .n_layers = c->n_layers, .n = n_windows, .length = length};
+    q->config.n_layers = 1;
+    if (!n_windows) return q;
+    q->x_float = allocate(total * dim, sizeof(float));
+    q->x_quant = allocate(total * dim, sizeof(float));
+    for (size_t i = 0; i < total; i++)
+        floats(embedding->w, embedding->dtype, tokens[i] * dim, dim, q->x_float + i * dim);
+    memcpy(q->x_quant, q->x_float, total * dim * sizeof(float));
+    q->s_float = state_new(&q->config, length, length);
+    q->s_quant = state_new(&q->config, length, length);
+    return q;
+}
+
+void quantizer_free(Quantizer *q) {
+    free(q->x_float);
+    free(q->x_quant);
+    state_free(q->s_float);
+    state_free(q->s_quant);
+    free(q);
+}
+
+Layer layer_float_copy(const Config *c, const Layer *layer, int index) {
+    Layer copy;
+    size_t bytes = c->dim * sizeof(float);
+    copy.attention_norm = allocate(2, bytes);
+    copy.ffn_norm = copy.attention_norm + c->dim;
+    memcpy(copy.attention_norm, layer->attention_norm, bytes);
+    memcpy(copy.ffn_norm, layer->ffn_norm, bytes);
+    for (int k = 0; k < N_LINEARS; k++) {
+        char name[128];
+        snprintf(name, sizeof name, "model.layers.%d.%s", index, linear_names[k]);
+        copy.linears[k] = float_copy(&layer->linears[k], name);
+    }
+    return copy;
+}
+
+/* ---- step 1: rotation
+ *
+ *   R = diag(signs) H_D / sqrt(D),  H_D the Hadamard matrix of dim D,  H_d of head_dim
+ *   E <- E R,   W <- W diag(norm) R for q, k, v, gate, up and lm_head,  norm <- 1,
+ *   W <- R^T W for o and down,   W_v,h <- H_d^T W_v,h,   W_o,h <- W_o,h H_d
+ *
+ * The residual stream is x R instead of x. R is orthogonal, so RMSNorm without its weights commutes
+ * with it, and the model computes the same; but an outlying channel is now spread over all.
+ * QuaRot, arXiv 2404.00456. ---- */
+
+void hadamard(double *x, int n) {
+    for (int half = 1; half < n; half *= 2)
+        for (int i = 0; i < n; i += 2 * half)
+            for (int j = i; j < i + half; j++) {
+                double a = x[j], b = x[j + half];
+                x[j] = a + b;
+                x[j + half] = a - b;
+            }
+    double scale = 1 / sqrt(n);
+    for (int i = 0; i < n; i++) x[i] *= scale;
+}
+
+void random_signs(uint64_t seed, int n, int8_t *signs) {
+    for (int i = 0; i < n; i++) { // splitmix64
+        uint64_t z = seed += 0x9e3779b97f4a7c15;
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+        z = (z ^ z >> 27) * 0x94d049bb133111eb;
+        signs[i] = z >> 63 ? -1 : 1;
+    }
+}
+
+/* Each vector of n elements, `stride` floats apart, times diag(signs) H / sqrt(n). */
+static void rotate_vector(float *x, size_t stride, int n, const int8_t *signs, double *buffer) {
+    for (int i = 0; i < n; i++)
+        buffer[i] = signs ? signs[i] * (double)x[i * stride] : x[i * stride];
+    hadamard(buffer, n);
+    for (int i = 0; i < n; i++) x[i * stride] = buffer[i];
+}
+
+void rotate_inputs(float *w, int N, int K, int n, const int8_t *signs) {
+#pragma omp parallel
+    {
+        double *buffer = allocate(n, sizeof *buffer);
+#pragma omp for
+        for (size_t row = 0; row < (size_t)N; row++)
+            for (int k = 0; k < K; k += n) rotate_vector(w + row * K + k, 1, n, signs, buffer);
+        free(buffer);
+    }
+}
+
+void rotate_outputs(float *w, int N, int K, int n, const int8_t *signs) {
+#pragma omp parallel
+    {
+        double *buffer = allocate(n, sizeof *buffer);
+#pragma omp for
+        for (int k = 0; k < K; k++)
+            for (size_t row = 0; row < (size_t)N; row += n)
+                rotate_vector(w + row * K + k, K, n, signs, buffer);
+        free(buffer);
+    }
+}
+
+void check_rotation(const Config *c) {
+    if ((c->dim & (c->dim - 1)) || (c->head_dim & (c->head_dim - 1)))
+        die("rotation needs powers of two, but hidden_size is %d and head_dim %d (-r 0 leaves it "
+            "out)",
+            c->dim, c->head_dim);
+}
+
+void scale_inputs(float *w, int N, int K, const float *s) {
+#pragma omp parallel for
+    for (size_t n = 0; n < (size_t)N; n++)
+        for (size_t k = 0; k < (size_t)K; k++) w[n * K + k] *= s[k];
+}
+
+static void rotate_input(Linear *w, const float *norm, const int8_t *signs) {
+    if (norm) scale_inputs(w->w, w->N, w->K, norm);
+    rotate_inputs(w->w, w->N, w->K, w->K, signs);
+}
+
+void rotate_layer(const Config *c, Layer *l, const int8_t *signs) {
+    for (int i = 0; i < 3; i++) rotate_input(&l->linears[i], l->attention_norm, signs);
+    rotate_input(&l->gate, l->ffn_norm, signs);
+    rotate_input(&l->up, l->ffn_norm, signs);
+    for (int i = 0; i < c->dim; i++) l->attention_norm[i] = l->ffn_norm[i] = 1.0f;
+    rotate_outputs(l->v.w, l->v.N, l->v.K, c->head_dim, NULL);
+    rotate_inputs(l->o.w, l->o.N, l->o.K, c->head_dim, NULL);
+    rotate_outputs(l->o.w, l->o.N, l->o.K, c->dim, signs);
+    rotate_outputs(l->down.w, l->down.N, l->down.K, c->dim, signs);
+}
+
+void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs) {
+    rotate_input(embedding, NULL, signs);
+    rotate_input(lm_head, norm, signs);
+    for (int i = 0; i < lm_head->K; i++) norm[i] = 1.0f;
+}
+
+/* ---- step 2: adaptive smoothing
+ *
+ *   s_j = max(1, max|X_j| / t),   X <- X diag(s)^-1,   W <- W diag(s)
+ *
+ * X W^T stays the same, but the channels of X that stand out above the threshold t no longer
+ * coarsen the int8 steps of a whole token. t is searched: the one with which the quantized output
+ * is nearest to the float output. QQQ, arXiv 2406.09904, section 3.1. ---- */
+
+void smoothing_scales(const float *max, int K, float t, float *s) {
+    for (int k = 0; k < K; k++) s[k] = max[k] > t ? max[k] / t : 1.0f;
+}
+
+void smooth_layer(Layer *l, const float *s_qkv, const float *s_gate_up, const float *s_down) {
+    int dim = l->q.K, hidden_dim = l->down.K;
+    for (int i = 0; i < dim; i++) {
+        l->attention_norm[i] /= s_qkv[i];
+        l->ffn_norm[i] /= s_gate_up[i];
+    }
+    for (int i = 0; i < 3; i++) scale_inputs(l->linears[i].w, l->linears[i].N, dim, s_qkv);
+    scale_inputs(l->gate.w, hidden_dim, dim, s_gate_up);
+    scale_inputs(l->up.w, hidden_dim, dim, s_gate_up);
+    for (size_t n = 0; n < (size_t)hidden_dim; n++)
+        for (int k = 0; k < dim; k++) ((float *)l->up.w)[n * dim + k] /= s_down[n];
+    scale_inputs(l->down.w, l->down.N, hidden_dim, s_down);
+}
+
+/* W diag(s), rounded to nearest. */
+static Linear quantize_smoothed(const Linear *w, const float *s, const float *importance,
+                                int group_size) {
+    float *smoothed = allocate((size_t)w->N * w->K, sizeof *smoothed);
+    floats(w->w, w->dtype, 0, (size_t)w->N * w->K, smoothed);
+    scale_inputs(smoothed, w->N, w->K, s);
+    Linear l = round_to_nearest(smoothed, importance, w->N, w->K, group_size);
+    free(smoothed);
+    return l;
+}
+
+static double squared_distance(const float *x, const float *y, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
+    return sum;
+}
+
+static void divide(const float *x, const float *s, size_t T, size_t K, float *y) {
+    for (size_t i = 0; i < T * K; i++) y[i] = x[i] / s[i % K];
+}
+
+float search_smoothing(const Linear *w, int n_linears, const float *x, int T, const float *max,
+                       int group_size, float *s) {
+    size_t K = w->K, N = 0;
+    for (int i = 0; i < n_linears; i++) N += w[i].N;
+    float *mean_square = allocate(K, sizeof *s), *importance = allocate(K, sizeof *s);
+    for (size_t i = 0; i < T * K; i++) mean_square[i % K] += x[i] * x[i] / T;
+    float *target = allocate(T * N, sizeof *target), *output = allocate(T * N, sizeof *output);
+    float *smoothed = allocate(T * K, sizeof *smoothed), *end = target;
+    for (int i = 0; i < n_linears; end += (size_t)T * w[i++].N) linear(&w[i], x, T, end);
+
+    float best_t = max_magnitude(max, K);
+    double least = INFINITY;
+    for (float t = best_t; t > 0.1f; t *= 0.8f) {
+        smoothing_scales(max, K, t, s);
+        divide(x, s, T, K, smoothed);
+        for (size_t k = 0; k < K; k++) importance[k] = mean_square[k] / (s[k] * s[k]);
+        end = output;
+        for (int i = 0; i < n_linears; end += (size_t)T * w[i++].N) {
+            Linear candidate = quantize_smoothed(&w[i], s, importance, group_size);
+            linear(&candidate, smoothed, T, end);
+            linear_free(&candidate);
+        }
+        double distance = squared_distance(output, target, T * N);
+        if (distance < least) least = distance, best_t = t;
+    }
+    smoothing_scales(max, K, best_t, s);
+    free(mean_square);
+    free(importance);
+    free(target);
+    free(output);
+    free(smoothed);
+    return best_t;
+}
+
+/* Which of a layer's linears read each SmoothedInput. */
+static const struct { int first, count; } smoothed[] = {{0, 3}, {4, 2}, {6, 1}};
+
+/* The output that the published search compares; from s->xb, or s->gate for down. */
+static const float *block_output(const Config *c, const Layer *layer, State *s, SmoothedInput which,
+                                 int T) {
+    switch (which) {
+    case SMOOTH_QKV:
+        attention_block(c, layer, s, 0, T, 0);
+        return s->att;
+    case SMOOTH_GATE_UP:
+        ffn_block(c, layer, s, T);
+        return s->gate;
+    default:
+        linear(&layer->down, s->gate, T, s->x);
+        return s->x;
+    }
+}
+
+float search_smoothing_published(const Config *c, const Layer *layer, State *state,
+                                 SmoothedInput which, const float *x, int windows, int length,
+                                 const float *max, int group_size, float *s) {
+    const int outputs[] = {layer->o.K, layer->down.K, c->dim};
+    const int first = smoothed[which].first, count = smoothed[which].count;
+    const Linear *w = &layer->linears[first];
+    int K = w->K;
+    size_t n_in = (size_t)length * K, n_out = (size_t)length * outputs[which];
+    float *in = which == SMOOTH_DOWN ? state->gate : state->xb;
+    float *target = allocate(windows * n_out, sizeof *target);
+    for (int i = 0; i < windows; i++) {
+        memcpy(in, x + i * n_in, n_in * sizeof *x);
+        memcpy(target + i * n_out, block_output(c, layer, state, which, length),
+               n_out * sizeof *target);
+    }
+    float highest = max_magnitude(max, K), lowest = 0.1f, best_t = highest;
+    int steps = fminf(fmaxf(100, highest / 0.5f), 4096); // one absurd activation is not worth days
+    double least = INFINITY;
+    for (int i = 0; i < steps; i++) {
+        float t = highest - (highest - lowest) * i / (steps - 1);
+        Layer candidate = *layer;
+        smoothing_scales(max, K, t, s);
+        for (int j = 0; j < count; j++)
+            candidate.linears[first + j] = quantize_smoothed(w + j, s, NULL, group_size);
+        double distance = 0;
+        for (int j = 0; j < windows; j++) {
+            divide(x + j * n_in, s, length, K, in);
+            distance += squared_distance(block_output(c, &candidate, state, which, length),
+                                         target + j * n_out, n_out);
+        }
+        for (int j = 0; j < count; j++) linear_free(&candidate.linears[first + j]);
+        if (distance < least) least = distance, best_t = t;
+    }
+    smoothing_scales(max, K, best_t, s);
+    free(target);
+    return best_t;
+}
+
+/* The float model's inputs of qkv, gate+up and down in the first windows. */
+static void record_inputs(const Quantizer *q, const Layer *layer, int windows, float *inputs[3]) {
+    const Config *c = &q->config;
+    State *s = q->s_float;
+    size_t dim = c->dim, hidden = c->hidden_dim, T = q->length;
+    for (size_t w = 0; w < (size_t)windows; w++) {
+        memcpy(s->x, window(q, q->x_float, w), T * dim * sizeof(float));
+        rmsnorm(s->x, layer->attention_norm, T, dim, c->norm_eps, s->xb);
+        memcpy(inputs[SMOOTH_QKV] + w * T * dim, s->xb, T * dim * sizeof(float));
+        attention_block(c, layer, s, 0, T, 0);
+        add_linear(&layer->o, s->att, T, s->xb, s->x);
+        rmsnorm(s->x, layer->ffn_norm, T, dim, c->norm_eps, s->xb);
+        memcpy(inputs[SMOOTH_GATE_UP] + w * T * dim, s->xb, T * dim * sizeof(float));
+        ffn_block(c, layer, s, T);
+        memcpy(inputs[SMOOTH_DOWN] + w * T * hidden, s->gate, T * hidden * sizeof(float));
+    }
+}
+
+/* Finds the thresholds and folds their scales into the layer. */
+static void smooth(const Quantizer *q, int l, Layer *layer, Smoothing found[3]) {
+    int windows = q->n < SEARCH_WINDOWS ? q->n : SEARCH_WINDOWS, total = windows * q->length;
+    float *inputs[3], *scales[3];
+    for (int i = 0; i < 3; i++)
+        inputs[i] = allocate((size_t)total * layer->linears[smoothed[i].first].K, sizeof(float));
+    record_inputs(q, layer, windows, inputs);
+    for (int i = 0; i < 3; i++) {
+        int first = smoothed[i].first, group_size = q->method.group_size;
+        const Linear *w = &layer->linears[first];
+        size_t K = w->K;
+        float *max = allocate(K, sizeof *max);
+        scales[i] = allocate(K, sizeof(float));
+        for (size_t j = 0; j < total * K; j++) {
+            float magnitude = fabsf(inputs[i][j]);
+            if (!(magnitude < INFINITY))
+                die("layer %d: the input of %s holds NaN or infinity", l, linear_names[first]);
+            max[j % K] = magnitude > max[j % K] ? magnitude : max[j % K];
+        }
+        if (q->method.smooth == 2) {
+            found[i].t = search_smoothing_published(&q->config, layer, q->s_float, i, inputs[i],
+                                                    windows, q->length, max, group_size, scales[i]);
+        } else { // a sample spread evenly over the windows
+            int stride = total > SEARCH_TOKENS ? total / SEARCH_TOKENS : 1, T = total / stride;
+            for (int t = 0; t < T; t++)
+                memmove(inputs[i] + t * K, inputs[i] + (size_t)t * stride * K, K * sizeof(float));
+            found[i].t =
+                search_smoothing(w, smoothed[i].count, inputs[i], T, max, group_size, scales[i]);
+        }
+        found[i].n = 0;
+        for (size_t k = 0; k < K; k++) found[i].n += max[k] > found[i].t;
+        free(max);
+    }
+    smooth_layer(layer, scales[0], scales[1], scales[2]);
+    for (int i = 0; i < 3; i++) free(inputs[i]), free(scales[i]);
+}
+
+/* ---- steps 3 to 5: half a layer at a time, attention (q, k, v inside, o outside) or FFN (gate and
+ * up, down). Each linear is calibrated on the int8 inputs X that reach it through the linears
+ * quantized before it, and aims back towards the float model. An extension: the published code
+ * takes all Hessians from one pass over the float layer. ---- */
+
+/* What GPTQ needs to know of the inputs of one linear, or of several that share them: sums over the
+ * calibration tokens; D is the quantized model's residual's distance to the float model's. */
+typedef struct {
+    double *H; // [K][K] X^T X
+    double *C; // [K][K] (F - X)^T X
+    double *R; // [dim][K] D^T X, NULL if the linear does not write to the residual stream
+    int K;
+} Moments;
+
+static Moments moments_new(int K, int dim) {
+    size_t k = K;
+    return (Moments){allocate(k * k, sizeof(double)), allocate(k * k, sizeof(double)),
+                     dim ? allocate(k * dim, sizeof(double)) : NULL, K};
+}
+
+static void moments_free(Moments *m) {
+    free(m->H);
+    free(m->C);
+    free(m->R);
+}
+
+/* Adds one window: f, x [T][K]; with R also the residual streams [T][dim]. x is replaced by its
+ * int8 values and f by the difference to them. */
+static void moments_add(Moments *m, float *f, float *x, const float *residual_f,
+                        const float *residual_x, int T, int dim) {
+    size_t K = m->K;
+#pragma omp parallel for
+    for (size_t t = 0; t < (size_t)T; t++) {
+        int8_t a[K];
+        float s_a = quantize_row(x + t * K, K, a);
+        for (size_t k = 0; k < K; k++) {
+            x[t * K + k] = a[k] * s_a;
+            f[t * K + k] -= x[t * K + k];
+        }
+    }
+    add_moments(m->H, x, K, x, K, T);
+    add_moments(m->C, f, K, x, K, T);
+    if (!m->R) return;
+    float *distance = allocate((size_t)T * dim, sizeof *distance);
+    for (size_t i = 0; i < (size_t)T * dim; i++) distance[i] = residual_f[i] - residual_x[i];
+    add_moments(m->R, distance, dim, x, K, T);
+    free(distance);
+}
+
+/* The diagonal of H, which weighs the columns in the search of ranges; dead columns get the mean.
+ */
+static float *column_importance(const Moments *m, int l, const char *name) {
+    size_t K = m->K;
+    float *importance = allocate(K, sizeof *importance);
+    double mean = 0;
+    for (size_t k = 0; k < K; k++) mean += m->H[k * (K + 1)] / K;
+    if (!(mean < INFINITY)) die("layer %d: the input of %s holds NaN or infinity", l, name);
+    for (size_t k = 0; k < K; k++) {
+        double h = m->H[k * (K + 1)];
+        importance[k] = h > 0 ? h : mean > 0 ? mean : 1;
+    }
+    return importance;
+}
+
+/* Quantizes the linears first .. first + count - 1 of layer l, which share their input, from the
+ * float layer f to W4A8 in out. */
+static void quantize_linears(const Quantizer *q, const Moments *m, int l, int first, int count,
+                             const Layer *f, Layer *out, Errors *errors) {
+    const Method *method = &q->method;
+    float *importance = m->H ? column_importance(m, l, linear_names[first]) : NULL;
+    const float *weighting = method->mse ? importance : NULL;
+    Inverse inverse;
+    if (method->gptq) inverse = hessian_inverse(m->H, m->K, method->act_order);
+    for (int i = first; i < first + count; i++) {
+        const float *w = f->linears[i].w;
+        int N = f->linears[i].N, K = f->linears[i].K;
+        if (method->progress) method->progress(l, i, q->n_layers);
+        Linear nearest = round_to_nearest(w, weighting, N, K, method->group_size); // step 3
+        errors[i].before = errors[i].after = m->H ? relative_error(w, &nearest, m->H) : NAN;
+        out->linears[i] = nearest;
+        if (!method->gptq) continue;
+        float *target = allocate((size_t)N * K, sizeof *target);
+        corrected_target(w, N, &inverse, m->C, m->R, target);                       // step 5
+        out->linears[i] = gptq(target, N, &inverse, weighting, method->group_size); // step 4
+        errors[i].after = relative_error(w, &out->linears[i], m->H);
+        linear_free(&nearest);
+        free(target);
+    }
+    if (method->gptq) inverse_free(&inverse);
+    free(importance);
+}
+
+/* Half a layer with its linears as they are so far, float or quantized. */
+typedef struct {
+    bool ffn;
+    const Layer *layer;
+    const float *norm;     // [dim]
+    const Linear *outside; // the linear that writes to the residual stream
+} Half;
+
+static Half half_of(const Layer *layer, bool ffn) {
+    return ffn ? (Half){true, layer, layer->ffn_norm, &layer->down}
+               : (Half){false, layer, layer->attention_norm, &layer->o};
+}
+
+/* Runs half a layer on x [T][dim] up to the input of the outside linear, which is returned. */
+static float *run_inside(const Quantizer *q, const Half *h, const float *x, State *s) {
+    rmsnorm(x, h->norm, q->length, q->config.dim, q->config.norm_eps, s->xb);
+    if (h->ffn) ffn_block(&q->config, h->layer, s, q->length);
+    else attention_block(&q->config, h->layer, s, 0, q->length, 0);
+    return h->ffn ? s->gate : s->att;
+}
+
+/* Quantizes half of layer l: out's linears, float at first, become W4A8; f stays float. */
+static void quantize_half(const Quantizer *q, int l, const Layer *f, Layer *out, bool ffn,
+                          Errors *errors) {
+    int dim = q->config.dim, T = q->length, first = ffn ? 4 : 0, n_inside = ffn ? 2 : 3;
+    Half half_f = half_of(f, ffn), half_q = half_of(out, ffn);
+    State *s_f = q->s_float, *s_q = q->s_quant;
+    bool calibrate = q->method.gptq || q->method.mse;
+
+    // q, k, v or gate, up: their inputs are the normed residual streams.
+    Moments m = calibrate ? moments_new(dim, 0) : (Moments){0};
+    for (int w = 0; calibrate && w < q->n; w++) {
+        rmsnorm(window(q, q->x_float, w), half_f.norm, T, dim, q->config.norm_eps, s_f->xb);
+        rmsnorm(window(q, q->x_quant, w), half_q.norm, T, dim, q->config.norm_eps, s_q->xb);
+        moments_add(&m, s_f->xb, s_q->xb, NULL, NULL, T, 0);
+    }
+    quantize_linears(q, &m, l, first, n_inside, f, out, errors);
+    moments_free(&m);
+
+    // o or down: its input has passed the linears just quantized.
+    m = calibrate ? moments_new(half_f.outside->K, dim) : (Moments){0};
+    for (int w = 0; w < q->n; w++) {
+        float *x_f = window(q, q->x_float, w), *x_q = window(q, q->x_quant, w);
+        float *in_f = run_inside(q, &half_f, x_f, s_f);
+        memcpy(s_f->x, x_f, (size_t)T * dim * sizeof *x_f);
+        add_linear(half_f.outside, in_f, T, s_f->xb, x_f); // the float model is done with this half
+        if (!calibrate) continue;
+        float *in_q = run_inside(q, &half_q, x_q, s_q);
+        moments_add(&m, in_f, in_q, s_f->x, x_q, T, dim);
+    }
+    quantize_linears(q, &m, l, first + n_inside, 1, f, out, errors);
+    moments_free(&m);
+
+    // The quantized model's residual stream.
+    for (int w = 0; w < q->n; w++) {
+        float *x_q = window(q, q->x_quant, w);
+        float *in_q = run_inside(q, &half_q, x_q, s_q);
+        add_linear(half_q.outside, in_q, T, s_q->xb, x_q);
+    }
+}
+
+/* ---- step 3: the scales of a weight row
+ *
+ *   range = max|w|,  or the range p max|w| that minimizes  sum_k H_kk (w_k - q_k scale)^2,
+ *
+ * H_kk the mean square of input channel k on the calibration tokens: the error that the rounding
+ * of w_k alone adds to the output. ---- */
+
+static float clamp(float x, float low, float high) {
+    return x < low ? low : x > high ? high : x;
+}
+
+/* The code of w under a scale, in low..7; groups have -8, channels do not. */
+static float nearest_code(float w, float scale, float low) {
+    return clamp(rintf(w / scale), low, 7.0f);
+}
+
+/* sum_k importance_k ((w_k - q_k scale) unit)^2 over n <= GROUP weights. */
+static float rounding_error(const float *w, const float *importance, int n, float scale, float low,
+                            float unit) {
+    float squares[GROUP];
+    for (int k = 0; k < n; k++) {
+        float e = (w[k] - nearest_code(w[k], scale, low) * scale) * unit;
+        squares[k] = e * e;
+    }
+    return dot(squares, importance, n);
+}
+
+/* A power of two that brings max near 1, so that squares of errors neither over- nor underflow. */
+static float unit_of(float max) {
+    return ldexpf(1.0f, -ilogbf(max));
+}
+
+/* s_channel of a row without groups: range / 7, range = p max|w|, p = 1, .99 .. .21. */
+static float search_channel_scale(const float *w, const float *importance, int K) {
+    float max = max_magnitude(w, K), unit = unit_of(max), best_scale = max / 7;
+    float least = INFINITY;
+    for (int i = 0; i < 80; i++) {
+        float scale = (1.0f - i / 100.0f) * max / 7, error = 0.0f;
+        for (int k = 0; k < K; k += GROUP)
+            error += rounding_error(w + k, importance + k, K - k < GROUP ? K - k : GROUP, scale, -7,
+                                    unit);
+        if (error < least) least = error, best_scale = scale;
+    }
+    return best_scale;
+}
+
+/* The plain choice with groups: s_channel = max|w| 2/225, s_group = rint(max|w_g| 2/15 /
+ * s_channel).
+ */
+static float plain_group_scales(const float *w, int K, uint8_t *s_group) {
+    float scale = max_magnitude(w, K) / 225 * 2; // in this order nothing overflows
+    for (int g = 0; g < K / GROUP; g++)
+        s_group[g] = clamp(rintf(max_magnitude(w + g * GROUP, GROUP) / 15 * 2 / scale), 1, 15);
+    return scale;
+}
+
+/* s_channel of a row with groups: p max|w| 2/225, p = 1, 39/40 .. 17/40, each with the best s_group
+ * [K/128]; of equals the larger p and the smaller s_group. */
+static float search_group_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
+    float max = max_magnitude(w, K), best_scale = plain_group_scales(w, K, s_group);
+    float least = INFINITY, unit = unit_of(max);
+    uint8_t candidate[K / GROUP];
+    for (int i = 0; i < 24; i++) {
+        float scale = (1.0f - i / 40.0f) * max / 225 * 2, total = 0.0f;
+        for (int g = 0; g < K / GROUP; g++) {
+            float group_least = INFINITY;
+            for (int s = 1; s <= 15; s++) {
+                float error = rounding_error(w + g * GROUP, importance + g * GROUP, GROUP,
+                                             s * scale, -8, unit);
+                if (error < group_least) group_least = error, candidate[g] = s;
+            }
+            total += group_least;
+        }
+        if (total < least) {
+            least = total;
+            best_scale = scale;
+            memcpy(s_group, candidate, sizeof candidate);
+        }
+    }
+    return best_scale;
+}
+
+float choose_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
+    float max = max_magnitude(w, K);
+    if (max < FLT_MIN) { // zeros, or so near to it that a scale would underflow
+        if (s_group) memset(s_group, 1, K / GROUP);
+        return 1.0f;
+    }
+    if (importance && s_group) return search_group_scales(w, importance, K, s_group);
+    if (importance) return search_channel_scale(w, importance, K);
+    return s_group ? plain_group_scales(w, K, s_group) : max / 7;
+}
+
+Linear round_to_nearest(const float *w, const float *importance, int N, int K, int group_size) {
+    Linear l = quantized_new(N, K, group_size);
+#pragma omp parallel for schedule(dynamic)
+    for (size_t n = 0; n < (size_t)N; n++) {
+        int8_t q[K];
+        uint8_t *s_group = groups_of(&l, n);
+        float s_channel = choose_scales(w + n * K, importance, K, s_group);
+        for (int k = 0; k < K; k++)
+            q[k] = nearest_code(w[n * K + k], s_channel * (s_group ? s_group[k / GROUP] : 1),
+                                lowest_code(&l));
+        pack_row(q, K, codes_of(&l, n));
+        l.s_channel[n] = s_channel;
+    }
+    return l;
+}
+
+/* ---- step 4: GPTQ
+ *
+ *   H = X^T X over the calibration tokens, H <- H + 0.01 mean(diag H) I,
+ *   H^-1 = U^T U, U upper triangular;   for column i:  e = (w_i - q_i) / U_ii,
+ *   w_j <- w_j - e U_ij for j > i
+ *
+ * After each rounding the columns that are still free move to make up for its effect on the
+ * output. GPTQ, arXiv 2210.17323, where H is 2 X X^T; no factor changes the result. ---- */
+
+int *column_order(const double *diagonal, int n, bool act_order) {
+    size_t K = n;
+    int *order = allocate(K, sizeof *order);
+    for (size_t i = 0; i < K; i++) { // insertion from the right place, found by bisection
+        size_t low = 0, high = act_order ? i : 0;
+        while (low < high) {
+            size_t middle = (low + high) / 2;
+            if (diagonal[order[middle]] >= diagonal[i]) low = middle + 1;
+            else high = middle;
+        }
+        if (!act_order) low = i;
+        memmove(order + low + 1, order + low, (i - low) * sizeof *order);
+        order[low] = i;
+    }
+    return order;
+}
+
+enum { SIDE = 16 }; // rows that go through GPTQ side by side, each in a lane of its own
+
+/* The column loop. w [K][SIDE], columns in the order of U, is used up; scale [groups][SIDE], group
+ * [K] the group of each column; q [K][SIDE]. */
+static void gptq_columns(double *w, const double *U, size_t K, const float *scale, const int *group,
+                         float low, int8_t *q) {
+    for (size_t i = 0; i < K; i++) {
+        double e[SIDE];
+        for (int r = 0; r < SIDE; r++) {
+            float s = scale[group[i] * SIDE + r];
+            float code = nearest_code(w[i * SIDE + r], s, low);
+            q[i * SIDE + r] = code;
+            e[r] = (w[i * SIDE + r] - (double)code * s) / U[i * K + i];
+        }
+        for (size_t j = i + 1; j < K; j++)
+            for (int r = 0; r < SIDE; r++) w[j * SIDE + r] -= e[r] * U[i * K + j];
+    }
+}
+
+Inverse hessian_inverse(const double *H, int K, bool act_order) {
+    size_t n = K;
+    double mean = 0, *V = allocate(n * n, sizeof *V), *diagonal = allocate(n, sizeof *diagonal);
+    for (size_t i = 0; i < n; i++) {
+        diagonal[i] = H[i * (n + 1)];
+        mean += diagonal[i] / n;
+    }
+    Inverse inverse = {K, column_order(diagonal, n, act_order), allocate(n * n, sizeof *V)};
+    free(diagonal);
+    for (size_t i = 0; i < n; i++) {
+        const double *row = H + inverse.order[i] * n;
+        for (size_t j = i; j < n; j++) V[i * n + j] = row[inverse.order[j]];
+        if (V[i * (n + 1)] == 0) V[i * (n + 1)] = mean > 0 ? mean : 1; // a dead column
+        V[i * (n + 1)] += DAMPING * mean;
+    }
+    if (!factor(V, n)) die("a Hessian is not positive definite: are the activations finite?");
+    invert(V, n, inverse.U);
+    free(V);
+    return inverse;
+}
+
+void inverse_free(Inverse *inverse) {
+    free(inverse->order);
+    free(inverse->U);
+}
+
+Linear gptq(const float *w, int n_rows, const Inverse *inverse, const float *importance,
+            int group_size) {
+    size_t N = n_rows, K = inverse->K;
+    const int *order = inverse->order;
+    Linear l = quantized_new(N, K, group_size);
+    int groups = l.s_group ? K / GROUP : 1, *group = allocate(K, sizeof *group);
+    for (size_t i = 0; i < K; i++) group[i] = l.s_group ? order[i] / GROUP : 0;
+#pragma omp parallel for schedule(dynamic)
+    for (size_t n0 = 0; n0 < N; n0 += SIDE) {
+        size_t rows = N - n0 < SIDE ? N - n0 : SIDE;
+        double *lanes = allocate(K * SIDE, sizeof *lanes);
+        int8_t *q = allocate(K * SIDE, sizeof *q), *row = allocate(K, sizeof *row);
+        float *scale = allocate((size_t)groups * SIDE, sizeof *scale);
+        for (size_t i = 0; i < (size_t)groups * SIDE; i++) scale[i] = 1.0f; // of unused lanes
+        for (size_t r = 0; r < rows; r++) {
+            const float *w_row = w + (n0 + r) * K;
+            uint8_t *s_group = groups_of(&l, n0 + r);
+            float s_channel = choose_scales(w_row, importance, K, s_group);
+            l.s_channel[n0 + r] = s_channel;
+            for (int g = 0; g < groups; g++)
+                scale[g * SIDE + r] = s_channel * (s_group ? s_group[g] : 1);
+            for (size_t i = 0; i < K; i++) lanes[i * SIDE + r] = w_row[order[i]];
+        }
+        gptq_columns(lanes, inverse->U, K, scale, group, lowest_code(&l), q);
+        for (size_t r = 0; r < rows; r++) {
+            for (size_t i = 0; i < K; i++) row[order[i]] = q[i * SIDE + r];
+            pack_row(row, K, codes_of(&l, n0 + r));
+        }
+        free(lanes);
+        free(q);
+        free(row);
+        free(scale);
+    }
+    free(group);
+    return l;
+}
+
+/* ---- step 5: what GPTQ aims at,   W + 1/4 (W C + R) (H + damping)^-1 ---- */
+
+void corrected_target(const float *w, int n_rows, const Inverse *inverse, const double *C,
+                      const double *R, float *target) {
+    size_t N = n_rows, K = inverse->K;
+    const int *order = inverse->order;
+#pragma omp parallel
+    {
+        double *m = allocate(K, sizeof *m), *p = allocate(K, sizeof *p);
+#pragma omp for
+        for (size_t n = 0; n < N; n++) {
+            for (size_t j = 0; j < K; j++) m[j] = R ? R[n * K + j] : 0;
+            for (size_t k = 0; k < K; k++)
+                for (size_t j = 0; j < K; j++) m[j] += w[n * K + k] * C[k * K + j];
+            // m (H + damping)^-1 = (m U^T) U, in the order of U
+            for (size_t j = 0; j < K; j++) p[j] = m[order[j]];
+            for (size_t i = 0; i < K; i++) m[i] = dot_double(inverse->U + i * K + i, p + i, K - i);
+            memset(p, 0, K * sizeof *p);
+            for (size_t i = 0; i < K; i++)
+                for (size_t j = i; j < K; j++) p[j] += m[i] * inverse->U[i * K + j];
+            for (size_t j = 0; j < K; j++)
+                target[n * K + order[j]] = w[n * K + order[j]] + CORRECTION * p[j];
+        }
+        free(m);
+        free(p);
+    }
+}
+
+double relative_error(const float *w, const Linear *quantized, const double *H) {
+    enum { ROWS_AT_ONCE = 64 }; // of weights, and of errors
+    size_t N = quantized->N, K = quantized->K;
+    float *rows = allocate(2 * ROWS_AT_ONCE * K, sizeof *rows);
+    float *products = allocate(2 * ROWS_AT_ONCE * K, sizeof *products);
+    float *h = allocate(K * K, sizeof *h); // symmetric: H^T = H
+    for (size_t i = 0; i < K * K; i++) h[i] = H[i];
+    const Linear times_h = {.N = K, .K = K, .dtype = F32, .w = h};
+    double error = 0, total = 0;
+    for (size_t first = 0; first < N; first += ROWS_AT_ONCE) {
+        size_t n_rows = N - first < ROWS_AT_ONCE ? N - first : ROWS_AT_ONCE;
+        float *errors = rows + n_rows * K;
+        memcpy(rows, w + first * K, n_rows * K * sizeof *rows);
+        for (size_t n = 0; n < n_rows; n++) dequantize_row(quantized, first + n, errors + n * K);
+        for (size_t i = 0; i < n_rows * K; i++) errors[i] -= rows[i];
+        linear(&times_h, rows, 2 * n_rows, products);
+        for (size_t i = 0; i < n_rows * K; i++) {
+            total += (double)rows[i] * products[i];
+            error += (double)errors[i] * products[n_rows * K + i];
+        }
+    }
+    free(rows);
+    free(products);
+    free(h);
+    return total > 0 && error > 0 ? sqrt(error / total) : 0; // rounding may leave less than 0
+}
+
+/* ============================================================================================
+ * 4  Arithmetic beneath
+ * ============================================================================================ */
+
+/* ---- sums of products ---- */
+
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+
+/* sum_i x_i y_i, in a fixed order. */
+static float dot(const float *x, const float *y, int n) {
+    Vector sum[4] = {0};
+    int i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int v = 0; v < 4; v++)
+            sum[v] += *(const Vector *)(x + i + v * LANES) * *(const Vector *)(y + i + v * LANES);
+    Vector total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    float rest = 0.0f;
+    for (; i < n; i++) rest += x[i] * y[i];
+    for (int v = 0; v < LANES; v++) rest += total[v];
+    return rest;
+}
+
+static double dot_double(const double *x, const double *y, int n) {
+    enum { L = LANES / 2 };
+    double sum[L] = {0}, total = 0;
+    int i = 0;
+    for (; i + L <= n; i += L)
+        for (int v = 0; v < L; v++) sum[v] += x[i + v] * y[i + v];
+    for (; i < n; i++) total += x[i] * y[i];
+    for (int v = 0; v < L; v++) total += sum[v];
+    return total;
+}
+
+/* ---- y = x W^T in float32
+ *
+ * A tile of y is TILE_ROWS x TILE_COLUMNS accumulators in registers; its part of W goes through the
+ * cache as a panel of TILE_DEPTH x TILE_COLUMNS floats. ---- */
+
+enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LANES, TILE_DEPTH = 256 };
+
+/* panel[k][n] = W[n0 + n][k0 + k], zero where n >= n_columns. */
+static void fill_panel(View w, int n0, int n_columns, int k0, int depth, float *panel) {
+    if (n_columns < TILE_COLUMNS) memset(panel, 0, sizeof(float) * TILE_COLUMNS * depth);
+    if (w.row == 1) {
+        for (int k = 0; k < depth; k++)
+            floats(w.w, w.dtype, (size_t)(k0 + k) * w.column + n0, n_columns,
+                   panel + k * TILE_COLUMNS);
+        return;
+    }
+    float line[TILE_DEPTH];
+    for (int n = 0; n < n_columns; n++) {
+        floats(w.w, w.dtype, (n0 + n) * w.row + k0, depth, line);
+        for (int k = 0; k < depth; k++) panel[k * TILE_COLUMNS + n] = line[k];
+    }
+}
+
+/* y [TILE_ROWS][TILE_COLUMNS] = x [rows][depth] times the panel; rows of x are ldx floats apart. */
+static void matmul_tile(const float *x, size_t ldx, int rows, const float *panel, int depth,
+                        Vector y[TILE_ROWS][2]) {
+    const float *row[TILE_ROWS];
+    Vector sum[TILE_ROWS][2] = {0};
+    for (int i = 0; i < TILE_ROWS; i++) row[i] = x + (i < rows ? i : 0) * ldx;
+    for (int k = 0; k < depth; k++) {
+        const Vector *w = (const Vector *)(panel + (size_t)k * TILE_COLUMNS);
+        Vector w0 = w[0], w1 = w[1];
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE_ROWS; i++) {
+            sum[i][0] += row[i][k] * w0;
+            sum[i][1] += row[i][k] * w1;
+        }
+    }
+    memcpy(y, sum, sizeof sum);
+}
+
+/* y [M][n_columns] = x [M][K] W^T for up to TILE_COLUMNS rows of W from n0 on; by one thread. */
+static void matmul_panel(int M, int K, const float *x, size_t ldx, View w, int n0, int n_columns,
+                         float *y, size_t ldy) {
+    float panel[TILE_DEPTH * TILE_COLUMNS] __attribute__((aligned(64)));
+    for (int k0 = 0; k0 < K; k0 += TILE_DEPTH) {
+        int depth = K - k0 < TILE_DEPTH ? K - k0 : TILE_DEPTH;
+        fill_panel(w, n0, n_columns, k0, depth, panel);
+        for (int m = 0; m < M; m += TILE_ROWS) {
+            Vector tile[TILE_ROWS][2];
+            int rows = M - m < TILE_ROWS ? M - m : TILE_ROWS;
+            matmul_tile(x + m * ldx + k0, ldx, rows, panel, depth, tile);
+            for (int i = 0; i < rows; i++) {
+                const float *t = (const float *)tile[i];
+                float *out = y + (m + i) * ldy;
+                for (int n = 0; n < n_columns; n++) out[n] = k0 ? out[n] + t[n] : t[n];
+            }
+        }
+    }
+}
+
+/* y [M][N] = x [M][K] W^T, by one thread. */
+static void matmul(int M, int N, int K, const float *x, size_t ldx, View w, float *y, size_t ldy) {
+    for (int n = 0; n < N; n += TILE_COLUMNS)
+        matmul_panel(M, K, x, ldx, w, n, N - n < TILE_COLUMNS ? N - n : TILE_COLUMNS, y + n, ldy);
+}
+
+/* M += a^T b, the float products of one call summed up in double. */
+void add_moments(double *M, const float *a, int N, const float *b, int K, int T) {
+    float *a_t = allocate((size_t)N * T, sizeof *a_t); // [N][T]
+#pragma omp parallel for
+    for (size_t n = 0; n < (size_t)N; n++)
+        for (size_t t = 0; t < (size_t)T; t++) a_t[n * T + t] = a[t * N + n];
+#pragma omp parallel
+    {
+        float *product = allocate((size_t)N * TILE_COLUMNS, sizeof *product);
+#pragma omp for schedule(dynamic)
+        for (int k0 = 0; k0 < K; k0 += TILE_COLUMNS) {
+            int columns = K - k0 < TILE_COLUMNS ? K - k0 : TILE_COLUMNS;
+            matmul_panel(N, T, a_t, T, (View){b, F32, 1, K}, k0, columns, product, TILE_COLUMNS);
+            for (size_t n = 0; n < (size_t)N; n++)
+                for (int k = 0; k < columns; k++)
+                    M[n * K + k0 + k] += product[n * TILE_COLUMNS + k];
+        }
+        free(product);
+    }
+    free(a_t);
+}
+
+static void float_linear(const Linear *w, const float *x, int T, float *y) {
+    size_t N = w->N, K = w->K;
+    if (T == 1) { // bound by reading W: row by row
+#pragma omp parallel for
+        for (size_t n = 0; n < N; n++) {
+            float sum = 0.0f, line[TILE_DEPTH];
+            for (size_t k = 0; k < K; k += TILE_DEPTH) {
+                int depth = K - k < TILE_DEPTH ? K - k : TILE_DEPTH;
+                floats(w->w, w->dtype, n * K + k, depth, line);
+                sum += dot(x + k, line, depth);
+            }
+            y[n] = sum;
+        }
+        return;
+    }
+#pragma omp parallel for schedule(dynamic)
+    for (size_t n = 0; n < N; n += TILE_COLUMNS)
+        matmul_panel(T, K, x, K, (View){w->w, w->dtype, K, 1}, n,
+                     N - n < TILE_COLUMNS ? N - n : TILE_COLUMNS, y + n, N);
+}
+
+/* ---- the versions of dot_u4_c() for processors that can do more ---- */
+
+#ifdef __x86_64__
+
+/* 64 columns at a time. Sums of two products, at most 2 * 15 * 128, fit 16 bits, so do four; the
+ * step to 32 bits multiplies by s_group on its way. */
+__attribute__((target("avx2"), always_inline)) static inline void
+dot_u4_avx2_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
+              int32_t *acc) {
+    const __m256i low = _mm256_set1_epi8(0x0f);
+    __m256i sum[MAX_T];
+    for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_si256();
+    int j = 0;
+    for (; j + 32 <= K / 2; j += 32) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + j));
+        __m256i even = _mm256_and_si256(bytes, low);
+        __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
+        __m256i s = _mm256_set1_epi16(s_group ? s_group[2 * j / GROUP] : 1);
+        for (int t = 0; t < T; t++) {
+            const int8_t *a_t = a + (size_t)t * K + j;
+            __m256i e = _mm256_maddubs_epi16(even, _mm256_loadu_si256((const __m256i *)a_t));
+            __m256i o =
+                _mm256_maddubs_epi16(odd, _mm256_loadu_si256((const __m256i *)(a_t + K / 2)));
+            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(_mm256_add_epi16(e, o), s));
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        const int8_t *even = a + (size_t)t * K, *odd = even + K / 2;
+        int32_t lanes[8];
+        _mm256_storeu_si256((__m256i *)lanes, sum[t]);
+        acc[t] = 0;
+        for (int i = 0; i < 8; i++) acc[t] += lanes[i];
+        for (int i = j; i < K / 2; i++) // only without groups is K no multiple of 64
+            acc[t] += (w[i] & 0x0f) * even[i] + (w[i] >> 4) * odd[i];
+    }
+}
+
+__attribute__((target("avx2"))) static void
+dot_u4_avx2(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T, int32_t *acc) {
+    if (T == MAX_T) dot_u4_avx2_T(w, s_group, a, K, MAX_T, acc);
+    else
+        for (int t = 0; t < T; t++) dot_u4_avx2_T(w, s_group, a + (size_t)t * K, K, 1, acc + t);
+}
+
+/* 128 columns, one group, at a time. u * s_group is at most 225 and fits a byte, so one 16-bit
+ * multiplication scales two codes at once, once for all tokens. */
+__attribute__((target("avx512f,avx512bw,avx512vnni"), always_inline)) static inline void
+dot_u4_vnni_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
+              int32_t *acc) {
+    const __m512i low = _mm512_set1_epi8(0x0f);
+    __m512i sum[2][MAX_T]; // of even and odd columns apart: two chains of additions, half the wait
+    for (int t = 0; t < T; t++) sum[0][t] = sum[1][t] = _mm512_setzero_si512();
+    for (int j = 0; j < K / 2; j += 64) {
+        int n = K / 2 - j;
+        __mmask64 valid = n >= 64 ? ~0ull : (1ull << n) - 1;
+        __m512i bytes = _mm512_maskz_loadu_epi8(valid, w + j);
+        __m512i even = _mm512_and_si512(bytes, low);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
+        if (s_group) {
+            __m512i s = _mm512_set1_epi16(s_group[2 * j / GROUP]);
+            even = _mm512_mullo_epi16(even, s);
+            odd = _mm512_mullo_epi16(odd, s);
+        }
+        for (int t = 0; t < T; t++) {
+            const int8_t *a_t = a + (size_t)t * K + j;
+            __m512i a_even = _mm512_maskz_loadu_epi8(valid, a_t);
+            __m512i a_odd = _mm512_maskz_loadu_epi8(valid, a_t + K / 2);
+            sum[0][t] = _mm512_dpbusd_epi32(sum[0][t], even, a_even);
+            sum[1][t] = _mm512_dpbusd_epi32(sum[1][t], odd, a_odd);
+        }
+    }
+    for (int t = 0; t < T; t++)
+        acc[t] = _mm512_reduce_add_epi32(_mm512_add_epi32(sum[0][t], sum[1][t]));
+}
+
+__attribute__((target("avx512f,avx512bw,avx512vnni"))) static void
+dot_u4_vnni(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T, int32_t *acc) {
+    if (T == MAX_T) dot_u4_vnni_T(w, s_group, a, K, MAX_T, acc);
+    else
+        for (int t = 0; t < T; t++) dot_u4_vnni_T(w, s_group, a + (size_t)t * K, K, 1, acc + t);
+}
+
+#endif
+
+DotU4 *dot_u4_kernel(int i, const char **name) {
+    const char *names[] = {"C", "AVX2", "AVX-512 VNNI"};
+    DotU4 *kernels[] = {dot_u4_c, NULL, NULL};
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx2")) kernels[1] = dot_u4_avx2;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni"))
+        kernels[2] = dot_u4_vnni;
+#endif
+    if (i >= 3) return NULL;
+    *name = names[i];
+    return kernels[i];
+}
+
+DotU4 *dot_u4_best(const char **name) {
+    int i = 2;
+    while (!dot_u4_kernel(i, name)) i--;
+    return dot_u4_kernel(i, name);
+}
+
+/* ---- Cholesky ---- */
+
+/* H = V V^T, V upper triangular, from the last row up: V_ii = sqrt(H_ii - sum_(k>i) V_ik^2),
+ * V_ji = (H_ji - sum_(k>i) V_jk V_ik) / V_ii. V [K][K] holds H before; below the diagonal nothing
+ * is read or written. False if H is not positive definite. */
+static bool factor(double *V, size_t K) {
+    for (size_t i = K; i-- > 0;) {
+        double *Vi = V + i * K;
+        double pivot = Vi[i] - dot_double(Vi + i + 1, Vi + i + 1, K - 1 - i);
+        if (!(pivot > 0 && pivot < INFINITY)) return false;
+        Vi[i] = sqrt(pivot);
+#pragma omp parallel for if (K > 512)
+        for (size_t j = 0; j < i; j++) {
+            double *Vj = V + j * K;
+            Vj[i] = (Vj[i] - dot_double(Vj + i + 1, Vi + i + 1, K - 1 - i)) / Vi[i];
+        }
+    }
+    return true;
+}
+
+/* U = V^-1 [K][K], upper triangular: U_i = (1_i - sum_(k>i) V_ik U_k) / V_ii. As H = V V^T, it is
+ * the U of H^-1 = U^T U. */
+static void invert(const double *V, size_t K, double *U) {
+    enum { BLOCK = 64 }; // columns that one thread computes
+#pragma omp parallel for schedule(dynamic)
+    for (size_t j0 = 0; j0 < K; j0 += BLOCK) {
+        size_t end = j0 + BLOCK < K ? j0 + BLOCK : K;
+        for (size_t i = end; i-- > 0;) {
+            double row[BLOCK] = {0};
+            if (i >= j0) row[i - j0] = 1;
+            for (size_t k = i + 1; k < end; k++)
+                for (size_t j = j0; j < end; j++) row[j - j0] -= V[i * K + k] * U[k * K + j];
+            for (size_t j = j0; j < end; j++) U[i * K + j] = row[j - j0] / V[i * K + i];
+        }
+    }
+}
+
+/* ---- floats of 16 bits ---- */
+
+static const struct {
+    const char *name;
+    size_t size;
+} dtypes[] = {[F32] = {"F32", 4}, [F16] = {"F16", 2}, [BF16] = {"BF16", 2}, [U8] = {"U8", 1}};
+
+enum { N_DTYPES = sizeof dtypes / sizeof *dtypes };
+
+size_t dtype_size(DType dtype) {
+    return dtypes[dtype].size;
+}
+
+const char *dtype_name(DType dtype) {
+    return dtypes[dtype].name;
+}
+
+static float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static uint32_t float_to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static float f16_to_float(uint16_t h) {
+    // Moved into place the exponent is 112 too small; the product is exact, also for subnormals.
+    float magnitude = bits_to_float((h & 0x7fffu) << 13) * 0x1p112f;
+    uint32_t inf_or_nan = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    return bits_to_float(float_to_bits(magnitude) | inf_or_nan | (h & 0x8000u) << 16);
+}
+
+uint16_t float_to_f16(float x) {
+    uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return sign | 0x7e00;  // NaN
+    if (magnitude >= 0x477ff000) return sign | 0x7c00; // 65520 and more round to infinity
+    // Below 2^-14 a half counts in steps of 2^-24: adding 0.5, whose ulp that is, rounds to them.
+    if (magnitude < 0x38800000) return sign | (float_to_bits(fabsf(x) + 0.5f) - 0x3f000000);
+    uint32_t half_ulp = 0xfff + (magnitude >> 13 & 1); // ties to even
+    return sign | ((magnitude - (112u << 23) + half_ulp) >> 13);
+}
+
+void floats(const void *data, DType dtype, size_t first, size_t n, float *out) {
+    const char *p = (const char *)data + first * dtypes[dtype].size;
+    uint16_t h;
+    switch (dtype) {
+    case F32:
+        memcpy(out, p, n * sizeof *out);
+        break;
+    case F16:
+        for (size_t i = 0; i < n; i++) out[i] = f16_to_float((memcpy(&h, p + 2 * i, 2), h));
+        break;
+    case BF16: // the upper half of a float
+        for (size_t i = 0; i < n; i++)
+            out[i] = bits_to_float((uint32_t)(memcpy(&h, p + 2 * i, 2), h) << 16);
+        break;
+    case U8:
+        die("a U8 tensor was read as floats");
+    }
+}
+
+/* max|x|; NaN if there is one: without its sign bit a float orders as an integer, and infinity and
+ * NaN are above all others. */
+static float max_magnitude(const float *x, size_t n) {
+    uint32_t max = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t magnitude = float_to_bits(x[i]) & 0x7fffffff;
+        max = magnitude > max ? magnitude : max;
+    }
+    return bits_to_float(max);
+}
+
+static bool all_finite(const float *x, size_t n) {
+    return max_magnitude(x, n) < INFINITY;
+}
+
+/* ============================================================================================
+ * 5  Plumbing
+ *
+ * Errors, options and progress, JSON, model files. Nothing of the method is below.
  * ============================================================================================ */
 
 // The file that is being written, to be removed if the program ends early; "" if there is none.
@@ -75,15 +1714,7 @@ void *allocate(size_t count, size_t size) {
     return p;
 }
 
-static char *copy_text(const char *text, size_t bytes) {
-    char *copy = allocate(bytes + 1, 1);
-    memcpy(copy, text, bytes);
-    return copy;
-}
-
-static char *format_text(const char *format, ...) __attribute__((format(printf, 1, 2)));
-
-static char *format_text(const char *format, ...) {
+char *format_text(const char *format, ...) {
     char *text;
     va_list args;
     va_start(args, format);
@@ -147,6 +1778,8 @@ void show_progress(const char *what, int done, int total, double seconds_left) {
 void show_windows(int done, int total) {
     show_progress("windows", done, total, -1);
 }
+
+/* ---- JSON ---- */
 
 struct Json {
     const char *name, *text;
@@ -306,102 +1939,17 @@ bool json_number(const Json *j, int node, double *value) {
     return !*end && isfinite(*value);
 }
 
-/* ============================================================================================
- * 1  Files
+/* ---- files
  *
  * A safetensors file is: 8 bytes, little-endian, the header's length; a JSON header
  * {"__metadata__": {...}, name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}; the data,
- * to which the offsets refer. https://huggingface.co/docs/safetensors
- * ============================================================================================ */
+ * to which the offsets refer. https://huggingface.co/docs/safetensors ---- */
 
 typedef struct Mapping {
     char *path;
     const char *data; // [bytes]
     size_t bytes;
 } Mapping;
-
-static const struct {
-    const char *name;
-    size_t size;
-} dtypes[] = {[F32] = {"F32", 4}, [F16] = {"F16", 2}, [BF16] = {"BF16", 2}, [U8] = {"U8", 1}};
-
-enum { N_DTYPES = sizeof dtypes / sizeof *dtypes };
-
-size_t dtype_size(DType dtype) {
-    return dtypes[dtype].size;
-}
-
-const char *dtype_name(DType dtype) {
-    return dtypes[dtype].name;
-}
-
-static float bits_to_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-static uint32_t float_to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-static float f16_to_float(uint16_t h) {
-    // Moved into place the exponent is 112 too small; the product is exact, also for subnormals.
-    float magnitude = bits_to_float((h & 0x7fffu) << 13) * 0x1p112f;
-    uint32_t inf_or_nan = (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
-    return bits_to_float(float_to_bits(magnitude) | inf_or_nan | (h & 0x8000u) << 16);
-}
-
-uint16_t float_to_f16(float x) {
-    uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return sign | 0x7e00;  // NaN
-    if (magnitude >= 0x477ff000) return sign | 0x7c00; // 65520 and more round to infinity
-    // Below 2^-14 a half counts in steps of 2^-24: adding 0.5, whose ulp that is, rounds to them.
-    if (magnitude < 0x38800000) return sign | (float_to_bits(fabsf(x) + 0.5f) - 0x3f000000);
-    uint32_t half_ulp = 0xfff + (magnitude >> 13 & 1); // ties to even
-    return sign | ((magnitude - (112u << 23) + half_ulp) >> 13);
-}
-
-float load_float(const void *data, DType dtype, size_t i) {
-    float x;
-    floats(data, dtype, i, 1, &x);
-    return x;
-}
-
-void floats(const void *data, DType dtype, size_t first, size_t n, float *out) {
-    const char *p = (const char *)data + first * dtypes[dtype].size;
-    uint16_t h;
-    switch (dtype) {
-    case F32:
-        memcpy(out, p, n * sizeof *out);
-        break;
-    case F16:
-        for (size_t i = 0; i < n; i++) out[i] = f16_to_float((memcpy(&h, p + 2 * i, 2), h));
-        break;
-    case BF16: // the upper half of a float
-        for (size_t i = 0; i < n; i++)
-            out[i] = bits_to_float((uint32_t)(memcpy(&h, p + 2 * i, 2), h) << 16);
-        break;
-    case U8:
-        die("a U8 tensor was read as floats");
-    }
-}
-
-/* Without its sign bit a float orders as an integer; infinity and NaN are above all others. */
-static uint32_t max_magnitude_bits(const float *x, size_t n) {
-    uint32_t max = 0;
-    for (size_t i = 0; i < n; i++) {
-        uint32_t magnitude = float_to_bits(x[i]) & 0x7fffffff;
-        max = magnitude > max ? magnitude : max;
-    }
-    return max;
-}
-
-static bool all_finite(const float *x, size_t n) {
-    return max_magnitude_bits(x, n) < 0x7f800000;
-}
 
 static bool is_directory(const char *path) {
     struct stat st;
@@ -696,7 +2244,7 @@ static void open_model_bin(Checkpoint *c) {
 
 Checkpoint *checkpoint_open(const char *path) {
     Checkpoint *c = allocate(1, sizeof *c);
-    c->path = copy_text(path, strlen(path));
+    c->path = format_text("%s", path);
     c->next = opened;
     opened = c;
     struct sigaction cut = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
@@ -728,163 +2276,6 @@ const Tensor *checkpoint_find(const Checkpoint *c, const char *name) {
     Tensor key = {.name = (char *)name};
     if (!c->n_tensors) return NULL;
     return bsearch(&key, c->tensors, c->n_tensors, sizeof key, by_name);
-}
-
-/* ---- the writer ---- */
-
-struct Writer {
-    char *path; // the target; the file being written is `temporary`
-    int fd, n;
-    struct Slot {
-        char *name;
-        size_t offset, bytes; // in the file
-        bool written;
-    } * slots; // [n] sorted by name
-    size_t bytes;
-};
-
-static int by_slot_name(const void *a, const void *b) {
-    return strcmp(((const struct Slot *)a)->name, ((const struct Slot *)b)->name);
-}
-
-static void on_signal(int signal_number) {
-    static const char line[] = "error: interrupted, nothing was written\n";
-    if (temporary[0]) unlink(temporary);
-    if (write(STDERR_FILENO, line, sizeof line - 1) < 0) _exit(1);
-    signal(signal_number, SIG_DFL);
-    raise(signal_number);
-}
-
-void put_json_string(FILE *out, const char *text) {
-    fputc('"', out);
-    for (const unsigned char *s = (const unsigned char *)text; *s; s++) {
-        if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
-        else if (*s < ' ') fprintf(out, "\\u%04x", *s);
-        else fputc(*s, out);
-    }
-    fputc('"', out);
-}
-
-static void put_metadata(FILE *out, const char *key, const char *value) {
-    if (!value) return;
-    fprintf(out, ",\"%s\":", key);
-    put_json_string(out, value);
-}
-
-static void put_tensor(FILE *out, const Tensor *t, size_t *offset) {
-    fprintf(out, ",");
-    put_json_string(out, t->name);
-    fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", dtypes[t->dtype].name);
-    for (int i = 0; i < t->n_dims; i++) fprintf(out, i ? ",%lld" : "%lld", (long long)t->shape[i]);
-    fprintf(out, "],\"data_offsets\":[%zu,%zu]}", *offset, *offset + t->bytes);
-    *offset += t->bytes;
-}
-
-static void write_at(Writer *w, const void *data, size_t bytes, size_t offset) {
-    for (size_t done = 0; done < bytes;) {
-        ssize_t n = pwrite(w->fd, (const char *)data + done, bytes - done, offset + done);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) die("%s: cannot be written: %s", w->path, strerror(n ? errno : ENOSPC));
-        done += n;
-    }
-}
-
-Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
-                    const Tensor *tensors, int n) {
-    // Whole multiples of 256 bytes keep each other aligned; then the small rest, the tokenizer.
-    Tensor *ordered = allocate(n + 1, sizeof *ordered);
-    int m = 0;
-    for (int rest = 0; rest < 2; rest++)
-        for (int i = 0; i < n; i++)
-            if ((tensors[i].bytes % 256 != 0) == rest) ordered[m++] = tensors[i];
-    if (c->tokenizer)
-        ordered[m++] = (Tensor){.name = "tokenizer.json",
-                                .dtype = U8,
-                                .n_dims = 1,
-                                .shape = {c->tokenizer_bytes},
-                                .data = c->tokenizer,
-                                .bytes = c->tokenizer_bytes};
-
-    char *header;
-    size_t length, data_bytes = 0;
-    FILE *out = open_memstream(&header, &length);
-    if (!out) die("out of memory");
-    fprintf(out, "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"1\"");
-    put_metadata(out, "quantization", quantization);
-    put_metadata(out, "config", c->config);
-    put_metadata(out, "generation_config", c->generation_config);
-    fprintf(out, "}");
-    for (int i = 0; i < m; i++) put_tensor(out, &ordered[i], &data_bytes);
-    fprintf(out, "}");
-    while ((8 + ftell(out)) % 4096 && fputc(' ', out) == ' ') {
-    }
-    if (ferror(out) || fclose(out) || !header) die("out of memory");
-
-    Writer *w = allocate(1, sizeof *w);
-    w->path = copy_text(path, strlen(path));
-    if (snprintf(temporary, sizeof temporary, "%s.%d.tmp", path, (int)getpid()) >=
-        (int)sizeof temporary) {
-        temporary[0] = 0;
-        die("%s: the name is too long", path);
-    }
-    signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
-    int signals[] = {SIGINT, SIGTERM, SIGHUP};
-    for (int i = 0; i < 3; i++)
-        if (signal(signals[i], on_signal) == SIG_IGN) signal(signals[i], SIG_IGN); // nohup
-    w->fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
-    if (w->fd < 0) {
-        temporary[0] = 0;
-        die("%s: cannot be written: %s", path, strerror(errno));
-    }
-
-    uint8_t prefix[8];
-    for (int i = 0; i < 8; i++) prefix[i] = (uint64_t)length >> 8 * i;
-    write_at(w, prefix, 8, 0);
-    write_at(w, header, length, 8);
-    free(header);
-    w->n = m;
-    w->slots = allocate(m, sizeof *w->slots);
-    w->bytes = 8 + length;
-    for (int i = 0; i < m; i++) {
-        w->slots[i] = (struct Slot){copy_text(ordered[i].name, strlen(ordered[i].name)), w->bytes,
-                                    ordered[i].bytes, false};
-        w->bytes += ordered[i].bytes;
-    }
-    free(ordered);
-    qsort(w->slots, m, sizeof *w->slots, by_slot_name);
-    if (c->tokenizer) writer_put(w, "tokenizer.json", c->tokenizer, c->tokenizer_bytes);
-    return w;
-}
-
-void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
-    const struct Slot key = {.name = (char *)name};
-    struct Slot *slot = bsearch(&key, w->slots, w->n, sizeof key, by_slot_name);
-    if (!slot || slot->written || slot->bytes != bytes)
-        die("%s: tensor %s with %zu bytes was not announced", w->path, name, bytes);
-    write_at(w, data, bytes, slot->offset);
-    slot->written = true;
-}
-
-size_t writer_close(Writer *w) {
-    for (int i = 0; i < w->n; i++) {
-        if (!w->slots[i].written) die("%s: tensor %s is missing", w->path, w->slots[i].name);
-        free(w->slots[i].name);
-    }
-    if (fsync(w->fd) || close(w->fd)) die("%s: cannot be written: %s", w->path, strerror(errno));
-    sigset_t all, before; // a signal comes before the renaming, with a message, or after it
-    sigfillset(&all);
-    sigprocmask(SIG_SETMASK, &all, &before);
-    if (rename(temporary, w->path)) die("%s: cannot be written: %s", w->path, strerror(errno));
-    temporary[0] = 0;
-    int signals[] = {SIGINT, SIGTERM, SIGHUP};
-    for (int i = 0; i < 3; i++)
-        if (signal(signals[i], SIG_DFL) == SIG_IGN) signal(signals[i], SIG_IGN);
-    sigprocmask(SIG_SETMASK, &before, NULL);
-    size_t bytes = w->bytes;
-    free(w->slots);
-    free(w->path);
-    free(w);
-    return bytes;
 }
 
 /* ---- config.json ---- */
@@ -1019,43 +2410,22 @@ Config config_parse(const char *path, const char *config, const char *generation
 
 /* ---- model loading ---- */
 
-static const Tensor *need(const Checkpoint *c, const char *name, const char *suffix, int rows,
-                          int columns) {
-    char *full = format_text("%s%s", name, suffix);
-    const Tensor *t = checkpoint_find(c, full);
-    if (!t) die("%s: tensor %s is missing", c->path, full);
-    int n_dims = columns ? 2 : 1, n = 0;
-    if (t->n_dims != n_dims || t->shape[0] != rows || (columns && t->shape[1] != columns)) {
-        char found[96] = "", expected[48];
-        for (int i = 0; i < t->n_dims; i++)
-            n += snprintf(found + n, sizeof found - n, i ? ", %lld" : "%lld",
-                          (long long)t->shape[i]);
-        snprintf(expected, sizeof expected, columns ? "%d, %d" : "%d", rows, columns);
-        die("%s: tensor %s has the shape [%s], expected [%s]", t->path, full, found, expected);
-    }
-    free(full);
-    return t;
+static const Tensor *need(const Checkpoint *c, const Parameter *p) {
+    const Tensor *t = checkpoint_find(c, p->name);
+    if (!t) die("%s: tensor %s is missing", c->path, p->name);
+    int n_dims = p->columns ? 2 : 1, n = 0;
+    if (t->n_dims == n_dims && t->shape[0] == p->rows && t->shape[1] == p->columns) return t;
+    char found[96] = "", expected[48];
+    for (int i = 0; i < t->n_dims; i++)
+        n += snprintf(found + n, sizeof found - n, i ? ", %lld" : "%lld", (long long)t->shape[i]);
+    snprintf(expected, sizeof expected, p->columns ? "%d, %d" : "%d", p->rows, p->columns);
+    die("%s: tensor %s has the shape [%s], expected [%s]", t->path, p->name, found, expected);
 }
 
 static void expect_dtype(const Tensor *t, bool ok, const char *expected) {
     if (!ok)
         die("%s: tensor %s has dtype %s, expected %s", t->path, t->name, dtypes[t->dtype].name,
             expected);
-}
-
-static float *load_norm(const Checkpoint *c, const char *name, int dim) {
-    const Tensor *t = need(c, name, ".weight", dim, 0);
-    expect_dtype(t, t->dtype != U8, "F32, F16 or BF16");
-    float *norm = allocate(dim, sizeof *norm);
-    floats(t->data, t->dtype, 0, dim, norm);
-    if (!all_finite(norm, dim)) die("%s: tensor %s holds NaN or infinity", t->path, t->name);
-    return norm;
-}
-
-static Linear load_float_linear(const Checkpoint *c, const char *name, int N, int K) {
-    const Tensor *t = need(c, name, ".weight", N, K);
-    expect_dtype(t, t->dtype != U8, "F32, F16 or BF16");
-    return (Linear){.N = N, .K = K, .dtype = t->dtype, .w = t->data};
 }
 
 static bool has_zero_code(const uint8_t *codes, size_t n) {
@@ -1065,33 +2435,52 @@ static bool has_zero_code(const uint8_t *codes, size_t n) {
     return found;
 }
 
-static Linear load_quantized_linear(const Checkpoint *c, const char *name, int N, int K,
-                                    int group_size) {
-    if (K % (group_size > 0 ? group_size : 2))
-        die("%s: %s has %d input channels, no multiple of %d", c->path, name, K,
-            group_size > 0 ? group_size : 2);
-    Linear l = {.N = N, .K = K, .dtype = U8};
-    const Tensor *q = need(c, name, ".qweight", N, K / 2);
-    expect_dtype(q, q->dtype == U8, "U8");
-    l.qweight = q->data;
-    const Tensor *s = need(c, name, ".s_channel", N, 0);
-    expect_dtype(s, s->dtype == F32, "F32");
-    float *s_channel = allocate(N, sizeof *s_channel);
-    floats(s->data, F32, 0, N, s_channel);
-    l.s_channel = s_channel;
-    for (int n = 0; n < N; n++)
-        if (!isfinite(s_channel[n])) die("%s: tensor %s is not finite", s->path, s->name);
-    if (group_size > 0) {
-        const Tensor *g = need(c, name, ".s_group", N, K / group_size);
-        expect_dtype(g, g->dtype == U8, "U8");
-        l.s_group = g->data;
-        for (size_t i = 0; i < g->bytes; i++)
-            if (l.s_group[i] < 1 || l.s_group[i] > 15)
-                die("%s: tensor %s holds %d, expected 1 to 15", g->path, g->name, l.s_group[i]);
-    } else if (has_zero_code(l.qweight, q->bytes)) {
-        die("%s: tensor %s holds the code 0, per channel 1 to 15 are expected", q->path, q->name);
+typedef struct {
+    const Checkpoint *checkpoint;
+    int group_size;
+} Loading;
+
+/* One tensor of a model from its file. */
+static void load_tensor(void *to, const Parameter *p) {
+    const Loading *loading = to;
+    const Tensor *t = need(loading->checkpoint, p);
+    bool is_float = p->role == NORM || p->role == WEIGHT;
+    if (is_float) expect_dtype(t, t->dtype != U8, "F32, F16 or BF16");
+    else if (p->role == S_CHANNEL) expect_dtype(t, t->dtype == F32, "F32");
+    else expect_dtype(t, t->dtype == U8, "U8");
+    void *data = (void *)t->data; // read-only, as `mapped` says
+    switch (p->role) {
+    case NORM:
+        floats(data, t->dtype, 0, p->rows, *p->norm);
+        if (!all_finite(*p->norm, p->rows))
+            die("%s: tensor %s holds NaN or infinity", t->path, t->name);
+        break;
+    case WEIGHT:
+        p->linear->dtype = t->dtype;
+        p->linear->w = data;
+        break;
+    case QWEIGHT:
+        p->linear->dtype = U8;
+        p->linear->qweight = data;
+        if (loading->group_size < 0 && has_zero_code(data, t->bytes))
+            die("%s: tensor %s holds the code 0, per channel 1 to 15 are expected", t->path,
+                t->name);
+        break;
+    case S_CHANNEL:
+        p->linear->s_channel = allocate(p->rows, sizeof(float));
+        floats(data, F32, 0, p->rows, p->linear->s_channel);
+        if (!all_finite(p->linear->s_channel, p->rows))
+            die("%s: tensor %s is not finite", t->path, t->name);
+        break;
+    case S_GROUP:
+        p->linear->s_group = data;
+        for (size_t i = 0; i < t->bytes; i++)
+            if (p->linear->s_group[i] < 1 || p->linear->s_group[i] > 15)
+                die("%s: tensor %s holds %d, expected 1 to 15", t->path, t->name,
+                    p->linear->s_group[i]);
+        break;
     }
-    return l;
+    if (p->linear) p->linear->mapped = true;
 }
 
 /* The group size that a model.bin's quantization names: 128, -1, or 0 for an unquantized model. */
@@ -1110,41 +2499,95 @@ static int quantization_group_size(const Checkpoint *c) {
     return group_size;
 }
 
-Model *model_load(const Checkpoint *c) {
-    Model *m = allocate(1, sizeof *m);
-    m->config = config_parse(c->path, c->config, c->generation_config);
-    m->group_size = quantization_group_size(c);
-    const Config *cfg = &m->config;
-    m->embedding = load_float_linear(c, "model.embed_tokens", cfg->vocab_size, cfg->dim);
-    m->norm = load_norm(c, "model.norm", cfg->dim);
-    // A tied lm_head that rotation had to untie stands in the file all the same.
-    bool tied = cfg->tied && !checkpoint_find(c, "lm_head.weight");
-    m->lm_head = tied ? m->embedding : load_float_linear(c, "lm_head", cfg->vocab_size, cfg->dim);
-    m->layers = allocate(cfg->n_layers, sizeof *m->layers);
-    for (int i = 0; i < cfg->n_layers; i++) {
-        Layer *layer = &m->layers[i];
+/* The tensors of one linear, float or quantized. */
+static void visit_linear(const char *name, int N, int K, int group_size, Linear *l,
+                         void (*visit)(void *to, const Parameter *p), void *to) {
+    static const char *const suffixes[] = {[WEIGHT] = "weight",
+                                           [QWEIGHT] = "qweight",
+                                           [S_CHANNEL] = "s_channel",
+                                           [S_GROUP] = "s_group"};
+    const int columns[] = {[WEIGHT] = K, [QWEIGHT] = K / 2, [S_CHANNEL] = 0, [S_GROUP] = K / GROUP};
+    l->N = N;
+    l->K = K;
+    Role last = group_size > 0 ? S_GROUP : group_size < 0 ? S_CHANNEL : WEIGHT;
+    for (Role role = group_size ? QWEIGHT : WEIGHT; role <= last; role++) {
+        char full[160];
+        snprintf(full, sizeof full, "%s.%s", name, suffixes[role]);
+        visit(to, &(Parameter){role, full, N, columns[role], l, NULL});
+    }
+}
+
+void for_each_tensor(Model *m, int first, int last, void (*visit)(void *to, const Parameter *p),
+                     void *to) {
+    const Config *c = &m->config;
+    for (int l = first; l <= last; l++) {
+        if (l < 0)
+            visit_linear("model.embed_tokens", c->vocab_size, c->dim, 0, &m->embedding, visit, to);
+        if (l == c->n_layers) {
+            visit(to, &(Parameter){NORM, "model.norm.weight", c->dim, 0, NULL, &m->norm});
+            if (!c->tied) visit_linear("lm_head", c->vocab_size, c->dim, 0, &m->lm_head, visit, to);
+        }
+        if (l < 0 || l == c->n_layers) continue;
+        Layer *layer = &m->layers[l];
         char name[128];
         for (int k = 0; k < N_LINEARS; k++) {
             int N, K;
-            linear_shape(cfg, k, &N, &K);
-            snprintf(name, sizeof name, "model.layers.%d.%s", i, linear_names[k]);
-            layer->linears[k] = m->group_size ? load_quantized_linear(c, name, N, K, m->group_size)
-                                              : load_float_linear(c, name, N, K);
+            linear_shape(c, k, &N, &K);
+            snprintf(name, sizeof name, "model.layers.%d.%s", l, linear_names[k]);
+            visit_linear(name, N, K, m->group_size, &layer->linears[k], visit, to);
         }
-        snprintf(name, sizeof name, "model.layers.%d.input_layernorm", i);
-        layer->attention_norm = load_norm(c, name, cfg->dim);
-        snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm", i);
-        layer->ffn_norm = load_norm(c, name, cfg->dim);
+        snprintf(name, sizeof name, "model.layers.%d.input_layernorm.weight", l);
+        visit(to, &(Parameter){NORM, name, c->dim, 0, NULL, &layer->attention_norm});
+        snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm.weight", l);
+        visit(to, &(Parameter){NORM, name, c->dim, 0, NULL, &layer->ffn_norm});
+    }
+}
+
+/* A model without weights, with room for its norms. */
+static Model *model_new(const Config *c, int group_size) {
+    Model *m = allocate(1, sizeof *m);
+    *m = (Model){.config = *c, .group_size = group_size};
+    m->norm = allocate(c->dim, sizeof(float));
+    m->layers = allocate(c->n_layers, sizeof *m->layers);
+    for (int l = 0; l < c->n_layers; l++) {
+        m->layers[l].attention_norm = allocate(2 * (size_t)c->dim, sizeof(float));
+        m->layers[l].ffn_norm = m->layers[l].attention_norm + c->dim;
     }
     return m;
 }
 
-void model_free(Model *m) {
-    for (int i = 0; i < m->config.n_layers; i++) {
-        for (int k = 0; k < N_LINEARS; k++) free((void *)m->layers[i].linears[k].s_channel);
-        free(m->layers[i].attention_norm);
-        free(m->layers[i].ffn_norm);
+void check_group_size(const char *path, const Config *c, int group_size) {
+    int unit = group_size > 0 ? group_size : 2, N, K;
+    for (int k = 0; k < N_LINEARS && group_size; k++) {
+        linear_shape(c, k, &N, &K);
+        if (K % unit)
+            die("%s: %s has %d input channels, no multiple of %d%s", path, linear_names[k], K, unit,
+                unit == GROUP ? " (-g -1 quantizes per channel)" : "");
     }
+}
+
+Model *model_load(const Checkpoint *checkpoint) {
+    Config c = config_parse(checkpoint->path, checkpoint->config, checkpoint->generation_config);
+    // A tied lm_head that rotation had to untie stands in the file all the same.
+    if (checkpoint_find(checkpoint, "lm_head.weight")) c.tied = false;
+    Model *m = model_new(&c, quantization_group_size(checkpoint));
+    check_group_size(checkpoint->path, &c, m->group_size);
+    Loading loading = {checkpoint, m->group_size};
+    for_each_tensor(m, -1, c.n_layers, load_tensor, &loading);
+    if (c.tied) m->lm_head = m->embedding;
+    return m;
+}
+
+void layer_free(Layer *layer) {
+    for (int k = 0; k < N_LINEARS; k++) linear_free(&layer->linears[k]);
+    free(layer->attention_norm);
+    *layer = (Layer){0};
+}
+
+void model_free(Model *m) {
+    for (int l = 0; l < m->config.n_layers; l++) layer_free(&m->layers[l]);
+    if (!m->config.tied) linear_free(&m->lm_head);
+    linear_free(&m->embedding);
     free(m->layers);
     free(m->norm);
     free(m);
@@ -1164,24 +2607,6 @@ void require_finite(const Linear *l, const char *name) {
         floats(l->w, l->dtype, n * l->K, l->K, row);
         if (!all_finite(row, l->K)) die("tensor %s.weight holds NaN or infinity", name);
     }
-}
-
-Layer layer_float_copy(const Config *c, const Layer *layer, int index) {
-    Layer copy;
-    float *norms = allocate(2 * (size_t)c->dim, sizeof *norms);
-    copy.attention_norm = memcpy(norms, layer->attention_norm, c->dim * sizeof *norms);
-    copy.ffn_norm = memcpy(norms + c->dim, layer->ffn_norm, c->dim * sizeof *norms);
-    for (int k = 0; k < N_LINEARS; k++) {
-        char name[128];
-        snprintf(name, sizeof name, "model.layers.%d.%s", index, linear_names[k]);
-        copy.linears[k] = float_copy(&layer->linears[k], name);
-    }
-    return copy;
-}
-
-void layer_float_free(Layer *copy) {
-    for (int k = 0; k < N_LINEARS; k++) free((void *)copy->linears[k].w);
-    free(copy->attention_norm);
 }
 
 static size_t linear_bytes(const Linear *l) {
@@ -1218,7 +2643,7 @@ void describe_model(const Checkpoint *checkpoint, const Model *m, const char *wh
     fprintf(stderr, "weights %s, %.1f MB%s%s\n", weights_kind(m), bytes / 1e6, where ? ", on " : "",
             where ? where : "");
     if (!checkpoint->quantization) return;
-    char *made = copy_text(checkpoint->quantization, strlen(checkpoint->quantization));
+    char *made = format_text("%s", checkpoint->quantization);
     make_printable(made);
     fprintf(stderr, "made with %s\n", made);
     free(made);
@@ -1232,1263 +2657,159 @@ void linear_shape(const Config *c, int k, int *N, int *K) {
     *K = columns[k];
 }
 
-/* ============================================================================================
- * 2  The W4A8 number formats
- *
- *   activations, per token:   s_a = max|x| / 127,   a = clamp(rint(x / s_a), -128, 127)
- *   weights, per channel:     w = q s_channel,                q in -7..7
- *   weights, per group:       w = (q s_group) s_channel,      q in -8..7, s_group in 1..15
- *
- * QQQ, arXiv 2406.09904, section 3.3; integer group scales: QoQ, arXiv 2405.04532.
- * ============================================================================================ */
+/* ---- the writer ---- */
 
-float quantize_row(const float *x, int K, int8_t *a) {
-    uint32_t max_bits = max_magnitude_bits(x, K);
-    float s_a = bits_to_float(max_bits) / 127.0f;
-    if (max_bits >= 0x7f800000) s_a = NAN;
-    for (int k = 0; k < K; k++) {
-        if (!(s_a > 0.0f)) {
-            a[k] = 0;
-            continue;
-        }
-        float r = rintf(x[k] / s_a); // a subnormal s_a is inexact: clamp
-        a[k] = r < -128.0f ? -128 : r > 127.0f ? 127 : (int8_t)r;
+struct Writer {
+    char *path; // the target; the file being written is `temporary`
+    int fd, n;
+    struct Slot {
+        char *name;
+        size_t offset, bytes; // in the file
+        bool written;
+    } * slots; // [n] sorted by name
+    size_t bytes;
+};
+
+static int by_slot_name(const void *a, const void *b) {
+    return strcmp(((const struct Slot *)a)->name, ((const struct Slot *)b)->name);
+}
+
+static void on_signal(int signal_number) {
+    static const char line[] = "error: interrupted, nothing was written\n";
+    if (temporary[0]) unlink(temporary);
+    if (write(STDERR_FILENO, line, sizeof line - 1) < 0) _exit(1);
+    signal(signal_number, SIG_DFL);
+    raise(signal_number);
+}
+
+void put_json_string(FILE *out, const char *text) {
+    fputc('"', out);
+    for (const unsigned char *s = (const unsigned char *)text; *s; s++) {
+        if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
+        else if (*s < ' ') fprintf(out, "\\u%04x", *s);
+        else fputc(*s, out);
     }
-    return s_a;
+    fputc('"', out);
 }
 
-void pack_row(const int8_t *q, int K, uint8_t *qweight) {
-    for (int j = 0; j < K / 2; j++) qweight[j] = (q[2 * j] + 8) | (q[2 * j + 1] + 8) << 4;
+static void put_metadata(FILE *out, const char *key, const char *value) {
+    if (!value) return;
+    fprintf(out, ",\"%s\":", key);
+    put_json_string(out, value);
 }
 
-void unpack_row(const uint8_t *qweight, int K, int8_t *q) {
-    for (int j = 0; j < K / 2; j++) {
-        q[2 * j] = (qweight[j] & 0x0f) - 8;
-        q[2 * j + 1] = (qweight[j] >> 4) - 8;
-    }
+static void put_tensor(FILE *out, const Tensor *t, size_t *offset) {
+    fprintf(out, ",");
+    put_json_string(out, t->name);
+    fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", dtypes[t->dtype].name);
+    for (int i = 0; i < t->n_dims; i++) fprintf(out, i ? ",%lld" : "%lld", (long long)t->shape[i]);
+    fprintf(out, "],\"data_offsets\":[%zu,%zu]}", *offset, *offset + t->bytes);
+    *offset += t->bytes;
 }
 
-void dequantize_row(const Linear *l, int n, float *w) {
-    size_t K = l->K;
-    for (size_t k = 0; k < K; k++) {
-        int u = l->qweight[n * (K / 2) + k / 2] >> (k % 2 * 4) & 0x0f;
-        int s_group = l->s_group ? l->s_group[n * (K / GROUP) + k / GROUP] : 1;
-        w[k] = (float)((u - 8) * s_group) * l->s_channel[n];
-    }
-}
-
-/* ---- weights ---- */
-
-#ifdef __AVX512F__
-enum { LANES = 16 };
-#else
-enum { LANES = 8 };
-#endif
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
-
-/* sum_i x_i y_i, in a fixed order. */
-static float dot(const float *x, const float *y, int n) {
-    Vector sum[4] = {0};
-    int i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int v = 0; v < 4; v++)
-            sum[v] += *(const Vector *)(x + i + v * LANES) * *(const Vector *)(y + i + v * LANES);
-    Vector total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    float rest = 0.0f;
-    for (; i < n; i++) rest += x[i] * y[i];
-    for (int v = 0; v < LANES; v++) rest += total[v];
-    return rest;
-}
-
-/* ---- how the scales of a weight row are chosen
- *
- *   range = max|w|,  or the range p max|w| that minimizes  sum_k H_kk (w_k - q_k scale)^2,
- *
- * H_kk the mean square of input channel k on the calibration tokens: the error that the rounding
- * of w_k alone adds to the output. ---- */
-
-static float clamp(float x, float low, float high) {
-    return x < low ? low : x > high ? high : x;
-}
-
-/* The code of w under a scale, in low..7; groups have -8, channels do not. */
-static float nearest_code(float w, float scale, float low) {
-    return clamp(rintf(w / scale), low, 7.0f);
-}
-
-/* sum_k importance_k ((w_k - q_k scale) unit)^2 over n <= GROUP weights. */
-static float rounding_error(const float *w, const float *importance, int n, float scale, float low,
-                            float unit) {
-    float squares[GROUP];
-    for (int k = 0; k < n; k++) {
-        float e = (w[k] - nearest_code(w[k], scale, low) * scale) * unit;
-        squares[k] = e * e;
-    }
-    return dot(squares, importance, n);
-}
-
-/* A power of two that brings max near 1, so that squares of errors neither over- nor underflow. */
-static float unit_of(float max) {
-    return ldexpf(1.0f, -ilogbf(max));
-}
-
-static float max_magnitude(const float *w, int n) {
-    float max = 0.0f;
-    for (int k = 0; k < n; k++) max = fabsf(w[k]) > max ? fabsf(w[k]) : max;
-    return max;
-}
-
-/* s_channel of a row without groups: range / 7, range = p max|w|, p = 1, .99 .. .21. */
-static float search_channel_scale(const float *w, const float *importance, int K) {
-    float max = max_magnitude(w, K), unit = unit_of(max), best_scale = max / 7;
-    float least = INFINITY;
-    for (int i = 0; i < 80; i++) {
-        float scale = (1.0f - i / 100.0f) * max / 7, error = 0.0f;
-        for (int k = 0; k < K; k += GROUP)
-            error += rounding_error(w + k, importance + k, K - k < GROUP ? K - k : GROUP, scale, -7,
-                                    unit);
-        if (error < least) least = error, best_scale = scale;
-    }
-    return best_scale;
-}
-
-/* The plain choice with groups: s_channel = max|w| 2/225, s_group = rint(max|w_g| 2/15 /
- * s_channel).
- */
-static float plain_group_scales(const float *w, int K, uint8_t *s_group) {
-    float scale = max_magnitude(w, K) / 225 * 2; // in this order nothing overflows
-    for (int g = 0; g < K / GROUP; g++)
-        s_group[g] = clamp(rintf(max_magnitude(w + g * GROUP, GROUP) / 15 * 2 / scale), 1, 15);
-    return scale;
-}
-
-/* s_channel of a row with groups: p max|w| 2/225, p = 1, 39/40 .. 17/40, each with the best s_group
- * [K/128]; of equals the larger p and the smaller s_group. */
-static float search_group_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
-    float max = max_magnitude(w, K), best_scale = plain_group_scales(w, K, s_group);
-    float least = INFINITY, unit = unit_of(max);
-    uint8_t candidate[K / GROUP];
-    for (int i = 0; i < 24; i++) {
-        float scale = (1.0f - i / 40.0f) * max / 225 * 2, total = 0.0f;
-        for (int g = 0; g < K / GROUP; g++) {
-            float group_least = INFINITY;
-            for (int s = 1; s <= 15; s++) {
-                float error = rounding_error(w + g * GROUP, importance + g * GROUP, GROUP,
-                                             s * scale, -8, unit);
-                if (error < group_least) group_least = error, candidate[g] = s;
-            }
-            total += group_least;
-        }
-        if (total < least) {
-            least = total;
-            best_scale = scale;
-            memcpy(s_group, candidate, sizeof candidate);
-        }
-    }
-    return best_scale;
-}
-
-float choose_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
-    float max = max_magnitude(w, K);
-    if (max < FLT_MIN) { // zeros, or so near to it that a scale would underflow
-        if (s_group) memset(s_group, 1, K / GROUP);
-        return 1.0f;
-    }
-    if (importance && s_group) return search_group_scales(w, importance, K, s_group);
-    if (importance) return search_channel_scale(w, importance, K);
-    return s_group ? plain_group_scales(w, K, s_group) : max / 7;
-}
-
-Linear quantized_new(int N, int K, int group_size) {
-    Linear l = {.N = N, .K = K, .dtype = U8};
-    l.qweight = allocate((size_t)N * K / 2, 1);
-    l.s_channel = allocate(N, sizeof *l.s_channel);
-    if (group_size > 0) l.s_group = allocate((size_t)N * K / group_size, 1);
-    return l;
-}
-
-void quantized_free(Linear *l) {
-    free((void *)l->qweight);
-    free((void *)l->s_channel);
-    free((void *)l->s_group);
-    *l = (Linear){0};
-}
-
-/* Where row n of a quantized_new() is written. */
-static uint8_t *codes_of(const Linear *l, size_t n) {
-    return (uint8_t *)l->qweight + n * l->K / 2;
-}
-
-static uint8_t *groups_of(const Linear *l, size_t n) {
-    return l->s_group ? (uint8_t *)l->s_group + n * (l->K / GROUP) : NULL;
-}
-
-static float lowest_code(const Linear *l) {
-    return l->s_group ? -8.0f : -7.0f;
-}
-
-Linear round_to_nearest(const float *w, const float *importance, int N, int K, int group_size) {
-    Linear l = quantized_new(N, K, group_size);
-#pragma omp parallel for schedule(dynamic)
-    for (size_t n = 0; n < (size_t)N; n++) {
-        int8_t q[K];
-        uint8_t *s_group = groups_of(&l, n);
-        float s_channel = choose_scales(w + n * K, importance, K, s_group);
-        for (int k = 0; k < K; k++)
-            q[k] = nearest_code(w[n * K + k], s_channel * (s_group ? s_group[k / GROUP] : 1),
-                                lowest_code(&l));
-        pack_row(q, K, codes_of(&l, n));
-        ((float *)l.s_channel)[n] = s_channel;
-    }
-    return l;
-}
-
-/* ============================================================================================
- * 3  The forward pass
- *
- *   x <- x + o(attention(rope(q(h)), rope(k(h)), v(h))),   h = rmsnorm(x)
- *   x <- x + down(silu(gate(h)) * up(h)),                  h = rmsnorm(x)
- *
- * LLaMA, arXiv 2302.13971; grouped-query attention, arXiv 2305.13245; LLaMA 3, arXiv 2407.21783.
- *
- * Each output number is computed by one thread in one order, so results do not depend on the
- * number of threads.
- * ============================================================================================ */
-
-/* ---- 3a  y = x W^T in float32 ---- */
-
-// A tile of y is ROWS x COLUMNS accumulators in registers; its part of W goes through the cache as
-// a panel of DEPTH x COLUMNS floats.
-enum { ROWS = 6, COLUMNS = 2 * LANES, DEPTH = 256 };
-
-/* A float matrix seen as W [n][k]: element (n, k) is w[n * row + k * column]. */
-typedef struct {
-    const void *w;
-    DType dtype;
-    size_t row, column;
-} View;
-
-/* panel[k][n] = W[n0 + n][k0 + k], zero where n >= n_columns. */
-static void fill_panel(View w, int n0, int n_columns, int k0, int depth, float *panel) {
-    if (n_columns < COLUMNS) memset(panel, 0, sizeof(float) * COLUMNS * depth);
-    if (w.row == 1) {
-        for (int k = 0; k < depth; k++)
-            floats(w.w, w.dtype, (size_t)(k0 + k) * w.column + n0, n_columns, panel + k * COLUMNS);
-        return;
-    }
-    float line[DEPTH];
-    for (int n = 0; n < n_columns; n++) {
-        floats(w.w, w.dtype, (n0 + n) * w.row + k0, depth, line);
-        for (int k = 0; k < depth; k++) panel[k * COLUMNS + n] = line[k];
+static void write_at(Writer *w, const void *data, size_t bytes, size_t offset) {
+    for (size_t done = 0; done < bytes;) {
+        ssize_t n = pwrite(w->fd, (const char *)data + done, bytes - done, offset + done);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) die("%s: cannot be written: %s", w->path, strerror(n ? errno : ENOSPC));
+        done += n;
     }
 }
 
-/* y [ROWS][COLUMNS] = x [rows][depth] times the panel; rows of x are ldx floats apart. */
-static void multiply_tile(const float *x, size_t ldx, int rows, const float *panel, int depth,
-                          Vector y[ROWS][2]) {
-    const float *row[ROWS];
-    Vector sum[ROWS][2] = {0};
-    for (int i = 0; i < ROWS; i++) row[i] = x + (i < rows ? i : 0) * ldx;
-    for (int k = 0; k < depth; k++) {
-        const Vector *w = (const Vector *)(panel + (size_t)k * COLUMNS);
-        Vector w0 = w[0], w1 = w[1];
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) {
-            sum[i][0] += row[i][k] * w0;
-            sum[i][1] += row[i][k] * w1;
-        }
+Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
+                    const Tensor *tensors, int n) {
+    // Whole multiples of 256 bytes keep each other aligned; then the small rest, the tokenizer.
+    Tensor *ordered = allocate(n + 1, sizeof *ordered);
+    int m = 0;
+    for (int rest = 0; rest < 2; rest++)
+        for (int i = 0; i < n; i++)
+            if ((tensors[i].bytes % 256 != 0) == rest) ordered[m++] = tensors[i];
+    if (c->tokenizer)
+        ordered[m++] = (Tensor){.name = "tokenizer.json",
+                                .dtype = U8,
+                                .n_dims = 1,
+                                .shape = {c->tokenizer_bytes},
+                                .data = c->tokenizer,
+                                .bytes = c->tokenizer_bytes};
+
+    char *header;
+    size_t length, data_bytes = 0;
+    FILE *out = open_memstream(&header, &length);
+    if (!out) die("out of memory");
+    fprintf(out, "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"1\"");
+    put_metadata(out, "quantization", quantization);
+    put_metadata(out, "config", c->config);
+    put_metadata(out, "generation_config", c->generation_config);
+    fprintf(out, "}");
+    for (int i = 0; i < m; i++) put_tensor(out, &ordered[i], &data_bytes);
+    fprintf(out, "}");
+    while ((8 + ftell(out)) % 4096 && fputc(' ', out) == ' ') {
     }
-    memcpy(y, sum, sizeof sum);
-}
+    if (ferror(out) || fclose(out) || !header) die("out of memory");
 
-/* y [M][n_columns] = x [M][K] W^T for up to COLUMNS rows of W from n0 on; by one thread. */
-static void multiply_panel(int M, int K, const float *x, size_t ldx, View w, int n0, int n_columns,
-                           float *y, size_t ldy) {
-    float panel[DEPTH * COLUMNS] __attribute__((aligned(64)));
-    for (int k0 = 0; k0 < K; k0 += DEPTH) {
-        int depth = K - k0 < DEPTH ? K - k0 : DEPTH;
-        fill_panel(w, n0, n_columns, k0, depth, panel);
-        for (int m = 0; m < M; m += ROWS) {
-            Vector tile[ROWS][2];
-            int rows = M - m < ROWS ? M - m : ROWS;
-            multiply_tile(x + m * ldx + k0, ldx, rows, panel, depth, tile);
-            for (int i = 0; i < rows; i++) {
-                const float *t = (const float *)tile[i];
-                float *out = y + (m + i) * ldy;
-                for (int n = 0; n < n_columns; n++) out[n] = k0 ? out[n] + t[n] : t[n];
-            }
-        }
+    Writer *w = allocate(1, sizeof *w);
+    w->path = format_text("%s", path);
+    if (snprintf(temporary, sizeof temporary, "%s.%d.tmp", path, (int)getpid()) >=
+        (int)sizeof temporary) {
+        temporary[0] = 0;
+        die("%s: the name is too long", path);
     }
-}
-
-/* y [M][N] = x [M][K] W^T, by one thread. */
-static void multiply(int M, int N, int K, const float *x, size_t ldx, View w, float *y,
-                     size_t ldy) {
-    for (int n = 0; n < N; n += COLUMNS)
-        multiply_panel(M, K, x, ldx, w, n, N - n < COLUMNS ? N - n : COLUMNS, y + n, ldy);
-}
-
-static void float_linear(const Linear *w, const float *x, int T, float *y) {
-    size_t N = w->N, K = w->K;
-    if (T == 1) { // bound by reading W: row by row
-#pragma omp parallel for
-        for (size_t n = 0; n < N; n++) {
-            float sum = 0.0f, line[DEPTH];
-            for (size_t k = 0; k < K; k += DEPTH) {
-                int depth = K - k < DEPTH ? K - k : DEPTH;
-                floats(w->w, w->dtype, n * K + k, depth, line);
-                sum += dot(x + k, line, depth);
-            }
-            y[n] = sum;
-        }
-        return;
+    signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
+    int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    for (int i = 0; i < 3; i++)
+        if (signal(signals[i], on_signal) == SIG_IGN) signal(signals[i], SIG_IGN); // nohup
+    w->fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
+    if (w->fd < 0) {
+        temporary[0] = 0;
+        die("%s: cannot be written: %s", path, strerror(errno));
     }
-#pragma omp parallel for schedule(dynamic)
-    for (size_t n = 0; n < N; n += COLUMNS)
-        multiply_panel(T, K, x, K, (View){w->w, w->dtype, K, 1}, n,
-                       N - n < COLUMNS ? N - n : COLUMNS, y + n, N);
-}
 
-/* ---- 3b  the same in W4A8
- *
- *   acc[m][n] = sum_k a[m][k] w8[n][k],   w8 = q s_group = (u - 8) s_group
- *             = sum_g s_group[g] (sum_(k in g) a_k u_k  -  8 sum_(k in g) a_k)
- *   y[m][n] = (acc s_a[m]) s_channel[n]
- *
- * The codes u are unsigned and the activations signed: what vpdpbusd and vpmaddubsw multiply. The
- * low nibbles of a row of qweight are its even columns, the high ones its odd columns, so the
- * activations are kept in that order too: K/2 even ones, then K/2 odd ones. ---- */
-
-/* Plain C, the one to read. */
-static void dot_u4_c(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
-                     int32_t *acc) {
-    for (int t = 0; t < T; t++) {
-        const int8_t *even = a + (size_t)t * K, *odd = even + K / 2;
-        acc[t] = 0;
-        for (int j = 0; j < K / 2; j++) {
-            int s = s_group ? s_group[2 * j / GROUP] : 1;
-            acc[t] += s * ((w[j] & 0x0f) * even[j] + (w[j] >> 4) * odd[j]);
-        }
+    uint8_t prefix[8];
+    for (int i = 0; i < 8; i++) prefix[i] = (uint64_t)length >> 8 * i;
+    write_at(w, prefix, 8, 0);
+    write_at(w, header, length, 8);
+    free(header);
+    w->n = m;
+    w->slots = allocate(m, sizeof *w->slots);
+    w->bytes = 8 + length;
+    for (int i = 0; i < m; i++) {
+        w->slots[i] =
+            (struct Slot){format_text("%s", ordered[i].name), w->bytes, ordered[i].bytes, false};
+        w->bytes += ordered[i].bytes;
     }
+    free(ordered);
+    qsort(w->slots, m, sizeof *w->slots, by_slot_name);
+    if (c->tokenizer) writer_put(w, "tokenizer.json", c->tokenizer, c->tokenizer_bytes);
+    return w;
 }
 
-#if defined __x86_64__
-#include <immintrin.h>
+void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
+    const struct Slot key = {.name = (char *)name};
+    struct Slot *slot = bsearch(&key, w->slots, w->n, sizeof key, by_slot_name);
+    if (!slot || slot->written || slot->bytes != bytes)
+        die("%s: tensor %s with %zu bytes was not announced", w->path, name, bytes);
+    write_at(w, data, bytes, slot->offset);
+    slot->written = true;
+}
 
-enum { MAX_T = 8 }; // tokens that share one unpacking of the weights
-
-/* 64 columns at a time. Sums of two products, at most 2 * 15 * 128, fit 16 bits, so do four; the
- * step to 32 bits multiplies by s_group on its way. */
-__attribute__((target("avx2"), always_inline)) static inline void
-dot_u4_avx2_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
-              int32_t *acc) {
-    const __m256i low = _mm256_set1_epi8(0x0f);
-    __m256i sum[MAX_T];
-    for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_si256();
-    int j = 0;
-    for (; j + 32 <= K / 2; j += 32) {
-        __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + j));
-        __m256i even = _mm256_and_si256(bytes, low);
-        __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
-        __m256i s = _mm256_set1_epi16(s_group ? s_group[2 * j / GROUP] : 1);
-        for (int t = 0; t < T; t++) {
-            const int8_t *a_t = a + (size_t)t * K + j;
-            __m256i e = _mm256_maddubs_epi16(even, _mm256_loadu_si256((const __m256i *)a_t));
-            __m256i o =
-                _mm256_maddubs_epi16(odd, _mm256_loadu_si256((const __m256i *)(a_t + K / 2)));
-            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(_mm256_add_epi16(e, o), s));
-        }
+size_t writer_close(Writer *w) {
+    for (int i = 0; i < w->n; i++) {
+        if (!w->slots[i].written) die("%s: tensor %s is missing", w->path, w->slots[i].name);
+        free(w->slots[i].name);
     }
-    for (int t = 0; t < T; t++) {
-        const int8_t *even = a + (size_t)t * K, *odd = even + K / 2;
-        int32_t lanes[8];
-        _mm256_storeu_si256((__m256i *)lanes, sum[t]);
-        acc[t] = 0;
-        for (int i = 0; i < 8; i++) acc[t] += lanes[i];
-        for (int i = j; i < K / 2; i++) // only without groups is K no multiple of 64
-            acc[t] += (w[i] & 0x0f) * even[i] + (w[i] >> 4) * odd[i];
-    }
-}
-
-__attribute__((target("avx2"))) static void
-dot_u4_avx2(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T, int32_t *acc) {
-    if (T == MAX_T) dot_u4_avx2_T(w, s_group, a, K, MAX_T, acc);
-    else
-        for (int t = 0; t < T; t++) dot_u4_avx2_T(w, s_group, a + (size_t)t * K, K, 1, acc + t);
-}
-
-/* 128 columns, one group, at a time. u * s_group is at most 225 and fits a byte, so one 16-bit
- * multiplication scales two codes at once, once for all tokens. */
-__attribute__((target("avx512f,avx512bw,avx512vnni"), always_inline)) static inline void
-dot_u4_vnni_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
-              int32_t *acc) {
-    const __m512i low = _mm512_set1_epi8(0x0f);
-    __m512i sum[2][MAX_T]; // of even and odd columns apart: two chains of additions, half the wait
-    for (int t = 0; t < T; t++) sum[0][t] = sum[1][t] = _mm512_setzero_si512();
-    for (int j = 0; j < K / 2; j += 64) {
-        int n = K / 2 - j;
-        __mmask64 valid = n >= 64 ? ~0ull : (1ull << n) - 1;
-        __m512i bytes = _mm512_maskz_loadu_epi8(valid, w + j);
-        __m512i even = _mm512_and_si512(bytes, low);
-        __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-        if (s_group) {
-            __m512i s = _mm512_set1_epi16(s_group[2 * j / GROUP]);
-            even = _mm512_mullo_epi16(even, s);
-            odd = _mm512_mullo_epi16(odd, s);
-        }
-        for (int t = 0; t < T; t++) {
-            const int8_t *a_t = a + (size_t)t * K + j;
-            __m512i a_even = _mm512_maskz_loadu_epi8(valid, a_t);
-            __m512i a_odd = _mm512_maskz_loadu_epi8(valid, a_t + K / 2);
-            sum[0][t] = _mm512_dpbusd_epi32(sum[0][t], even, a_even);
-            sum[1][t] = _mm512_dpbusd_epi32(sum[1][t], odd, a_odd);
-        }
-    }
-    for (int t = 0; t < T; t++)
-        acc[t] = _mm512_reduce_add_epi32(_mm512_add_epi32(sum[0][t], sum[1][t]));
-}
-
-__attribute__((target("avx512f,avx512bw,avx512vnni"))) static void
-dot_u4_vnni(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T, int32_t *acc) {
-    if (T == MAX_T) dot_u4_vnni_T(w, s_group, a, K, MAX_T, acc);
-    else
-        for (int t = 0; t < T; t++) dot_u4_vnni_T(w, s_group, a + (size_t)t * K, K, 1, acc + t);
-}
-
-DotU4 *dot_u4_kernel(int i, const char **name) {
-    const char *names[] = {"C", "AVX2", "AVX-512 VNNI"};
-    bool has_avx2 = __builtin_cpu_supports("avx2");
-    bool has_vnni = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
-    DotU4 *kernels[] = {dot_u4_c, has_avx2 ? dot_u4_avx2 : NULL, has_vnni ? dot_u4_vnni : NULL};
-    if (i >= 3) return NULL;
-    *name = names[i];
-    return kernels[i];
-}
-#else
-enum { MAX_T = 8 };
-
-DotU4 *dot_u4_kernel(int i, const char **name) {
-    *name = "C";
-    return i == 0 ? dot_u4_c : NULL;
-}
-#endif
-
-DotU4 *dot_u4_best(const char **name) {
-    const char *candidate;
-    DotU4 *best = dot_u4_c;
-    *name = "C";
-    for (int i = 1; i < 3; i++) {
-        DotU4 *kernel = dot_u4_kernel(i, &candidate);
-        if (kernel) best = kernel, *name = candidate;
-    }
-    return best;
-}
-
-/* Activations as the dot product wants them. */
-typedef struct {
-    int8_t *a;     // [T][2][K/2] even columns, odd columns
-    int32_t *sums; // [T][groups] sums over each group; one group per channel
-    int groups;
-} Activations;
-
-static Activations split_activations(const Linear *w, int T) {
-    int groups = w->s_group ? w->K / GROUP : 1;
-    return (Activations){allocate(T, w->K), allocate((size_t)T * groups, sizeof(int32_t)), groups};
-}
-
-static void split_row(const int8_t *a, int K, int t, Activations *to) {
-    int8_t *even = to->a + (size_t)t * K, *odd = even + K / 2;
-    for (int j = 0; j < K / 2; j++) {
-        even[j] = a[2 * j];
-        odd[j] = a[2 * j + 1];
-    }
-    for (int g = 0; g < to->groups; g++) {
-        int32_t sum = 0;
-        for (int k = g * (K / to->groups); k < (g + 1) * (K / to->groups); k++) sum += a[k];
-        to->sums[(size_t)t * to->groups + g] = sum;
-    }
-}
-
-/* acc [T] of output channel n for tokens t .. t + T - 1, T <= MAX_T. */
-static void accumulate(const Linear *w, DotU4 *dot_u4, const Activations *x, int n, int t, int T,
-                       int32_t *acc) {
-    size_t K = w->K;
-    const uint8_t *s_group = w->s_group ? w->s_group + (size_t)n * x->groups : NULL;
-    dot_u4(w->qweight + n * (K / 2), s_group, x->a + t * K, K, T, acc);
-    for (int i = 0; i < T; i++) {
-        const int32_t *sums = x->sums + (size_t)(t + i) * x->groups;
-        int32_t offset = 0;
-        for (int g = 0; g < x->groups; g++) offset += (s_group ? s_group[g] : 1) * sums[g];
-        acc[i] -= 8 * offset;
-    }
-}
-
-static void w4a8_linear(const Linear *w, const float *x, int T, float *y) {
-    enum { N_BLOCK = 32, T_BLOCK = 32 }; // these tokens stay in the nearest cache for these rows
-    int N = w->N, K = w->K;
-    const char *name;
-    DotU4 *dot_u4 = dot_u4_best(&name);
-    Activations split = split_activations(w, T);
-    float *s_a = allocate(T, sizeof *s_a);
-    int8_t *a = allocate(T, K);
-#pragma omp parallel for if (T > 1)
-    for (int t = 0; t < T; t++) {
-        s_a[t] = quantize_row(x + (size_t)t * K, K, a + (size_t)t * K);
-        split_row(a + (size_t)t * K, K, t, &split);
-    }
-#pragma omp parallel for schedule(dynamic)
-    for (int n0 = 0; n0 < N; n0 += N_BLOCK)
-        for (int t0 = 0; t0 < T; t0 += T_BLOCK)
-            for (int n = n0; n < n0 + N_BLOCK && n < N; n++)
-                for (int t = t0; t < t0 + T_BLOCK && t < T; t += MAX_T) {
-                    int32_t acc[MAX_T];
-                    int n_tokens = T - t < MAX_T ? T - t : MAX_T;
-                    accumulate(w, dot_u4, &split, n, t, n_tokens, acc);
-                    for (int i = 0; i < n_tokens; i++)
-                        y[(size_t)(t + i) * N + n] = ((float)acc[i] * s_a[t + i]) * w->s_channel[n];
-                }
-    free(a);
-    free(s_a);
-    free(split.a);
-    free(split.sums);
-}
-
-void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc) {
-    Activations split = split_activations(w, T);
-    for (int t = 0; t < T; t++) split_row(a + (size_t)t * w->K, w->K, t, &split);
-    for (int n = 0; n < w->N; n++)
-        for (int t = 0; t < T; t += MAX_T) {
-            int32_t block[MAX_T];
-            int n_tokens = T - t < MAX_T ? T - t : MAX_T;
-            accumulate(w, dot_u4, &split, n, t, n_tokens, block);
-            for (int i = 0; i < n_tokens; i++) acc[(size_t)(t + i) * w->N + n] = block[i];
-        }
-    free(split.a);
-    free(split.sums);
-}
-
-void linear(const Linear *w, const float *x, int T, float *y) {
-    if (w->qweight) w4a8_linear(w, x, T, y);
-    else float_linear(w, x, T, y);
-}
-
-/* ---- 3c  the small parts ---- */
-
-/* y_i = x_i / sqrt(mean(x^2) + eps) * weight_i.   RMSNorm, arXiv 1910.07467 */
-void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, float *y) {
-#pragma omp parallel for if (T > 1)
-    for (int t = 0; t < T; t++) {
-        const float *in = x + (size_t)t * dim;
-        float *out = y + (size_t)t * dim;
-        float scale = 1.0f / sqrtf(dot(in, in, dim) / dim + eps);
-        for (int i = 0; i < dim; i++) out[i] = in[i] * scale * weight[i];
-    }
-}
-
-/* RoPE turns the pair (x_i, x_(i + d/2)) of each head by pos * f_i, f_i = theta^(-2i/d)
- * (arXiv 2104.09864, in Hugging Face's order). LLaMA 3.1 stretches slow turns, those with a
- * wavelength 2 pi / f above original_context / low_freq_factor, by `factor`, leaves those below
- * original_context / high_freq_factor alone, and mixes in between. */
-void rope_angles(const Config *c, int pos, float *cos_sin) {
-    for (int i = 0; i < c->head_dim / 2; i++) {
-        double f = pow(c->rope_theta, -2.0 * i / c->head_dim);
-        if (c->rope_factor) {
-            double turns = c->rope_original_context * f / (2 * M_PI); // in the original context
-            double mix = (turns - c->rope_low_freq_factor) /
-                         (c->rope_high_freq_factor - c->rope_low_freq_factor);
-            mix = mix < 0 ? 0 : mix > 1 ? 1 : mix;
-            f *= mix + (1 - mix) / c->rope_factor;
-        }
-        cos_sin[2 * i] = cos(pos * f);
-        cos_sin[2 * i + 1] = sin(pos * f);
-    }
-}
-
-/* Turns x [T][n_heads][head_dim], tokens pos .. pos + T - 1. */
-static void rope(const State *s, float *x, int T, int n_heads, int head_dim, int pos) {
-    int half = head_dim / 2;
-#pragma omp parallel for if (T > 1)
-    for (int t = 0; t < T; t++) {
-        const float *angle = s->rope + (size_t)(pos + t) * head_dim;
-        for (int h = 0; h < n_heads; h++) {
-            float *v = x + ((size_t)t * n_heads + h) * head_dim;
-            for (int i = 0; i < half; i++) {
-                float a = v[i], b = v[i + half], c = angle[2 * i], s_ = angle[2 * i + 1];
-                v[i] = a * c - b * s_;
-                v[i + half] = b * c + a * s_;
-            }
-        }
-    }
-}
-
-/* row <- softmax(row * scale) over its first n; the rest, up to n_keys, becomes 0. */
-static void softmax(float *row, int n, int n_keys, float scale) {
-    float max = row[0];
-    for (int i = 1; i < n; i++) max = row[i] > max ? row[i] : max;
-    double sum = 0; // in float, 8000 terms of one size would lose four digits
-    for (int i = 0; i < n; i++) {
-        row[i] = expf((row[i] - max) * scale);
-        sum += row[i];
-    }
-    for (int i = 0; i < n; i++) row[i] /= (float)sum;
-    memset(row + n, 0, (n_keys - n) * sizeof *row);
-}
-
-/* att = softmax(q k^T / sqrt(head_dim)) v, causal. Query head h reads KV head h / group. A task is
- * one KV head and a block of queries: their query heads are the rows of two matrix products. */
-static void attention(const Config *c, State *s, int l, int T, int pos) {
-    enum { BLOCK = 32 };
-    int d = c->head_dim, group = c->n_heads / c->n_kv_heads;
-    size_t q_dim = (size_t)c->n_heads * d, kv_dim = (size_t)c->n_kv_heads * d;
-    const float *keys = s->keys + (size_t)l * s->context * kv_dim;
-    const float *values = s->values + (size_t)l * s->context * kv_dim;
-    int n_blocks = (T + BLOCK - 1) / BLOCK;
-#pragma omp parallel
-    {
-        size_t most_rows = (size_t)(T < BLOCK ? T : BLOCK) * group;
-        float *scores = allocate(most_rows * (pos + T), sizeof *scores);
-        float *in = allocate(most_rows * d, sizeof *in); // queries, later the output
-#pragma omp for schedule(dynamic)
-        for (int task = c->n_kv_heads * n_blocks - 1; task >= 0; task--) { // the long ones first
-            int h = task % c->n_kv_heads, t0 = task / c->n_kv_heads * BLOCK;
-            int n = T - t0 < BLOCK ? T - t0 : BLOCK, n_keys = pos + t0 + n, rows = n * group;
-            size_t at = t0 * q_dim + (size_t)h * group * d, row_bytes = group * d * sizeof(float);
-            for (int t = 0; t < n; t++)
-                memcpy(in + (size_t)t * group * d, s->q + at + t * q_dim, row_bytes);
-            View k = {keys + h * d, F32, kv_dim, 1}, v = {values + h * d, F32, 1, kv_dim};
-            multiply(rows, n_keys, d, in, d, k, scores, n_keys);
-            for (int r = 0; r < rows; r++)
-                softmax(scores + (size_t)r * n_keys, pos + t0 + r / group + 1, n_keys,
-                        1.0f / sqrtf(d));
-            multiply(rows, d, n_keys, scores, n_keys, v, in, d);
-            for (int t = 0; t < n; t++)
-                memcpy(s->att + at + t * q_dim, in + (size_t)t * group * d, row_bytes);
-        }
-        free(scores);
-        free(in);
-    }
-}
-
-/* gate <- silu(gate) * up,   silu(z) = z / (1 + exp(-z)).   SwiGLU, arXiv 2002.05202 */
-static void swiglu(float *gate, const float *up, size_t n) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
-}
-
-/* ---- 3d  the whole ---- */
-
-State *state_new(const Config *c, int context, int max_T) {
-    State *s = allocate(1, sizeof *s);
-    size_t T = max_T, q_dim = (size_t)c->n_heads * c->head_dim;
-    size_t cache = (size_t)c->n_layers * context * c->n_kv_heads * c->head_dim;
-    s->context = context;
-    s->max_T = max_T;
-    s->x = allocate(T * c->dim, sizeof(float));
-    s->xb = allocate(T * c->dim, sizeof(float));
-    s->q = allocate(T * q_dim, sizeof(float));
-    s->att = allocate(T * q_dim, sizeof(float));
-    s->gate = allocate(T * c->hidden_dim, sizeof(float));
-    s->up = allocate(T * c->hidden_dim, sizeof(float));
-    s->keys = allocate(cache, sizeof(float));
-    s->values = allocate(cache, sizeof(float));
-    s->rope = allocate((size_t)context * c->head_dim, sizeof(float));
-    s->logits = allocate((size_t)LOGIT_ROWS * c->vocab_size, sizeof(float));
-#pragma omp parallel for
-    for (int pos = 0; pos < context; pos++)
-        rope_angles(c, pos, s->rope + (size_t)pos * c->head_dim);
-    return s;
-}
-
-void state_free(State *s) {
-    float *buffers[] = {s->x,  s->xb,   s->q,      s->att,  s->gate,
-                        s->up, s->keys, s->values, s->rope, s->logits};
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
-    free(s);
-}
-
-void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
-    size_t kv_dim = (size_t)c->n_kv_heads * c->head_dim;
-    float *k = s->keys + ((size_t)l * s->context + pos) * kv_dim; // straight into the cache
-    float *v = s->values + ((size_t)l * s->context + pos) * kv_dim;
-    linear(&layer->q, s->xb, T, s->q);
-    linear(&layer->k, s->xb, T, k);
-    linear(&layer->v, s->xb, T, v);
-    rope(s, s->q, T, c->n_heads, c->head_dim, pos);
-    rope(s, k, T, c->n_kv_heads, c->head_dim, pos);
-    attention(c, s, l, T, pos);
-}
-
-void ffn_block(const Config *c, const Layer *layer, State *s, int T) {
-    linear(&layer->gate, s->xb, T, s->gate);
-    linear(&layer->up, s->xb, T, s->up);
-    swiglu(s->gate, s->up, (size_t)T * c->hidden_dim);
-}
-
-void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x) {
-    linear(w, in, T, buffer);
-    for (size_t i = 0; i < (size_t)T * w->N; i++) x[i] += buffer[i];
-}
-
-void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
-    rmsnorm(s->x, layer->attention_norm, T, c->dim, c->norm_eps, s->xb);
-    attention_block(c, layer, s, l, T, pos);
-    add_linear(&layer->o, s->att, T, s->xb, s->x);
-
-    rmsnorm(s->x, layer->ffn_norm, T, c->dim, c->norm_eps, s->xb);
-    ffn_block(c, layer, s, T);
-    add_linear(&layer->down, s->gate, T, s->xb, s->x);
-}
-
-void forward(const Model *m, State *s, const int *tokens, int T, int pos) {
-    const Config *c = &m->config;
-    if (T < 1 || T > s->max_T || pos < 0 || pos > s->context - T)
-        die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
-    for (int t = 0; t < T; t++) {
-        if (tokens[t] < 0 || tokens[t] >= c->vocab_size)
-            die("token %d is outside the vocabulary of %d", tokens[t], c->vocab_size);
-        floats(m->embedding.w, m->embedding.dtype, (size_t)tokens[t] * c->dim, c->dim,
-               s->x + (size_t)t * c->dim);
-    }
-    for (int l = 0; l < c->n_layers; l++) layer_forward(c, &m->layers[l], s, l, T, pos);
-    rmsnorm(s->x, m->norm, T, c->dim, c->norm_eps, s->x);
-}
-
-const float *logits(const Model *m, State *s, int first, int n) {
-    linear(&m->lm_head, s->x + (size_t)first * m->config.dim, n, s->logits);
-    return s->logits;
-}
-
-/* -log softmax(logits)[target] */
-static double negative_log_likelihood(const float *logits, int n, int target) {
-    float max = logits[0];
-    for (int i = 1; i < n; i++) max = logits[i] > max ? logits[i] : max;
-    double sum = 0;
-    for (int i = 0; i < n; i++) sum += expf(logits[i] - max);
-    return log(sum) + max - logits[target];
-}
-
-double mean_perplexity(double (*loss)(void *engine, const int *window, int length), void *engine,
-                       const int *tokens, int n, int length, int max_windows, int *windows,
-                       void (*progress)(int done, int total)) {
-    int total = n / length;
-    if (max_windows > 0 && total > max_windows) total = max_windows;
-    double sum = 0;
-    for (int w = 0; w < total; w++) {
-        sum += loss(engine, tokens + (size_t)w * length, length);
-        if (progress) progress(w + 1, total);
-    }
-    *windows = total;
-    return exp(sum / total);
-}
-
-typedef struct {
-    const Model *model;
-    State *state;
-} Engine;
-
-static double window_loss(void *engine, const int *window, int length) {
-    const Model *m = ((Engine *)engine)->model;
-    State *s = ((Engine *)engine)->state;
-    int vocab = m->config.vocab_size;
-    forward(m, s, window, length, 0);
-    double sum = 0;
-    for (int t = 0; t < length - 1; t += LOGIT_ROWS) {
-        double nll[LOGIT_ROWS];
-        int rows = length - 1 - t < LOGIT_ROWS ? length - 1 - t : LOGIT_ROWS;
-        const float *rows_logits = logits(m, s, t, rows);
-#pragma omp parallel for
-        for (int i = 0; i < rows; i++)
-            nll[i] =
-                negative_log_likelihood(rows_logits + (size_t)i * vocab, vocab, window[t + i + 1]);
-        for (int i = 0; i < rows; i++) sum += nll[i];
-    }
-    return sum / (length - 1);
-}
-
-double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
-                  int *windows, void (*progress)(int done, int total)) {
-    State *s = state_new(&m->config, length, length);
-    double ppl = mean_perplexity(window_loss, &(Engine){m, s}, tokens, n, length, max_windows,
-                                 windows, progress);
-    state_free(s);
-    return ppl;
-}
-
-/* ============================================================================================
- * 4  Rotation
- *
- *   R = diag(signs) H_D / sqrt(D),  H_D the Hadamard matrix of dim D,  H_d of head_dim
- *   E <- E R,   W <- W diag(norm) R for q, k, v, gate, up and lm_head,  norm <- 1,
- *   W <- R^T W for o and down,   W_v,h <- H_d^T W_v,h,   W_o,h <- W_o,h H_d
- *
- * The residual stream is x R instead of x. R is orthogonal, so RMSNorm without its weights commutes
- * with it, and the model computes the same; but an outlying channel is now spread over all.
- * QuaRot, arXiv 2404.00456.
- * ============================================================================================ */
-
-void hadamard(double *x, int n) {
-    for (int half = 1; half < n; half *= 2)
-        for (int i = 0; i < n; i += 2 * half)
-            for (int j = i; j < i + half; j++) {
-                double a = x[j], b = x[j + half];
-                x[j] = a + b;
-                x[j + half] = a - b;
-            }
-    double scale = 1 / sqrt(n);
-    for (int i = 0; i < n; i++) x[i] *= scale;
-}
-
-void random_signs(uint64_t seed, int n, int8_t *signs) {
-    for (int i = 0; i < n; i++) { // splitmix64
-        uint64_t z = seed += 0x9e3779b97f4a7c15;
-        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-        z = (z ^ z >> 27) * 0x94d049bb133111eb;
-        signs[i] = z >> 63 ? -1 : 1;
-    }
-}
-
-/* Each vector of n elements, `stride` floats apart, times diag(signs) H / sqrt(n). */
-static void rotate_vector(float *x, size_t stride, int n, const int8_t *signs, double *buffer) {
-    for (int i = 0; i < n; i++)
-        buffer[i] = signs ? signs[i] * (double)x[i * stride] : x[i * stride];
-    hadamard(buffer, n);
-    for (int i = 0; i < n; i++) x[i * stride] = buffer[i];
-}
-
-void rotate_inputs(float *w, int N, int K, int n, const int8_t *signs) {
-#pragma omp parallel
-    {
-        double *buffer = allocate(n, sizeof *buffer);
-#pragma omp for
-        for (size_t row = 0; row < (size_t)N; row++)
-            for (int k = 0; k < K; k += n) rotate_vector(w + row * K + k, 1, n, signs, buffer);
-        free(buffer);
-    }
-}
-
-void rotate_outputs(float *w, int N, int K, int n, const int8_t *signs) {
-#pragma omp parallel
-    {
-        double *buffer = allocate(n, sizeof *buffer);
-#pragma omp for
-        for (int k = 0; k < K; k++)
-            for (size_t row = 0; row < (size_t)N; row += n)
-                rotate_vector(w + row * K + k, K, n, signs, buffer);
-        free(buffer);
-    }
-}
-
-static bool power_of_two(int n) {
-    return (n & (n - 1)) == 0;
-}
-
-void check_rotation(const Config *c) {
-    if (!power_of_two(c->dim) || !power_of_two(c->head_dim))
-        die("rotation needs powers of two, but hidden_size is %d and head_dim %d (-r 0 leaves it "
-            "out)",
-            c->dim, c->head_dim);
-}
-
-void scale_inputs(float *w, int N, int K, const float *s) {
-#pragma omp parallel for
-    for (size_t n = 0; n < (size_t)N; n++)
-        for (size_t k = 0; k < (size_t)K; k++) w[n * K + k] *= s[k];
-}
-
-static float *weights(Linear *w) {
-    return (float *)w->w;
-}
-
-static void rotate_input(Linear *w, const float *norm, const int8_t *signs) {
-    if (norm) scale_inputs(weights(w), w->N, w->K, norm);
-    rotate_inputs(weights(w), w->N, w->K, w->K, signs);
-}
-
-void rotate_layer(const Config *c, Layer *l, const int8_t *signs) {
-    for (int i = 0; i < 3; i++) rotate_input(&l->linears[i], l->attention_norm, signs);
-    rotate_input(&l->gate, l->ffn_norm, signs);
-    rotate_input(&l->up, l->ffn_norm, signs);
-    for (int i = 0; i < c->dim; i++) l->attention_norm[i] = l->ffn_norm[i] = 1.0f;
-    rotate_outputs(weights(&l->v), l->v.N, l->v.K, c->head_dim, NULL);
-    rotate_inputs(weights(&l->o), l->o.N, l->o.K, c->head_dim, NULL);
-    rotate_outputs(weights(&l->o), l->o.N, l->o.K, c->dim, signs);
-    rotate_outputs(weights(&l->down), l->down.N, l->down.K, c->dim, signs);
-}
-
-void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs) {
-    rotate_input(embedding, NULL, signs);
-    rotate_input(lm_head, norm, signs);
-    for (int i = 0; i < lm_head->K; i++) norm[i] = 1.0f;
-}
-
-/* ============================================================================================
- * 5  Adaptive smoothing
- *
- *   s_j = max(1, max|X_j| / t),   X <- X diag(s)^-1,   W <- W diag(s)
- *
- * X W^T stays the same, but the channels of X that stand out above the threshold t no longer
- * coarsen the int8 steps of a whole token. t is searched: the one with which the quantized output
- * is nearest to the float output. QQQ, arXiv 2406.09904, section 3.1.
- * ============================================================================================ */
-
-void smoothing_scales(const float *max, int K, float t, float *s) {
-    for (int k = 0; k < K; k++) s[k] = max[k] > t ? max[k] / t : 1.0f;
-}
-
-void smooth_layer(Layer *l, const float *s_qkv, const float *s_gate_up, const float *s_down) {
-    int dim = l->q.K, hidden_dim = l->down.K;
-    for (int i = 0; i < dim; i++) {
-        l->attention_norm[i] /= s_qkv[i];
-        l->ffn_norm[i] /= s_gate_up[i];
-    }
-    for (int i = 0; i < 3; i++) scale_inputs(weights(&l->linears[i]), l->linears[i].N, dim, s_qkv);
-    scale_inputs(weights(&l->gate), hidden_dim, dim, s_gate_up);
-    scale_inputs(weights(&l->up), hidden_dim, dim, s_gate_up);
-    for (size_t n = 0; n < (size_t)hidden_dim; n++)
-        for (int k = 0; k < dim; k++) weights(&l->up)[n * dim + k] /= s_down[n];
-    scale_inputs(weights(&l->down), l->down.N, hidden_dim, s_down);
-}
-
-/* W diag(s), rounded to nearest. */
-static Linear quantize_smoothed(const Linear *w, const float *s, const float *importance,
-                                int group_size) {
-    float *smoothed = allocate((size_t)w->N * w->K, sizeof *smoothed);
-    floats(w->w, w->dtype, 0, (size_t)w->N * w->K, smoothed);
-    scale_inputs(smoothed, w->N, w->K, s);
-    Linear l = round_to_nearest(smoothed, importance, w->N, w->K, group_size);
-    free(smoothed);
-    return l;
-}
-
-static double squared_distance(const float *x, const float *y, size_t n) {
-    double sum = 0;
-    for (size_t i = 0; i < n; i++) sum += ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
-    return sum;
-}
-
-static float largest(const float *x, int n) {
-    float max = 0.0f;
-    for (int i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
-    return max;
-}
-
-static void divide(const float *x, const float *s, size_t T, size_t K, float *y) {
-    for (size_t i = 0; i < T * K; i++) y[i] = x[i] / s[i % K];
-}
-
-float search_smoothing(const Linear *w, int n_linears, const float *x, int T, const float *max,
-                       int group_size, float *s) {
-    size_t K = w->K, N = 0;
-    for (int i = 0; i < n_linears; i++) N += w[i].N;
-    float *mean_square = allocate(K, sizeof *s), *importance = allocate(K, sizeof *s);
-    for (size_t i = 0; i < T * K; i++) mean_square[i % K] += x[i] * x[i] / T;
-    float *target = allocate(T * N, sizeof *target), *output = allocate(T * N, sizeof *output);
-    float *smoothed = allocate(T * K, sizeof *smoothed), *end = target;
-    for (int i = 0; i < n_linears; end += (size_t)T * w[i++].N) linear(&w[i], x, T, end);
-
-    float best_t = largest(max, K);
-    double least = INFINITY;
-    for (float t = best_t; t > 0.1f; t *= 0.8f) {
-        smoothing_scales(max, K, t, s);
-        divide(x, s, T, K, smoothed);
-        for (size_t k = 0; k < K; k++) importance[k] = mean_square[k] / (s[k] * s[k]);
-        end = output;
-        for (int i = 0; i < n_linears; end += (size_t)T * w[i++].N) {
-            Linear candidate = quantize_smoothed(&w[i], s, importance, group_size);
-            linear(&candidate, smoothed, T, end);
-            quantized_free(&candidate);
-        }
-        double distance = squared_distance(output, target, T * N);
-        if (distance < least) least = distance, best_t = t;
-    }
-    smoothing_scales(max, K, best_t, s);
-    free(mean_square);
-    free(importance);
-    free(target);
-    free(output);
-    free(smoothed);
-    return best_t;
-}
-
-/* The output that the published search compares; from s->xb, or s->gate for down. */
-static const float *block_output(const Config *c, const Layer *layer, State *s, SmoothedInput which,
-                                 int T) {
-    switch (which) {
-    case SMOOTH_QKV:
-        attention_block(c, layer, s, 0, T, 0);
-        return s->att;
-    case SMOOTH_GATE_UP:
-        ffn_block(c, layer, s, T);
-        return s->gate;
-    default:
-        linear(&layer->down, s->gate, T, s->x);
-        return s->x;
-    }
-}
-
-float search_smoothing_published(const Config *c, const Layer *layer, State *state,
-                                 SmoothedInput which, const float *x, int windows, int length,
-                                 const float *max, int group_size, float *s) {
-    const int first[] = {0, 4, 6}, count[] = {3, 2, 1}; // which of layer->linears
-    const int outputs[] = {layer->o.K, layer->down.K, c->dim};
-    const Linear *w = &layer->linears[first[which]];
-    int K = w->K;
-    size_t n_in = (size_t)length * K, n_out = (size_t)length * outputs[which];
-    float *in = which == SMOOTH_DOWN ? state->gate : state->xb;
-    float *target = allocate(windows * n_out, sizeof *target);
-    for (int i = 0; i < windows; i++) {
-        memcpy(in, x + i * n_in, n_in * sizeof *x);
-        memcpy(target + i * n_out, block_output(c, layer, state, which, length),
-               n_out * sizeof *target);
-    }
-    float highest = largest(max, K), lowest = 0.1f, best_t = highest;
-    int steps = fminf(fmaxf(100, highest / 0.5f), 4096); // one absurd activation is not worth days
-    double least = INFINITY;
-    for (int i = 0; i < steps; i++) {
-        float t = highest - (highest - lowest) * i / (steps - 1);
-        Layer candidate = *layer;
-        smoothing_scales(max, K, t, s);
-        for (int j = 0; j < count[which]; j++)
-            candidate.linears[first[which] + j] = quantize_smoothed(w + j, s, NULL, group_size);
-        double distance = 0;
-        for (int j = 0; j < windows; j++) {
-            divide(x + j * n_in, s, length, K, in);
-            distance += squared_distance(block_output(c, &candidate, state, which, length),
-                                         target + j * n_out, n_out);
-        }
-        for (int j = 0; j < count[which]; j++) quantized_free(&candidate.linears[first[which] + j]);
-        if (distance < least) least = distance, best_t = t;
-    }
-    smoothing_scales(max, K, best_t, s);
-    free(target);
-    return best_t;
-}
-
-/* ============================================================================================
- * 6  GPTQ
- *
- *   H = X^T X over the calibration tokens, H <- H + 0.01 mean(diag H) I,
- *   H^-1 = U^T U, U upper triangular;   for column i:  e = (w_i - q_i) / U_ii,
- *   w_j <- w_j - e U_ij for j > i
- *
- * After each rounding the columns that are still free move to make up for its effect on the
- * output. GPTQ, arXiv 2210.17323, where H is 2 X X^T; no factor changes the result.
- * ============================================================================================ */
-
-void add_moments(double *M, const float *a, int N, const float *b, int K, int T) {
-    float *a_t = allocate((size_t)N * T, sizeof *a_t); // [N][T]
-#pragma omp parallel for
-    for (size_t n = 0; n < (size_t)N; n++)
-        for (size_t t = 0; t < (size_t)T; t++) a_t[n * T + t] = a[t * N + n];
-#pragma omp parallel
-    {
-        float *product = allocate((size_t)N * COLUMNS, sizeof *product);
-#pragma omp for schedule(dynamic)
-        for (int k0 = 0; k0 < K; k0 += COLUMNS) {
-            int columns = K - k0 < COLUMNS ? K - k0 : COLUMNS;
-            multiply_panel(N, T, a_t, T, (View){b, F32, 1, K}, k0, columns, product, COLUMNS);
-            for (size_t n = 0; n < (size_t)N; n++)
-                for (int k = 0; k < columns; k++) M[n * K + k0 + k] += product[n * COLUMNS + k];
-        }
-        free(product);
-    }
-    free(a_t);
-}
-
-static double dot_double(const double *x, const double *y, int n) {
-    enum { L = LANES / 2 };
-    double sum[L] = {0}, total = 0;
-    int i = 0;
-    for (; i + L <= n; i += L)
-        for (int v = 0; v < L; v++) sum[v] += x[i + v] * y[i + v];
-    for (; i < n; i++) total += x[i] * y[i];
-    for (int v = 0; v < L; v++) total += sum[v];
-    return total;
-}
-
-/* H = V V^T, V upper triangular, from the last row up: V_ii = sqrt(H_ii - sum_(k>i) V_ik^2),
- * V_ji = (H_ji - sum_(k>i) V_jk V_ik) / V_ii. V [K][K] holds H before; below the diagonal nothing
- * is read or written. False if H is not positive definite. */
-static bool factor(double *V, size_t K) {
-    for (size_t i = K; i-- > 0;) {
-        double *Vi = V + i * K;
-        double pivot = Vi[i] - dot_double(Vi + i + 1, Vi + i + 1, K - 1 - i);
-        if (!(pivot > 0 && pivot < INFINITY)) return false;
-        Vi[i] = sqrt(pivot);
-#pragma omp parallel for if (K > 512)
-        for (size_t j = 0; j < i; j++) {
-            double *Vj = V + j * K;
-            Vj[i] = (Vj[i] - dot_double(Vj + i + 1, Vi + i + 1, K - 1 - i)) / Vi[i];
-        }
-    }
-    return true;
-}
-
-/* U = V^-1 [K][K], upper triangular: U_i = (1_i - sum_(k>i) V_ik U_k) / V_ii. As H = V V^T, it is
- * the U of H^-1 = U^T U. */
-static void invert(const double *V, size_t K, double *U) {
-    enum { BLOCK = 64 }; // columns that one thread computes
-#pragma omp parallel for schedule(dynamic)
-    for (size_t j0 = 0; j0 < K; j0 += BLOCK) {
-        size_t end = j0 + BLOCK < K ? j0 + BLOCK : K;
-        for (size_t i = end; i-- > 0;) {
-            double row[BLOCK] = {0};
-            if (i >= j0) row[i - j0] = 1;
-            for (size_t k = i + 1; k < end; k++)
-                for (size_t j = j0; j < end; j++) row[j - j0] -= V[i * K + k] * U[k * K + j];
-            for (size_t j = j0; j < end; j++) U[i * K + j] = row[j - j0] / V[i * K + i];
-        }
-    }
-}
-
-int *column_order(const double *diagonal, int n, bool act_order) {
-    size_t K = n;
-    int *order = allocate(K, sizeof *order);
-    for (size_t i = 0; i < K; i++) { // insertion from the right place, found by bisection
-        size_t low = 0, high = act_order ? i : 0;
-        while (low < high) {
-            size_t middle = (low + high) / 2;
-            if (diagonal[order[middle]] >= diagonal[i]) low = middle + 1;
-            else high = middle;
-        }
-        if (!act_order) low = i;
-        memmove(order + low + 1, order + low, (i - low) * sizeof *order);
-        order[low] = i;
-    }
-    return order;
-}
-
-enum { SIDE = 16 }; // rows that go through GPTQ side by side, each in a lane of its own
-
-/* The column loop. w [K][SIDE], columns in the order of U, is used up; scale [groups][SIDE], group
- * [K] the group of each column; q [K][SIDE]. */
-static void gptq_columns(double *w, const double *U, size_t K, const float *scale, const int *group,
-                         float low, int8_t *q) {
-    for (size_t i = 0; i < K; i++) {
-        double e[SIDE];
-        for (int r = 0; r < SIDE; r++) {
-            float s = scale[group[i] * SIDE + r];
-            float code = nearest_code(w[i * SIDE + r], s, low);
-            q[i * SIDE + r] = code;
-            e[r] = (w[i * SIDE + r] - (double)code * s) / U[i * K + i];
-        }
-        for (size_t j = i + 1; j < K; j++)
-            for (int r = 0; r < SIDE; r++) w[j * SIDE + r] -= e[r] * U[i * K + j];
-    }
-}
-
-Inverse hessian_inverse(const double *H, int K, bool act_order) {
-    size_t n = K;
-    double mean = 0, *V = allocate(n * n, sizeof *V), *diagonal = allocate(n, sizeof *diagonal);
-    for (size_t i = 0; i < n; i++) {
-        diagonal[i] = H[i * (n + 1)];
-        mean += diagonal[i] / n;
-    }
-    Inverse inverse = {K, column_order(diagonal, n, act_order), allocate(n * n, sizeof *V)};
-    free(diagonal);
-    for (size_t i = 0; i < n; i++) {
-        const double *row = H + inverse.order[i] * n;
-        for (size_t j = i; j < n; j++) V[i * n + j] = row[inverse.order[j]];
-        if (V[i * (n + 1)] == 0) V[i * (n + 1)] = mean > 0 ? mean : 1; // a dead column
-        V[i * (n + 1)] += DAMPING * mean;
-    }
-    if (!factor(V, n)) die("a Hessian is not positive definite: are the activations finite?");
-    invert(V, n, inverse.U);
-    free(V);
-    return inverse;
-}
-
-void inverse_free(Inverse *inverse) {
-    free(inverse->order);
-    free(inverse->U);
-}
-
-Linear gptq(const float *w, int n_rows, const Inverse *inverse, const float *importance,
-            int group_size) {
-    size_t N = n_rows, K = inverse->K;
-    const int *order = inverse->order;
-    Linear l = quantized_new(N, K, group_size);
-    int groups = l.s_group ? K / GROUP : 1, *group = allocate(K, sizeof *group);
-    for (size_t i = 0; i < K; i++) group[i] = l.s_group ? order[i] / GROUP : 0;
-#pragma omp parallel for schedule(dynamic)
-    for (size_t n0 = 0; n0 < N; n0 += SIDE) {
-        size_t rows = N - n0 < SIDE ? N - n0 : SIDE;
-        double *lanes = allocate(K * SIDE, sizeof *lanes);
-        int8_t *q = allocate(K * SIDE, sizeof *q), *row = allocate(K, sizeof *row);
-        float *scale = allocate((size_t)groups * SIDE, sizeof *scale);
-        for (size_t i = 0; i < (size_t)groups * SIDE; i++) scale[i] = 1.0f; // of unused lanes
-        for (size_t r = 0; r < rows; r++) {
-            const float *w_row = w + (n0 + r) * K;
-            uint8_t *s_group = groups_of(&l, n0 + r);
-            float s_channel = choose_scales(w_row, importance, K, s_group);
-            ((float *)l.s_channel)[n0 + r] = s_channel;
-            for (int g = 0; g < groups; g++)
-                scale[g * SIDE + r] = s_channel * (s_group ? s_group[g] : 1);
-            for (size_t i = 0; i < K; i++) lanes[i * SIDE + r] = w_row[order[i]];
-        }
-        gptq_columns(lanes, inverse->U, K, scale, group, lowest_code(&l), q);
-        for (size_t r = 0; r < rows; r++) {
-            for (size_t i = 0; i < K; i++) row[order[i]] = q[i * SIDE + r];
-            pack_row(row, K, codes_of(&l, n0 + r));
-        }
-        free(lanes);
-        free(q);
-        free(row);
-        free(scale);
-    }
-    free(group);
-    return l;
-}
-
-void corrected_target(const float *w, int n_rows, const Inverse *inverse, const double *C,
-                      const double *R, float *target) {
-    size_t N = n_rows, K = inverse->K;
-    const int *order = inverse->order;
-#pragma omp parallel
-    {
-        double *m = allocate(K, sizeof *m), *p = allocate(K, sizeof *p);
-#pragma omp for
-        for (size_t n = 0; n < N; n++) {
-            for (size_t j = 0; j < K; j++) m[j] = R ? R[n * K + j] : 0;
-            for (size_t k = 0; k < K; k++)
-                for (size_t j = 0; j < K; j++) m[j] += w[n * K + k] * C[k * K + j];
-            // m (H + damping)^-1 = (m U^T) U, in the order of U
-            for (size_t j = 0; j < K; j++) p[j] = m[order[j]];
-            for (size_t i = 0; i < K; i++) m[i] = dot_double(inverse->U + i * K + i, p + i, K - i);
-            memset(p, 0, K * sizeof *p);
-            for (size_t i = 0; i < K; i++)
-                for (size_t j = i; j < K; j++) p[j] += m[i] * inverse->U[i * K + j];
-            for (size_t j = 0; j < K; j++)
-                target[n * K + order[j]] = w[n * K + order[j]] + CORRECTION * p[j];
-        }
-        free(m);
-        free(p);
-    }
-}
-
-double relative_error(const float *w, const Linear *quantized, const double *H) {
-    enum { ROWS = 64 }; // of weights and of errors at a time
-    size_t N = quantized->N, K = quantized->K;
-    float *rows = allocate(2 * ROWS * K, sizeof *rows);
-    float *products = allocate(2 * ROWS * K, sizeof *products);
-    float *h = allocate(K * K, sizeof *h); // symmetric: H^T = H
-    for (size_t i = 0; i < K * K; i++) h[i] = H[i];
-    const Linear times_h = {.N = K, .K = K, .dtype = F32, .w = h};
-    double error = 0, total = 0;
-    for (size_t first = 0; first < N; first += ROWS) {
-        size_t n_rows = N - first < ROWS ? N - first : ROWS;
-        float *errors = rows + n_rows * K;
-        memcpy(rows, w + first * K, n_rows * K * sizeof *rows);
-        for (size_t n = 0; n < n_rows; n++) dequantize_row(quantized, first + n, errors + n * K);
-        for (size_t i = 0; i < n_rows * K; i++) errors[i] -= rows[i];
-        linear(&times_h, rows, 2 * n_rows, products);
-        for (size_t i = 0; i < n_rows * K; i++) {
-            total += (double)rows[i] * products[i];
-            error += (double)errors[i] * products[n_rows * K + i];
-        }
-    }
-    free(rows);
-    free(products);
-    free(h);
-    return total > 0 && error > 0 ? sqrt(error / total) : 0; // rounding may leave less than 0
+    if (fsync(w->fd) || close(w->fd)) die("%s: cannot be written: %s", w->path, strerror(errno));
+    sigset_t all, before; // a signal comes before the renaming, with a message, or after it
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, &before);
+    if (rename(temporary, w->path)) die("%s: cannot be written: %s", w->path, strerror(errno));
+    temporary[0] = 0;
+    int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    for (int i = 0; i < 3; i++)
+        if (signal(signals[i], SIG_DFL) == SIG_IGN) signal(signals[i], SIG_IGN);
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    size_t bytes = w->bytes;
+    free(w->slots);
+    free(w->path);
+    free(w);
+    return bytes;
 }

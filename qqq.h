@@ -3,8 +3,7 @@
  * This header is the table of contents: the structs with shapes and units, then every public
  * function, grouped by the file and section that defines it. Read it first.
  *
- *   qqq.c        0 errors and JSON · 1 files · 2 number formats · 3 forward pass · 4 rotation ·
- *                5 adaptive smoothing · 6 GPTQ
+ *   qqq.c        1 the model · 2 W4A8 numbers · 3 the method · 4 arithmetic beneath · 5 plumbing
  *   tokenizer.c  byte-level BPE
  *   kernels.cu   on the GPU: 1 forward pass · 2 W4A8 GEMM · 3 small kernels · 4 attention ·
  *                5 quantization
@@ -29,22 +28,328 @@
 extern "C" {
 #endif
 
-/* ---- qqq.c 0: errors, memory and JSON ------------------------------------------------------- */
+/* ---- qqq.c 1: the model --------------------------------------------------------------------- */
+
+/* config.json, what of it a LLaMA needs. */
+typedef struct {
+    int dim;         // hidden_size, D
+    int hidden_dim;  // intermediate_size
+    int n_layers;    // num_hidden_layers
+    int n_heads;     // num_attention_heads
+    int n_kv_heads;  // num_key_value_heads
+    int head_dim;    // hidden_size / num_attention_heads if not given
+    int vocab_size;  // rows of embedding and lm_head
+    int max_context; // max_position_embeddings
+    float norm_eps;  // rms_norm_eps
+    double rope_theta;
+    double rope_factor; // rope_scaling of type llama3; 0: no scaling
+    double rope_low_freq_factor;
+    double rope_high_freq_factor;
+    double rope_original_context; // original_max_position_embeddings
+    bool tied;                    // lm_head is the embedding
+    int bos;                      // -1: none
+    int eos[16];                  // [n_eos] generation stops at any of them
+    int n_eos;
+} Config;
+
+typedef enum { F32, F16, BF16, U8 } DType;
+
+/* The weights of y = x W^T, W [N][K]: 16 or 32-bit floats in w, or W4A8 in the other three. It owns
+ * its arrays, and linear_free() releases them; if `mapped`, all but s_channel are the model file's
+ * instead, and read-only. */
+typedef struct {
+    int N, K;
+    DType dtype;      // F32, F16 or BF16: of w; U8: quantized
+    bool mapped;      // the arrays lie in a Checkpoint
+    void *w;          // [N][K], at any alignment; NULL if quantized
+    uint8_t *qweight; // [N][K/2] codes u = q + 8, even column in the low nibble
+    float *s_channel; // [N]
+    uint8_t *s_group; // [N][K/128] in 1..15, NULL per channel
+} Linear;
+
+enum { GROUP = 128, N_LINEARS = 7 };
+
+typedef struct {
+    float *attention_norm; // [dim] input_layernorm; owns both norms: they are one piece
+    float *ffn_norm;       // [dim] post_attention_layernorm, behind it
+    union {
+        Linear linears[N_LINEARS]; // in this order:
+        struct {
+            Linear q, k, v;  // [n_heads * head_dim][dim], [n_kv_heads * head_dim][dim] twice
+            Linear o;        // [dim][n_heads * head_dim]
+            Linear gate, up; // [hidden_dim][dim]
+            Linear down;     // [dim][hidden_dim]
+        };
+    };
+} Layer;
+
+/* "self_attn.q_proj" and so on, in the order of Layer.linears; their shapes. */
+extern const char *const linear_names[N_LINEARS];
+void linear_shape(const Config *c, int k, int *N, int *K);
+
+typedef struct {
+    Config config;
+    Linear embedding; // [vocab_size][dim], rows are looked up
+    Layer *layers;    // [n_layers]
+    float *norm;      // [dim] final norm
+    Linear lm_head;   // [vocab_size][dim], the same as the embedding if config.tied
+    int group_size;   // 0 unquantized, -1 W4A8 per channel, 128 W4A8 per group
+} Model;
+
+/* Buffers of one sequence. All float32. */
+typedef struct {
+    int context;   // positions that the KV cache holds
+    int max_T;     // most tokens that one call takes
+    float *x;      // [max_T][dim] residual stream; after forward(): normed, ready for lm_head
+    float *xb;     // [max_T][dim] normed, or a linear's output to be added to x
+    float *q;      // [max_T][n_heads * head_dim]
+    float *att;    // [max_T][n_heads * head_dim] output of attention
+    float *gate;   // [max_T][hidden_dim]
+    float *up;     // [max_T][hidden_dim]
+    float *keys;   // [n_layers][context][n_kv_heads * head_dim]
+    float *values; // the same
+    float *rope;   // [context][head_dim / 2][2] cos and sin
+    float *logits; // [LOGIT_ROWS][vocab_size]
+} State;
+
+enum { LOGIT_ROWS = 64 };
+
+/* Buffers for `context` positions, at most max_T tokens a call. */
+State *state_new(const Config *c, int context, int max_T);
+void state_free(State *s);
+
+/* Runs T tokens, which stand at positions pos .. pos + T - 1, through the model: T <= max_T,
+ * pos + T <= context; earlier positions are in the KV cache. Leaves the final norm's output in
+ * s->x [T][dim]. */
+void forward(const Model *m, State *s, const int *tokens, int T, int pos);
+
+/* Logits [n][vocab_size] of tokens first .. first + n - 1 of the last forward(), n <= LOGIT_ROWS;
+ * in s->logits until the next call. */
+const float *logits(const Model *m, State *s, int first, int n);
+
+/* One layer of forward(): s->x [T][dim] is replaced by the layer's output; `l` is its index in the
+ * KV cache. Its parts: attention_block() takes s->xb to s->att, the input of o; ffn_block() s->xb
+ * to s->gate, the input of down; add_linear() is x [T][N] += in [T][K] W^T by way of buffer [T][N].
+ */
+void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, int pos);
+void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos);
+void ffn_block(const Config *c, const Layer *layer, State *s, int T);
+void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x);
+
+/* y_i = x_i / sqrt(mean(x^2) + eps) * weight_i for each row; x, y [T][dim], may be the same. */
+void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, float *y);
+
+/* Angles of LLaMA 3's rotary embedding in double: cos and sin of position pos, [head_dim/2][2]. */
+void rope_angles(const Config *c, int pos, float *cos_sin);
+
+/* Perplexity of tokens [n] in consecutive windows of `length` (the last, shorter one is left out):
+ * exp of the mean over windows of the mean negative log-likelihood of the length - 1 tokens after
+ * the first. Sets *windows; at most max_windows are run (0: all). NaN if there is no window.
+ * progress(done, total), if not NULL, is called after each window. */
+double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
+                  int *windows, void (*progress)(int done, int total));
+
+/* The same by any engine: loss() is the mean of -log p of a window's tokens after the first. */
+double mean_perplexity(double (*loss)(void *engine, const int *window, int length), void *engine,
+                       const int *tokens, int n, int length, int max_windows, int *windows,
+                       void (*progress)(int done, int total));
+
+/* ---- qqq.c 2: W4A8 numbers ------------------------------------------------------------------ */
+
+/* Quantizes one token's activations x [K] to a [K] and returns s_a: x = a s_a. A row of zeros gives
+ * s_a = 0; one with NaN or infinity s_a = NaN, so that it shows in the output. */
+float quantize_row(const float *x, int K, int8_t *a);
+
+/* q [K] in -8..7 to qweight [K/2] and back. */
+void pack_row(const int8_t *q, int K, uint8_t *qweight);
+void unpack_row(const uint8_t *qweight, int K, int8_t *q);
+
+/* The float weights w [K] that row n of a quantized linear stands for. */
+void dequantize_row(const Linear *l, int n, float *w);
+
+/* An empty quantized linear; and the end of any linear. */
+Linear quantized_new(int N, int K, int group_size);
+void linear_free(Linear *l);
+
+/* y [T][N] = x [T][K] W^T; a quantized linear quantizes x per token first. */
+void linear(const Linear *w, const float *x, int T, float *y);
+
+/* The integer dot product under it: acc[t] = sum_k s_group[k / 128] u_k a_tk for T tokens, T <= 8;
+ * w [K/2] is a row of qweight, s_group [K/128] or NULL for ones, a [T][2][K/2] holds the even
+ * columns of a token, then the odd ones. */
+typedef void DotU4(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
+                   int32_t *acc);
+
+/* The i-th of its versions (0 is plain C) and its name; NULL if there is none or the processor
+ * lacks it. dot_u4_best() is what linear() uses. */
+DotU4 *dot_u4_kernel(int i, const char **name);
+DotU4 *dot_u4_best(const char **name);
+
+/* acc [T][N] = a [T][K] w8^T, the accumulators of a quantized linear, by one of those versions. */
+void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc);
+
+/* ---- qqq.c 3: the method -------------------------------------------------------------------- */
+
+/* What is done to a layer. */
+typedef struct {
+    int group_size;                                        // 128, or -1: per channel
+    int smooth;                                            // 1 search_smoothing(), 2 .._published()
+    bool mse;                                              // ranges of least error, not max|w|
+    bool gptq, act_order;                                  // or round_to_nearest()
+    const int8_t *signs;                                   // [dim] of the rotation, NULL: none
+    void (*progress)(int layer, int linear, int n_layers); // before each linear; NULL: none
+} Method;
+
+/* What quantizing a layer reports. */
+typedef struct {
+    float t; // threshold
+    int n;   // channels above it
+} Smoothing;
+
+typedef struct {
+    double before, after; // relative output error, rounded to nearest and in the end
+} Errors;
+
+/* The calibration: the residual streams of the float model and of the one that is quantized so far,
+ * and buffers for one layer. */
+typedef struct Quantizer Quantizer;
+
+/* Embeds tokens [n_windows][length], n_windows 0 if nothing needs calibration. The arguments but
+ * method->signs are not needed afterwards. */
+Quantizer *quantizer_new(const Config *c, const Method *method, const Linear *embedding,
+                         const int *tokens, int n_windows, int length);
+void quantizer_free(Quantizer *q);
+
+/* Rotates, smooths and quantizes layer number l from its float weights in the mapped file, and runs
+ * the windows through it; layers come in order. `out` is for layer_free(). Sets found [3] if it
+ * smooths, and errors [N_LINEARS], NaN without calibration. */
+void quantize_layer(Quantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
+                    Errors *errors);
+
+/* After the last layer: sums over all tokens and channels of x f and x x, the normed streams of
+ * the quantized and of the float model, whose quotient the final norm is multiplied with. */
+void final_scale(const Quantizer *q, const float *norm, double *xf, double *xx);
+
+/* A copy of float weights as F32, to be changed. NaN or infinity ends the program with `name`. The
+ * same for a whole layer (number `index`), norms included. */
+Linear float_copy(const Linear *l, const char *name);
+Layer layer_float_copy(const Config *c, const Layer *layer, int index);
+void layer_free(Layer *layer);
+
+/* x [n] <- x H_n / sqrt(n), the Hadamard transform, n a power of two; signs [n], +1 and -1. */
+void hadamard(double *x, int n);
+void random_signs(uint64_t seed, int n, int8_t *signs);
+
+/* w [N][K]: each block of n input channels (output channels) becomes w_block diag(signs) H_n /
+ * sqrt(n) (its transpose times w_block), signs NULL: all +1; or column k is multiplied by s[k]. */
+void rotate_inputs(float *w, int N, int K, int n, const int8_t *signs);
+void rotate_outputs(float *w, int N, int K, int n, const int8_t *signs);
+void scale_inputs(float *w, int N, int K, const float *s);
+
+/* Rotates a layer_float_copy(), or the F32 embedding and lm_head with the final norm between them:
+ * norms move into the weights and become 1. signs [dim]. The model's output stays the same once all
+ * its parts are rotated. */
+void rotate_layer(const Config *c, Layer *l, const int8_t *signs);
+void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs);
+
+/* Ends the program if dim or head_dim is no power of two. */
+void check_rotation(const Config *c);
+
+/* s_k = max(1, max_k / t), all [K]; smooth_layer() folds such scales into a layer_float_copy(),
+ * which computes the same: norms and rows of up are divided, columns multiplied. */
+void smoothing_scales(const float *max, int K, float t, float *s);
+void smooth_layer(Layer *l, const float *s_qkv, const float *s_gate_up, const float *s_down);
+
+enum { SEARCH_WINDOWS = 8, SEARCH_TOKENS = 2048 }; // what the search looks at, at most
+
+/* Searches t for linears w [n_linears] (float weights) that share their input x [T][K]; max [K] is
+ * max|x| per channel, over more tokens than the sample x if need be. t falls from the largest max
+ * to 0.1 by a factor of 0.8; the score is the squared distance between the linears' float output
+ * and their W4A8 output, weights to nearest under searched ranges. Sets s [K] and returns t. */
+float search_smoothing(const Linear *w, int n_linears, const float *x, int T, const float *max,
+                       int group_size, float *s);
+
+/* The search of the published code, 30 to 40 times the work: x [windows][length][K] whole windows;
+ * max(100, max|x| / 0.5) equal steps, at most 4096; plain ranges; the score is taken at the output
+ * of the block: attention for qkv, silu(gate) up for gate and up, the linear itself for down.
+ * `state` needs one layer and `length` positions. o's input cannot be smoothed: one v serves
+ * several query heads. */
+typedef enum { SMOOTH_QKV, SMOOTH_GATE_UP, SMOOTH_DOWN } SmoothedInput;
+float search_smoothing_published(const Config *c, const Layer *layer, State *state,
+                                 SmoothedInput which, const float *x, int windows, int length,
+                                 const float *max, int group_size, float *s);
+
+/* Scales of one row of weights w [K]: returns s_channel and sets s_group [K/128] (NULL: per
+ * channel). importance [K] weighs the squared errors of the range search; NULL: the plain range
+ * max|w|. A row of zeros has scales of 1. */
+float choose_scales(const float *w, const float *importance, int K, uint8_t *s_group);
+
+/* w [N][K] with each weight rounded to the nearest code under the scales of choose_scales(). */
+Linear round_to_nearest(const float *w, const float *importance, int N, int K, int group_size);
+
+static const double DAMPING = 0.01;    // of the mean of diag H
+static const double CORRECTION = 0.25; // how far to go towards the float model's output
+
+/* M [N][K] += a^T b for a [T][N], b [T][K]: with a = b the Hessian X^T X. */
+void add_moments(double *M, const float *a, int N, const float *b, int K, int T);
+
+/* The order of the columns, malloc'ed [K]: by falling diagonal [K] of H, equal ones as they stand;
+ * or, without act_order, all as they stand. */
+int *column_order(const double *diagonal, int K, bool act_order);
+
+/* (H + 0.01 mean(diag H) I)^-1 = U^T U, U upper triangular, rows and columns in the order of
+ * column_order(). Dead columns (H_kk = 0) of H [K][K] get the mean of the diagonal. */
+typedef struct {
+    int K;
+    int *order; // [K]
+    double *U;  // [K][K]
+} Inverse;
+
+Inverse hessian_inverse(const double *H, int K, bool act_order);
+void inverse_free(Inverse *inverse);
+
+/* GPTQ: w [N][K] quantized column by column in the order of `inverse`; scales as choose_scales().
+ */
+Linear gptq(const float *w, int N, const Inverse *inverse, const float *importance, int group_size);
+
+/* What GPTQ should aim at when its inputs X are no longer the float model's inputs F:
+ *     target = w + 1/4 (w C + R) (X^T X + damping)^-1,   C = (F - X)^T X [K][K],  R [N][K] = D^T X,
+ * D [T][N] the residual stream's distance to the float model's, which o and down can make up for;
+ * R may be NULL. The whole step (1 instead of 1/4) would be least squares, as in GPTAQ
+ * (arXiv 2504.02692); a quarter of it generalizes better. */
+void corrected_target(const float *w, int N, const Inverse *inverse, const double *C,
+                      const double *R, float *target);
+
+/* sqrt(tr(E H E^T) / tr(W H W^T)), E the quantized minus the float weights w [N][K]: the relative
+ * error of the output on the inputs that H [K][K] sums up. */
+double relative_error(const float *w, const Linear *quantized, const double *H);
+
+/* ---- qqq.c 4: arithmetic beneath ------------------------------------------------------------ */
+
+/* Bytes of one element; its name in a safetensors header. */
+size_t dtype_size(DType dtype);
+const char *dtype_name(DType dtype);
+
+/* out[i] = element first + i, i < n, of an array of dtype F32, F16 or BF16 at any alignment; exact.
+ */
+void floats(const void *data, DType dtype, size_t first, size_t n, float *out);
+
+/* float to F16 bits, rounded to nearest even; beyond 65504 becomes infinity. */
+uint16_t float_to_f16(float x);
+
+/* ---- qqq.c 5: plumbing ---------------------------------------------------------------------- */
 
 /* Prints "error: " and the message as one line on stderr, removes the file that is being written,
- * and exits with status 1. */
+ * and exits with status 1; with status 2 for a command line that makes no sense. */
 void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
-
-/* The same with status 2, for a command line that makes no sense. */
 void die_usage(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
-/* count * size bytes, zeroed; free() releases them. */
+/* count * size bytes, zeroed; free() releases them. format_text() is a printf() into such. */
 void *allocate(size_t count, size_t size);
+char *format_text(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* Seconds of a monotonic clock. */
+/* Seconds of a monotonic clock; the path of `name` in the directory of the executable. */
 double seconds(void);
-
-/* The path of a file that comes with the program: `name` in the directory of the executable. */
 char *beside_program(const char *name);
 
 /* The value of an option -flag, checked; anything else ends the program with status 2 and a line
@@ -58,19 +363,16 @@ bool parse_choice(char flag, const char *value, const char *first, const char *s
 void show_progress(const char *what, int done, int total, double seconds_left);
 void show_windows(int done, int total);
 
-/* A JSON text, parsed by jsmn. A node is a number: 0 is the root, -1 stands for "none" and may be
- * passed wherever a node may: it is of no type and has no children. */
+/* A JSON text [bytes], which must outlive it; text that is none ends the program with `name` in the
+ * message. A node is a number: 0 is the root, -1 stands for "none" and may be passed wherever a
+ * node may: it is of no type and has no children. */
 typedef struct Json Json;
-
-/* Parses text [bytes], which must outlive the result. Text that is no JSON ends the program with
- * `name`, what the text is, in the message. json_free() releases the result. */
 Json *json_parse(const char *name, const char *text, size_t bytes);
 void json_free(Json *json);
 
-/* '{' object, '[' array, '"' string, 'p' primitive (number, true, false, null), 0 none. */
+/* '{' object, '[' array, '"' string, 'p' primitive (number, true, false, null), 0 none; the value
+ * of `key` in the object `node`, or -1. */
 char json_type(const Json *json, int node);
-
-/* The value of `key` in the object `node`, or -1. */
 int json_get(const Json *json, int node, const char *key);
 
 /* Loops over the children of an array (its elements) or an object (its keys; each value is the
@@ -78,32 +380,15 @@ int json_get(const Json *json, int node, const char *key);
 int json_first(const Json *json, int node);
 int json_next(const Json *json, int node, int child);
 
-/* Whether the node is the string `s`, or the number, true, false or null that is spelled so. */
+/* Whether the node is the string `s`, or the number, true, false or null that is spelled so; its
+ * text with escapes resolved, malloc'ed UTF-8, *bytes long and a NUL behind; and its value, false
+ * if it is no number or out of double's range. */
 bool json_is(const Json *json, int node, const char *s);
-
-/* A string node's text with escapes resolved: malloc'ed UTF-8, *bytes long and a NUL behind. */
 char *json_string(const Json *json, int node, size_t *bytes);
-
-/* A number node's value; false if the node is none or out of double's range. */
 bool json_number(const Json *json, int node, double *value);
 
 /* Writes `text` as a JSON string, quotes and escapes included. */
 void put_json_string(FILE *out, const char *text);
-
-/* ---- qqq.c 1: files ------------------------------------------------------------------------ */
-
-typedef enum { F32, F16, BF16, U8 } DType;
-
-/* Bytes of one element; the dtype's name in a safetensors header. */
-size_t dtype_size(DType dtype);
-const char *dtype_name(DType dtype);
-
-/* out[i] = element first + i, i < n, of an array of dtype F32, F16 or BF16 at any alignment; exact.
- */
-void floats(const void *data, DType dtype, size_t first, size_t n, float *out);
-
-/* float to F16 bits, rounded to nearest even; beyond 65504 becomes infinity. */
-uint16_t float_to_f16(float x);
 
 typedef struct {
     char *name; // "model.layers.0.self_attn.q_proj.weight"
@@ -150,6 +435,48 @@ char *read_text(const char *path, size_t *bytes);
  * in front unless it is -1. malloc'ed. */
 int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n);
 
+/* Reads a config.json (and generation_config.json, or NULL, for its eos_token_id). Refuses by name
+ * what is not LLaMA 3.1: another model_type, hidden_act, rope_type, biases, absurd sizes. */
+Config config_parse(const char *path, const char *config, const char *generation_config);
+
+/* One tensor of a model: its name in the file, its shape, and the place in the Model for its data.
+ * Of a linear's arrays WEIGHT is w. */
+typedef enum { NORM, WEIGHT, QWEIGHT, S_CHANNEL, S_GROUP } Role;
+
+typedef struct {
+    Role role;
+    const char *name;
+    int rows, columns; // columns 0: one dimension
+    Linear *linear;    // NULL for a norm
+    float **norm;      // NULL for a linear
+} Parameter;
+
+/* Calls visit() for each tensor of layers first .. last in the order of the file; layer -1 is the
+ * embedding, layer n_layers the final norm and, unless it is tied, lm_head. */
+void for_each_tensor(Model *m, int first, int last, void (*visit)(void *to, const Parameter *p),
+                     void *to);
+
+/* Finds every tensor of the model in the checkpoint and checks dtypes, shapes and scales. Weights
+ * stay in the mapped file, which must outlive the model; norms and s_channel are copied. */
+Model *model_load(const Checkpoint *c);
+void model_free(Model *m);
+
+/* Ends the program unless the input channels of all linears come in whole groups. */
+void check_group_size(const char *path, const Config *c, int group_size);
+
+/* Ends the program if float weights hold NaN or infinity. */
+void require_finite(const Linear *l, const char *name);
+
+/* What its weights are: their dtype, or W4A8 of which kind. */
+const char *weights_kind(const Model *m);
+
+/* Says on stderr what a file claims to be: architecture, sizes, dtype and, if it is quantized, the
+ * options that made it. `where` is what it runs on, or NULL. */
+void describe_model(const Checkpoint *c, const Model *m, const char *where);
+
+/* Bytes of all weights that one token reads (an embedding row counts as one). */
+size_t model_bytes(const Model *m);
+
 /* A model.bin being written, tensor by tensor, in a temporary file beside its target. */
 typedef struct Writer Writer;
 
@@ -166,305 +493,6 @@ void writer_put(Writer *w, const char *name, const void *data, size_t bytes);
 
 /* Syncs the file, renames it to its target and frees the writer. Returns its size in bytes. */
 size_t writer_close(Writer *w);
-
-/* config.json, what of it a LLaMA needs. */
-typedef struct {
-    int dim;         // hidden_size, D
-    int hidden_dim;  // intermediate_size
-    int n_layers;    // num_hidden_layers
-    int n_heads;     // num_attention_heads
-    int n_kv_heads;  // num_key_value_heads
-    int head_dim;    // hidden_size / num_attention_heads if not given
-    int vocab_size;  // rows of embedding and lm_head
-    int max_context; // max_position_embeddings
-    float norm_eps;  // rms_norm_eps
-    double rope_theta;
-    double rope_factor; // rope_scaling of type llama3; 0: no scaling
-    double rope_low_freq_factor;
-    double rope_high_freq_factor;
-    double rope_original_context; // original_max_position_embeddings
-    bool tied;                    // lm_head is the embedding
-    int bos;                      // -1: none
-    int eos[16];                  // generation stops at any of them
-    int n_eos;
-} Config;
-
-/* The weights of y = x W^T, W [N][K]: 16 or 32-bit floats in w, or W4A8 in qweight. */
-typedef struct {
-    int N, K;
-    DType dtype;            // F32, F16 or BF16: of w; U8: quantized
-    const void *w;          // [N][K], at any alignment; NULL if quantized
-    const uint8_t *qweight; // [N][K/2] codes u = q + 8, even column in the low nibble
-    const float *s_channel; // [N]
-    const uint8_t *s_group; // [N][K/128] in 1..15, NULL per channel
-} Linear;
-
-enum { GROUP = 128, N_LINEARS = 7 };
-
-typedef struct {
-    float *attention_norm; // [dim] input_layernorm
-    float *ffn_norm;       // [dim] post_attention_layernorm
-    union {
-        Linear linears[N_LINEARS]; // in this order:
-        struct {
-            Linear q, k, v;  // [n_heads * head_dim][dim], [n_kv_heads * head_dim][dim] twice
-            Linear o;        // [dim][n_heads * head_dim]
-            Linear gate, up; // [hidden_dim][dim]
-            Linear down;     // [dim][hidden_dim]
-        };
-    };
-} Layer;
-
-/* "self_attn.q_proj" and so on, in the order of Layer.linears; their shapes. */
-extern const char *const linear_names[N_LINEARS];
-void linear_shape(const Config *c, int k, int *N, int *K);
-
-typedef struct {
-    Config config;
-    Linear embedding; // [vocab_size][dim], rows are looked up
-    Layer *layers;    // [n_layers]
-    float *norm;      // [dim] final norm
-    Linear lm_head;   // [vocab_size][dim]
-    int group_size;   // 0 unquantized, -1 W4A8 per channel, 128 W4A8 per group
-} Model;
-
-/* Reads a config.json (and generation_config.json, or NULL, for its eos_token_id). Refuses by name
- * what is not LLaMA 3.1: another model_type, hidden_act, rope_type, biases, absurd sizes. */
-Config config_parse(const char *path, const char *config, const char *generation_config);
-
-/* Finds every tensor of the model in the checkpoint and checks dtypes, shapes and scales. Weights
- * stay in the mapped file, which must outlive the model; norms and s_channel are copied. */
-Model *model_load(const Checkpoint *c);
-void model_free(Model *m);
-
-/* A copy of float weights as F32, to be changed; free((void *)copy.w) releases it. NaN or infinity
- * ends the program with `name`. The same for a whole layer (number `index`), norms included. */
-Linear float_copy(const Linear *l, const char *name);
-Layer layer_float_copy(const Config *c, const Layer *layer, int index);
-void layer_float_free(Layer *copy);
-
-/* Ends the program if float weights hold NaN or infinity. */
-void require_finite(const Linear *l, const char *name);
-
-/* What its weights are: their dtype, or W4A8 of which kind. */
-const char *weights_kind(const Model *m);
-
-/* Says on stderr what a file claims to be: architecture, sizes, dtype and, if it is quantized, the
- * options that made it. `where` is what it runs on, or NULL. */
-void describe_model(const Checkpoint *c, const Model *m, const char *where);
-
-/* Bytes of all weights that one token reads (an embedding row counts as one). */
-size_t model_bytes(const Model *m);
-
-/* ---- qqq.c 2: the W4A8 number formats ------------------------------------------------------ */
-
-/* Quantizes one token's activations x [K] to a [K] and returns s_a: x = a s_a. A row of zeros gives
- * s_a = 0; one with NaN or infinity s_a = NaN, so that it shows in the output. */
-float quantize_row(const float *x, int K, int8_t *a);
-
-/* q [K] in -8..7 to qweight [K/2] and back. */
-void pack_row(const int8_t *q, int K, uint8_t *qweight);
-void unpack_row(const uint8_t *qweight, int K, int8_t *q);
-
-/* The float weights w [K] that row n of a quantized linear stands for. */
-void dequantize_row(const Linear *l, int n, float *w);
-
-/* Scales of one row of weights w [K]: returns s_channel and sets s_group [K/128] (NULL: per
- * channel). importance [K] weighs the squared errors of the range search; NULL: the plain range
- * max|w|. A row of zeros has scales of 1. */
-float choose_scales(const float *w, const float *importance, int K, uint8_t *s_group);
-
-/* An empty quantized linear, to be released with quantized_free(). */
-Linear quantized_new(int N, int K, int group_size);
-void quantized_free(Linear *l);
-
-/* w [N][K] with each weight rounded to the nearest code under the scales of choose_scales(). */
-Linear round_to_nearest(const float *w, const float *importance, int N, int K, int group_size);
-
-/* ---- qqq.c 3: the forward pass ------------------------------------------------------------- */
-
-/* Buffers of one sequence. All float32. */
-typedef struct {
-    int context;   // positions that the KV cache holds
-    int max_T;     // most tokens that one call takes
-    float *x;      // [max_T][dim] residual stream; after forward(): normed, ready for lm_head
-    float *xb;     // [max_T][dim] normed, or a linear's output to be added to x
-    float *q;      // [max_T][n_heads * head_dim]
-    float *att;    // [max_T][n_heads * head_dim] output of attention
-    float *gate;   // [max_T][hidden_dim]
-    float *up;     // [max_T][hidden_dim]
-    float *keys;   // [n_layers][context][n_kv_heads * head_dim]
-    float *values; // the same
-    float *rope;   // [context][head_dim / 2][2] cos and sin
-    float *logits; // [LOGIT_ROWS][vocab_size]
-} State;
-
-enum { LOGIT_ROWS = 64 };
-
-/* Buffers for `context` positions, at most max_T tokens a call. */
-State *state_new(const Config *c, int context, int max_T);
-void state_free(State *s);
-
-/* Runs T tokens, which stand at positions pos .. pos + T - 1, through the model: T <= max_T,
- * pos + T <= context; earlier positions are in the KV cache. Leaves the final norm's output in
- * s->x [T][dim]. */
-void forward(const Model *m, State *s, const int *tokens, int T, int pos);
-
-/* Logits [n][vocab_size] of tokens first .. first + n - 1 of the last forward(), n <= LOGIT_ROWS;
- * in s->logits until the next call. */
-const float *logits(const Model *m, State *s, int first, int n);
-
-/* One layer of forward(): s->x [T][dim] is replaced by the layer's output; `l` is its index in the
- * KV cache. It consists of the three parts below, each after an rmsnorm() from s->x to s->xb. */
-void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, int pos);
-
-/* q, k, v of s->xb, RoPE, KV cache and attention: leaves the input of o in s->att. */
-void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos);
-
-/* silu(gate) * up of s->xb: leaves the input of down in s->gate. */
-void ffn_block(const Config *c, const Layer *layer, State *s, int T);
-
-/* x [T][N] += in [T][K] W^T, by way of buffer [T][N]. */
-void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x);
-
-/* y [T][N] = x [T][K] W^T; a quantized layer quantizes x per token first (section 2). */
-void linear(const Linear *w, const float *x, int T, float *y);
-
-/* The integer dot product under it: acc[t] = sum_k s_group[k / 128] u_k a_tk for T tokens, T <= 8;
- * w [K/2] is a row of qweight, s_group [K/128] or NULL for ones, a [T][2][K/2] holds the even
- * columns of a token, then the odd ones. */
-typedef void DotU4(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
-                   int32_t *acc);
-
-/* The i-th of its versions (0 is plain C) and its name; NULL if there is none or the processor
- * lacks it. dot_u4_best() is what linear() uses. */
-DotU4 *dot_u4_kernel(int i, const char **name);
-DotU4 *dot_u4_best(const char **name);
-
-/* acc [T][N] = a [T][K] w8^T, the accumulators of a quantized layer, by one of those versions. */
-void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc);
-
-/* y_i = x_i / sqrt(mean(x^2) + eps) * weight_i for each row; x, y [T][dim], may be the same. */
-void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, float *y);
-
-/* Angles of LLaMA 3's rotary embedding in double: cos and sin of position pos, [head_dim/2][2]. */
-void rope_angles(const Config *c, int pos, float *cos_sin);
-
-/* Perplexity of tokens [n] in consecutive windows of `length` (the last, shorter one is left out):
- * exp of the mean over windows of the mean negative log-likelihood of the length - 1 tokens after
- * the first. Sets *windows; at most max_windows are run (0: all). NaN if there is no window.
- * progress(done, total), if not NULL, is called after each window. */
-double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
-                  int *windows, void (*progress)(int done, int total));
-
-/* The same by any engine: loss() is the mean of -log p of a window's tokens after the first. */
-double mean_perplexity(double (*loss)(void *engine, const int *window, int length), void *engine,
-                       const int *tokens, int n, int length, int max_windows, int *windows,
-                       void (*progress)(int done, int total));
-
-/* ---- qqq.c 4: rotation --------------------------------------------------------------------- */
-
-/* x [n] <- x H_n / sqrt(n), the Hadamard transform; n a power of two. */
-void hadamard(double *x, int n);
-
-/* signs [n] of +1 and -1 from a seed (splitmix64). */
-void random_signs(uint64_t seed, int n, int8_t *signs);
-
-/* w [N][K]: each block of n input channels (output channels) becomes w_block diag(signs) H_n /
- * sqrt(n) (its transpose times w_block); signs NULL: all +1. */
-void rotate_inputs(float *w, int N, int K, int n, const int8_t *signs);
-void rotate_outputs(float *w, int N, int K, int n, const int8_t *signs);
-
-/* w [N][K] with column k times s[k]. */
-void scale_inputs(float *w, int N, int K, const float *s);
-
-/* Rotates a layer_float_copy(), or the F32 embedding and lm_head with the final norm between them:
- * norms move into the weights and become 1. signs [dim]. The model's output stays the same once all
- * its parts are rotated. */
-void rotate_layer(const Config *c, Layer *l, const int8_t *signs);
-void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs);
-
-/* Ends the program if dim or head_dim is no power of two. */
-void check_rotation(const Config *c);
-
-/* ---- qqq.c 5: adaptive smoothing ----------------------------------------------------------- */
-
-/* s_k = max(1, max_k / t), all [K]. */
-void smoothing_scales(const float *max, int K, float t, float *s);
-
-/* Folds scales into a layer_float_copy(): norms and rows of up are divided, columns multiplied. The
- * layer computes the same. s_qkv, s_gate_up [dim], s_down [hidden_dim]. */
-void smooth_layer(Layer *l, const float *s_qkv, const float *s_gate_up, const float *s_down);
-
-enum { SEARCH_WINDOWS = 8, SEARCH_TOKENS = 2048 }; // what the search looks at, at most
-
-/* Searches t for linears w [n_linears] (float weights) that share their input x [T][K]; max [K] is
- * max|x| per channel, over more tokens than the sample x if need be. t falls from the largest max
- * to 0.1 by a factor of 0.8; the score is the squared distance between the linears' float output
- * and their W4A8 output, weights to nearest under searched ranges. Sets s [K] and returns t. */
-float search_smoothing(const Linear *w, int n_linears, const float *x, int T, const float *max,
-                       int group_size, float *s);
-
-/* The inputs that can be smoothed (that of o cannot: one v serves several query heads). */
-typedef enum { SMOOTH_QKV, SMOOTH_GATE_UP, SMOOTH_DOWN } SmoothedInput;
-
-/* The search of the published code, 30 to 40 times the work: x [windows][length][K] whole windows;
- * max(100, max|x| / 0.5) equal steps, at most 4096; plain ranges; the score is taken at the output
- * of the block: attention for qkv, silu(gate) up for gate and up, the linear itself for down.
- * `state` needs one layer and `length` positions; its buffers are overwritten. */
-float search_smoothing_published(const Config *c, const Layer *layer, State *state,
-                                 SmoothedInput which, const float *x, int windows, int length,
-                                 const float *max, int group_size, float *s);
-
-/* ---- qqq.c 6: GPTQ ------------------------------------------------------------------------- */
-
-static const double DAMPING = 0.01;    // of the mean of diag H
-static const double CORRECTION = 0.25; // how far to go towards the float model's output
-
-/* M [N][K] += a^T b for a [T][N], b [T][K]: with a = b the Hessian X^T X. */
-void add_moments(double *M, const float *a, int N, const float *b, int K, int T);
-
-/* The order of the columns: by falling diagonal [K] of H, equal ones as they stand; or, without
- * act_order, all as they stand. malloc'ed [K]. */
-int *column_order(const double *diagonal, int K, bool act_order);
-
-/* U [K][K], upper triangular, with (H + 0.01 mean(diag H) I)^-1 = U^T U, rows and columns in the
- * order order [K]: by falling diag H with act_order, else as they stand. */
-typedef struct {
-    int K;
-    int *order;
-    double *U;
-} Inverse;
-
-/* H [K][K], symmetric. Dead columns (H_kk = 0) get the mean of the diagonal. */
-Inverse hessian_inverse(const double *H, int K, bool act_order);
-void inverse_free(Inverse *inverse);
-
-/* GPTQ: w [N][K] quantized column by column in the order of `inverse`; scales as choose_scales().
- */
-Linear gptq(const float *w, int N, const Inverse *inverse, const float *importance, int group_size);
-
-/* What GPTQ should aim at when its inputs X are no longer the float model's inputs F:
- *     target = w + 1/4 (w C + R) (X^T X + damping)^-1,   C = (F - X)^T X [K][K],  R [N][K] = D^T X,
- * D [T][N] the residual stream's distance to the float model's, which o and down can make up for;
- * R may be NULL. The whole step (1 instead of 1/4) would be least squares, as in GPTAQ
- * (arXiv 2504.02692); a quarter of it generalizes better. */
-void corrected_target(const float *w, int N, const Inverse *inverse, const double *C,
-                      const double *R, float *target);
-
-/* sqrt(tr(E H E^T) / tr(W H W^T)), E the quantized minus the float weights w [N][K]: the relative
- * error of the output on the inputs that H [K][K] sums up. */
-double relative_error(const float *w, const Linear *quantized, const double *H);
-
-/* What quantizing a layer reports. */
-typedef struct {
-    float t; // threshold
-    int n;   // channels above it
-} Smoothing;
-
-typedef struct {
-    double before, after; // relative output error, rounded to nearest and in the end
-} Errors;
 
 /* ---- tokenizer.c: LLaMA 3's byte-level BPE ------------------------------------------------- */
 
@@ -655,16 +683,6 @@ double gpu_copy_bandwidth(void);
 #pragma weak gpu_final_scale
 #pragma weak gpu_quantizer_report
 
-/* What is done to a layer. */
-typedef struct {
-    int group_size;                                        // 128, or -1: per channel
-    bool smooth;                                           // with search_smoothing()
-    bool search_ranges;                                    // or max|w|
-    bool gptq, act_order;                                  // or round_to_nearest()
-    const int8_t *signs;                                   // [dim] of the rotation, NULL: none
-    void (*progress)(int layer, int linear, int n_layers); // before each linear; NULL: none
-} Method;
-
 /* The calibration, all on the GPU: the residual streams of the float and of the quantized model,
  * and memory for one layer. The streams stay in host memory if `most_memory` bytes of GPU memory
  * (0: all that is free) do not hold them; too little for a layer ends the program with how much is
@@ -677,15 +695,9 @@ GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Lin
                                 const int *tokens, int n_windows, int length, size_t most_memory);
 void gpu_quantizer_free(GpuQuantizer *q);
 
-/* Rotates, smooths and quantizes layer number l from its float weights in the mapped file, and runs
- * the windows through it; layers come in order. `out` gets new quantized linears, each for
- * quantized_free(), and norms in one piece, for free(out->attention_norm). Sets found [3] if it
- * smooths, and errors [N_LINEARS], NaN without calibration. */
+/* quantize_layer() and final_scale(). */
 void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
                         Errors *errors);
-
-/* After the last layer: sums over all tokens and channels of x f and x x, the normed streams of
- * the quantized and of the float model. */
 void gpu_final_scale(GpuQuantizer *q, const float *norm, double *xf, double *xx);
 
 /* One line: where the time went, and the GPU memory. */

@@ -8,6 +8,7 @@
 #define PROGRAM "../run.c"
 #endif
 #define main program_main
+int program_main(int argc, char **argv);
 #include PROGRAM
 #undef main
 

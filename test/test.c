@@ -162,17 +162,6 @@ float random_float(uint64_t *seed) {
     return (int32_t)(*seed >> 32) * 0x1p-31f;
 }
 
-void test_tokenizer(void);
-void test_files(void);
-void test_forward(void);
-void test_quantize(void);
-void test_run(void);
-void test_faults(void);
-void test_slow(void);
-void test_quantize_slow(void);
-void test_gpu(void);
-void test_gpu_quantize(void);
-
 /* Without arguments all quick suites; a name runs that suite alone. */
 int main(int argc, char **argv) {
     static const struct {

@@ -45,4 +45,16 @@ bool exists(const char *path);
 /* A reproducible random number in [-1, 1). */
 float random_float(uint64_t *seed);
 
+/* The suites, each in the file of its name. */
+void test_tokenizer(void);
+void test_files(void);
+void test_forward(void);
+void test_quantize(void);
+void test_run(void);
+void test_faults(void);
+void test_slow(void);
+void test_quantize_slow(void);
+void test_gpu(void);
+void test_gpu_quantize(void);
+
 #endif

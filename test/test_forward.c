@@ -292,9 +292,7 @@ static W4A8 random_w4a8(int N, int K, bool groups, Fill fill, uint64_t *seed) {
 }
 
 static void free_w4a8(W4A8 x) {
-    free((void *)x.linear.qweight);
-    free((void *)x.linear.s_group);
-    free((void *)x.linear.s_channel);
+    linear_free(&x.linear);
     free(x.w8);
 }
 
@@ -599,8 +597,8 @@ static Model *random_model(Config c, uint64_t seed) {
     m->norm = random_floats(c.dim, 2, &seed);
     m->layers = allocate(c.n_layers, sizeof *m->layers);
     for (int l = 0; l < c.n_layers; l++) {
-        m->layers[l].attention_norm = random_floats(c.dim, 2, &seed);
-        m->layers[l].ffn_norm = random_floats(c.dim, 2, &seed);
+        m->layers[l].attention_norm = random_floats(2 * c.dim, 2, &seed);
+        m->layers[l].ffn_norm = m->layers[l].attention_norm + c.dim;
         for (int k = 0; k < N_LINEARS; k++) {
             int N, K;
             linear_shape(&c, k, &N, &K);
@@ -610,18 +608,6 @@ static Model *random_model(Config c, uint64_t seed) {
     return m;
 }
 
-static void random_model_free(Model *m) {
-    for (int l = 0; l < m->config.n_layers; l++)
-        for (int k = 0; k < N_LINEARS; k++) {
-            free((void *)m->layers[l].linears[k].w);
-            free((void *)m->layers[l].linears[k].qweight);
-            free((void *)m->layers[l].linears[k].s_group);
-        }
-    free((void *)m->embedding.w);
-    free((void *)m->lm_head.w);
-    model_free(m);
-}
-
 /* Replaces the weights of the layers by random W4A8 ones. */
 static void make_quantized(Model *m, bool groups) {
     uint64_t seed = 77;
@@ -629,7 +615,7 @@ static void make_quantized(Model *m, bool groups) {
         for (int k = 0; k < N_LINEARS; k++) {
             Linear *w = &m->layers[l].linears[k];
             W4A8 q = random_w4a8(w->N, w->K, groups, RANDOM, &seed);
-            free((void *)w->w);
+            linear_free(w);
             free(q.w8);
             *w = q.linear;
         }
@@ -792,7 +778,7 @@ static void test_random_models(void) {
         free(got);
         free(want);
         free(tokens);
-        random_model_free(m);
+        model_free(m);
     }
 }
 
@@ -855,7 +841,7 @@ static void test_perplexity_function(void) {
     got = perplexity(m, tokens, 60, 30, 0, &windows, NULL);
     check(isnan(got), "%g", got);
     free(tokens);
-    random_model_free(m);
+    model_free(m);
 }
 
 /* What quantize.c does with a layer: its parts one by one, where their inputs can be seen. */
@@ -892,7 +878,7 @@ static void test_layer_parts(void) {
     add_linear(&layer->down, s->gate, T, s->xb, s->x);
     check(!memcmp(s->x, want, sizeof want), "the parts give another x");
     state_free(s);
-    random_model_free(m);
+    model_free(m);
 }
 
 static const Model *refused_model;
@@ -917,7 +903,7 @@ static void test_forward_refuses(void) {
         check(clean && strstr(message, i < 2 ? "vocabulary of 37" : "context of 8"), "case %zu: %s",
               i, message);
     }
-    random_model_free(m);
+    model_free(m);
 }
 
 /* Logits of a fixed run, a window and then single tokens. */
@@ -965,7 +951,7 @@ static void test_threads(void) {
         Model *m = random_model(shape_of(128, 384, 2, 4, 2, 64, 150, 8), 13);
         if (kind) make_quantized(m, kind == 2);
         check_threads(m, 77);
-        random_model_free(m);
+        model_free(m);
     }
 }
 
@@ -982,7 +968,7 @@ static void test_quantized_forward(void) {
                 Linear *q = &m->layers[l].linears[k], *w = &f->layers[l].linears[k];
                 for (int n = 0; n < q->N; n++) {
                     // scaled so that y = W x keeps the size of x
-                    ((float *)q->s_channel)[n] = (groups ? 0.025f : 0.2f) / sqrtf(q->K);
+                    q->s_channel[n] = (groups ? 0.025f : 0.2f) / sqrtf(q->K);
                     dequantize_row(q, n, (float *)w->w + (size_t)n * w->K);
                 }
             }
@@ -995,8 +981,8 @@ static void test_quantized_forward(void) {
         check(error < 0.1 * 0.1 * size, "relative error %g", sqrt(error / size));
         free(got);
         free(want);
-        random_model_free(m);
-        random_model_free(f);
+        model_free(m);
+        model_free(f);
     }
 }
 

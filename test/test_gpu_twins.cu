@@ -169,8 +169,8 @@ static void test_ranges(int group_size, bool search) {
            same_codes);
     check(same_scales >= (search ? N * 9 / 10 : N), "too few");
     check(same_codes == same_scales, "other codes");
-    quantized_free(&gpu);
-    quantized_free(&c);
+    linear_free(&gpu);
+    linear_free(&c);
     gpu_quantizer_free(q);
 }
 
@@ -275,8 +275,8 @@ static void test_gptq(int group_size, int N, int K) {
         printf("     %s: %.4f %% equal pairs of codes; error %.5f, %.5f in C\n",
                search ? "ranges searched" : "max|w|", 100.0 * same / all, e, of_c);
         check(search ? fabs(e / of_c - 1) < 1e-3 : same >= all * 0.9999, "too far apart");
-        quantized_free(&gpu);
-        quantized_free(&c);
+        linear_free(&gpu);
+        linear_free(&c);
     }
     inverse_free(&inverse);
     gpu_quantizer_free(q);
@@ -297,7 +297,7 @@ static void test_smoothing(int group_size) {
         to_gpu(q, q->sample[i], x.data(), x.size());
         to_gpu(q, float_weights(q, first[i]), w.data(), w.size());
         Linear linears[3] = {};
-        const float *from = w.data();
+        float *from = w.data();
         for (int j = 0; j < counts[i]; j++) {
             Linear *l = &linears[j];
             linear_shape(&q->config, first[i] + j, &l->N, &l->K);

@@ -103,9 +103,9 @@ static Linear linear(const Weights &w) {
     l.N = w.N;
     l.K = w.K;
     l.dtype = U8;
-    l.qweight = w.qweight.data();
-    l.s_channel = w.s_channel.data();
-    l.s_group = w.s_group.empty() ? NULL : w.s_group.data();
+    l.qweight = (uint8_t *)w.qweight.data();
+    l.s_channel = (float *)w.s_channel.data();
+    l.s_group = w.s_group.empty() ? NULL : (uint8_t *)w.s_group.data();
     return l;
 }
 

@@ -200,17 +200,9 @@ static Model *float_model(const Model *m) {
         copy->layers[l] = layer_float_copy(&m->config, &m->layers[l], l);
     copy->embedding = float_copy(&m->embedding, "embedding");
     copy->lm_head = float_copy(&m->lm_head, "lm_head");
+    copy->config.tied = false;
     copy->norm = copy_floats(m->norm, m->config.dim);
     return copy;
-}
-
-static void float_model_free(Model *m) {
-    for (int l = 0; l < m->config.n_layers; l++) layer_float_free(&m->layers[l]);
-    free((void *)m->embedding.w);
-    free((void *)m->lm_head.w);
-    free(m->layers);
-    free(m->norm);
-    free(m);
 }
 
 static double perplexity_on(const Opened *o, const Model *m, const char *text, int length,
@@ -229,7 +221,7 @@ static double perplexity_of(const char *path, const char *text, int length, int 
 }
 
 static float *weights_of(Linear *l) {
-    return (float *)l->w;
+    return l->w;
 }
 
 static void rotate_model(Model *m, uint64_t seed) {
@@ -281,14 +273,14 @@ static void check_function_preserved(const char *path, const char *text, int len
            before, rotated - before, both - rotated, half - both);
     check(fabs(half - both) < 0.02, "%s, ends in F16: perplexity %.5f became %.5f", path, both,
           half);
-    float_model_free(m);
+    model_free(m);
 
     m = float_model(o.m);
     smooth_model(m, 5);
     double smoothed = perplexity_on(&o, m, text, length, max_windows);
     check(fabs(smoothed - before) < 1e-3, "%s, smoothed: perplexity %.5f became %.5f", path, before,
           smoothed);
-    float_model_free(m);
+    model_free(m);
     close_model(o);
 }
 
@@ -446,8 +438,8 @@ static void test_rotate_layer(void) {
             want = next;
         }
         check_near(linear_names[k], layer.linears[k].w, want, l->N * l->K, 1e-5);
-        free((void *)l->w);
-        free((void *)layer.linears[k].w);
+        free(l->w);
+        free(layer.linears[k].w);
     }
     for (int i = 0; i < 32; i++) check(layer.attention_norm[i] == 1, "norm %d is not 1", i);
     free(layer.attention_norm);
@@ -463,8 +455,8 @@ static void test_rotate_layer(void) {
     for (int i = 0; i < 16; i++) check(norm[i] == 1, "the final norm is not 1");
     free(exact);
     free(scaled);
-    free((void *)embedding.w);
-    free((void *)lm_head.w);
+    free(embedding.w);
+    free(lm_head.w);
     free(e);
     free(h);
 }
@@ -515,8 +507,8 @@ static void test_smooth_layer(void) {
         double *want = doubles(l->w, l->N, l->K, by);
         for (int i = 0; i < l->N * l->K && k == 5; i++) want[i] /= s_all[32 + i / l->K];
         check_near(linear_names[k], layer.linears[k].w, want, l->N * l->K, 5e-6);
-        free((void *)l->w);
-        free((void *)layer.linears[k].w);
+        free(l->w);
+        free(layer.linears[k].w);
     }
     free(layer.attention_norm);
 }
@@ -541,7 +533,7 @@ static double smoothed_error(const Linear *w, int count, const float *x, int T, 
         linear(&q, smoothed, T, y);
         linear(&w[i], x, T, want);
         for (int j = 0; j < T * N; j++) sum += pow((double)y[j] - want[j], 2);
-        quantized_free(&q);
+        linear_free(&q);
         free(scaled);
         free(y);
         free(want);
@@ -662,7 +654,7 @@ static void test_published_search(void) {
                 free(out[1]);
             }
             for (int i = first[which]; i < first[which] + count[which]; i++)
-                quantized_free(&q.linears[i]);
+                linear_free(&q.linears[i]);
             if (step < 0) chosen = error;
             least = error < least ? error : least;
         }
@@ -671,7 +663,7 @@ static void test_published_search(void) {
     }
     free(x);
     state_free(state);
-    for (int k = 0; k < N_LINEARS; k++) free((void *)layer.linears[k].w);
+    for (int k = 0; k < N_LINEARS; k++) free(layer.linears[k].w);
     free(layer.attention_norm);
 }
 
@@ -827,7 +819,7 @@ static void test_extreme_rows(void) {
                         check(code_of(&l, 0, k) == 0 && group_of(&l, 0, k) == 1,
                               "zeros: q %d, s_group %d", code_of(&l, 0, k), group_of(&l, 0, k));
                 }
-                quantized_free(&l);
+                linear_free(&l);
             }
         }
 
@@ -853,7 +845,7 @@ static void test_extreme_rows(void) {
                           code_of(&l, n, k), want);
             }
         }
-        quantized_free(&l);
+        linear_free(&l);
         free(many);
     }
 }
@@ -976,8 +968,8 @@ static void check_gptq(int N, int K, int T, int group_size, bool act_order, cons
         }
     check(!wrong, "%s: %d of %d codes differ", what, wrong, N * K);
     valid(&l, what);
-    quantized_free(&l);
-    quantized_free(&nearest);
+    linear_free(&l);
+    linear_free(&nearest);
     inverse_free(&inverse);
     free(want);
     free(H);
@@ -1013,8 +1005,8 @@ static void test_gptq_diagonal(void) {
         Linear nearest = round_to_nearest(w, by, N, K, group_size);
         check(same_linear(&l, &nearest), "group size %d, %s, act-order %d", group_size,
               by ? "searched" : "plain", i / 4);
-        quantized_free(&l);
-        quantized_free(&nearest);
+        linear_free(&l);
+        linear_free(&nearest);
         inverse_free(&inverse);
     }
     free(H);
@@ -1043,8 +1035,8 @@ static void test_gptq_error(void) {
         check(fabs(relative - sqrt(after / total)) < 1e-3 * relative,
               "relative_error %g, naively %g", relative, sqrt(after / total));
         valid(&l, "gptq");
-        quantized_free(&l);
-        quantized_free(&nearest);
+        linear_free(&l);
+        linear_free(&nearest);
         inverse_free(&inverse);
         free(compensated);
         free(rounded);
@@ -1083,7 +1075,7 @@ static void test_gptq_degenerate(void) {
         check(error >= 0 && error < 0.2, "%d samples: relative error %g", T, error);
         for (int k = 0; k < K; k++)
             check(code_of(&l, 3, k) == 0, "a row of zeros has the code %d", code_of(&l, 3, k));
-        quantized_free(&l);
+        linear_free(&l);
         inverse_free(&inverse);
         free(H);
         free(x);
@@ -1301,8 +1293,8 @@ static void check_file(const char *out, const char *model, bool rounded) {
                 float *weights = rebuild(&nearest);
                 check(!memcmp(weights, by_hand, sizeof *row * w.N * w.K), "%s: weights", name);
                 free(weights);
-                free((void *)w.w);
-                quantized_free(&nearest);
+                free(w.w);
+                linear_free(&nearest);
             }
             free(by_hand);
             free(row);
@@ -1462,7 +1454,7 @@ static void test_pipeline(void) {
                 check(wrong <= w->N * K / 100, "layer %d, %s: %d of %d codes differ", l,
                       linear_names[i], wrong, w->N * K);
                 layers[1].linears[i] = *got; // a code that differs must not spoil what follows
-                quantized_free(&expected);
+                linear_free(&expected);
                 free(target);
             }
             for (int i = 0; i < 2 && stage % 2; i++) // the half is done
@@ -1594,7 +1586,7 @@ static void test_outliers(void) {
     writer_close(writer);
     free(t);
     free(s);
-    float_model_free(m);
+    model_free(m);
     double before = perplexity_on(&o, o.m, SCRATCH "/eval.txt", 256, 0);
     close_model(o);
 
