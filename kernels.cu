@@ -2455,8 +2455,9 @@ static void attend(GpuState *s, int l, const Rows &rows) {
  *     H = X^T X,   H^-1 = U^T U (damped, U upper),   M = W (F - X)^T X + D^T X,   D for o and down
  *     target = W + 1/4 M H^-1,   column by column:  e = (w_i - q_i) / U_ii,   w_j -= e U_ij, j > i
  *
- * as in section 3 of qqq.c, whose functions have the same names here. A layer at a time is on the GPU, in float32, with the residual streams of all windows
- * if they fit; the windows go through it a chunk of some thousand tokens after the other.
+ * as in section 3 of qqq.c, whose functions have the same names here. A layer at a time is on the
+ * GPU, in float32, with the residual streams of all windows if they fit; the windows go through it
+ * a chunk of some thousand tokens after the other.
  *
  * The products over tokens are cuBLAS's on TF32 tensor cores: sums in float32 of factors of 11
  * bits; H is off by less than 1e-4. From it on, where errors would grow by its condition, all is
