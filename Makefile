@@ -17,7 +17,7 @@ TESTS = $(patsubst %.c,$(BUILD)/%.o,$(sort $(wildcard test/test*.c)))
 SOURCES = $(wildcard *.h *.c *.cu test/*.h test/*.c test/*.cu)
 
 .PHONY: all demo test test-san test-faults test-valgrind test-tsan test-slow test-gpu coverage bench ladder \
-	lint format fuzz clean help
+	compare lint format fuzz clean help
 .DELETE_ON_ERROR:
 
 all: $(BIN)/run $(BIN)/quantize
@@ -33,6 +33,7 @@ help:
 	@echo 'make test-gpu   the GPU against plain C (needs nvcc and a GPU)'
 	@echo 'make bench      speed of the kernels against cuBLAS (needs nvcc and a GPU)'
 	@echo 'make ladder     the GEMM in eight steps, from naive to wgmma, each with its time'
+	@echo 'make compare    QQQ beside other methods: perplexity of COMPARE (data/tiny), a CSV'
 	@echo 'make lint       clang-format, gcc, clang, gcc -fanalyzer, clang-tidy, cppcheck: no findings'
 	@echo 'make format     clang-format everything'
 	@echo 'make fuzz       libFuzzer on files, texts and command lines, FUZZ_SECONDS (10) each'
@@ -47,13 +48,18 @@ CUDA ?= $(NVCC)
 GPU_LIBS = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcublas -lcudart_static -ldl -lrt -lpthread -lstdc++
 CUDA_LIB = $(abspath $(dir $(NVCC))../lib64)
 
-$(BUILD)/tests: $(TESTS)
+$(BUILD)/tests: $(TESTS) $(BUILD)/test/variant.o
+$(BUILD)/test/test_neighbours.o: test/neighbours.c
+$(BUILD)/test/variant.o $(BUILD)/test/test_neighbours.o $(BUILD)/test/neighbours.o: test/variant.h
 $(BIN)/run: $(BUILD)/run.o
 $(BIN)/quantize: $(BUILD)/quantize.o
 $(BIN)/run $(BIN)/quantize $(BUILD)/tests: $(OBJECTS) $(if $(CUDA),$(BUILD)/kernels.cu.o)
 	$(CC) $(FLAGS) $^ -o $@ $(LIBS) $(if $(CUDA),$(GPU_LIBS))
 
 $(BUILD)/synthetic: $(BUILD)/test/synthetic.o $(OBJECTS)
+	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
+
+$(BUILD)/neighbours: $(BUILD)/test/neighbours.o $(BUILD)/test/variant.o $(OBJECTS)
 	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
 
 $(BUILD)/fault.so: test/fault.c Makefile
@@ -66,7 +72,12 @@ demo: all
 	./run $(DEMO) -s 1 -n 120 -i 'Once upon a time there lived a king who'
 
 # Without it idle threads spin, which slows everything down where cores are shared.
-demo test test-san test-faults test-tsan test-slow coverage: export OMP_WAIT_POLICY = passive
+compare demo test test-san test-faults test-tsan test-slow coverage: export OMP_WAIT_POLICY = passive
+
+# About a quarter of an hour. COMPARE_OPTIONS='-a' adds the rows left out for time, -h lists more.
+COMPARE ?= data/tiny
+compare: all $(BUILD)/neighbours
+	$(BUILD)/neighbours $(COMPARE) $(COMPARE_OPTIONS) | tee $(BUILD)/compare.csv
 
 test: all $(BUILD)/tests $(BUILD)/synthetic
 	$(BUILD)/tests

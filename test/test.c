@@ -173,6 +173,7 @@ int main(int argc, char **argv) {
                   {"forward", test_forward, true},
                   {"quantize", test_quantize, true},
                   {"run", test_run, true},
+                  {"neighbours", test_neighbours, true},
                   {"faults", test_faults, false},
                   {"slow", test_slow, false},
                   {"slow", test_quantize_slow, false},

@@ -51,6 +51,7 @@ void test_files(void);
 void test_forward(void);
 void test_quantize(void);
 void test_run(void);
+void test_neighbours(void);
 void test_faults(void);
 void test_slow(void);
 void test_quantize_slow(void);

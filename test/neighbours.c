@@ -1,0 +1,1155 @@
+/* The neighbours: the methods beside QQQ, each as one short function, under the same forward pass,
+ * in one table. `make compare` prints it; -h lists the options.
+ *
+ *   0 the bench and common quantizers · 1 RTN and SmoothQuant · 2 ZeroQuant · 3 LUT-GEMM · 4 GPTQ ·
+ *   5 SpQR · 6 KIVI · 7 KVQuant · 8 ZeroQuant's distillation · 9 QQQ · 10 the table
+ *
+ * All but QQQ are fake quantization: weights, activations or the KV cache are rounded to values
+ * that fit the bits and then multiplied in float32, so they show a method's quality and not its
+ * speed. QQQ's rows are files that ./quantize writes, run in integers. Embedding, norms and lm_head
+ * stay as they are in every method. The methods are those of github.com/aiha-lab/qllm-infer, with
+ * its settings; calibrated ones see the first 32 windows of 2048 tokens. */
+#define _GNU_SOURCE
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "variant.h"
+
+/* ---- 0: the bench and common quantizers ------------------------------------------------------ */
+
+enum { LENGTH = 2048, WINDOWS = 32 }; // of the calibration
+
+/* The float model, the texts, and what several rows share. */
+typedef struct {
+    const char *path, *calibration, *eval_path;
+    const Model *m;
+    State *s;                 // one layer of LENGTH tokens
+    int *calib;               // [WINDOWS][LENGTH]
+    int *eval, n_eval;        // the evaluation text
+    int max_windows;          // of it to use, 0: all
+    uint64_t perturb;         // a seed; 0: weights as they are
+    float *input_max;         // [n_layers][2][dim] SmoothQuant's; NULL until asked for
+    struct Sample *kv;        // [n_layers][2] KVQuant's
+    FILE *linears, *channels; // of the analysis
+} Bench;
+
+typedef struct Row Row;
+
+/* A row of the table: the method's function and its arguments. */
+struct Row {
+    const char *method, *setting;
+    void (*apply)(Bench *b, const Row *row, Variant *v);
+    int w, ffn_w;        // bits of weights; of gate, up and down, 0: the same
+    int x;               // bits of activations, 0: float
+    int group;           // of weights, 0: a row; of the KV cache
+    bool attention;      // its products are quantized too
+    double alpha;        // SmoothQuant
+    int rounds;          // LUT-GEMM
+    bool offset;         //
+    bool no_order;       // GPTQ
+    bool fixed_groups;   //
+    double threshold;    // SpQR
+    bool stream;         // KIVI
+    bool no_fisher;      // KVQuant
+    bool no_outliers;    //
+    bool uniform;        //
+    int steps;           // LKD
+    double rate;         //
+    bool all_layers;     //
+    const char *options; // of ./quantize
+    bool more;           // only with -a
+};
+
+/* Mean bits of a weight: `attention` for q, k, v and o, `ffn` for the rest, and `extra` bits for
+ * each group of `group` weights (0: a row; -1: one of dim equal pieces of the matrix). */
+static double mean_bits(const Config *c, double attention, double ffn, double extra, int group) {
+    double bits = 0, count = 0;
+    for (int k = 0; k < N_LINEARS; k++) {
+        int N, K;
+        linear_shape(c, k, &N, &K);
+        double n = (double)N * K, size = group > 0 ? group : group ? n / c->dim : K;
+        bits += n * ((k < 4 ? attention : ffn) + extra / size);
+        count += n;
+    }
+    return bits / count;
+}
+
+static float clamp(float x, float low, float high) {
+    return x < low ? low : x > high ? high : x;
+}
+
+/* The asymmetric quantizer of all methods that name no other one:
+ *     lo = min(0, min x), hi = max(0, max x), s = (hi - lo) / (2^b - 1), z = rint(-lo / s),
+ *     u = clamp(rint(x / s) + z, 0, 2^b - 1),  x^ = s (u - z) */
+typedef struct {
+    float scale, zero;
+} Range;
+
+static Range range_of(const float *x, int n, int bits) {
+    float low = 0, high = 0;
+    for (int i = 0; i < n; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+    }
+    if (low == 0 && high == 0) low = -1, high = 1;
+    float scale = (high - low) / ((1 << bits) - 1);
+    return (Range){scale, rintf(-low / scale)};
+}
+
+static float round_in(Range r, float x, int bits) {
+    return r.scale * (clamp(rintf(x / r.scale) + r.zero, 0, (1 << bits) - 1) - r.zero);
+}
+
+static void round_asymmetric(float *x, int n, int bits) {
+    Range r = range_of(x, n, bits);
+    for (int i = 0; i < n; i++) x[i] = round_in(r, x[i], bits);
+}
+
+static float max_magnitude(const float *x, int n) {
+    float max = 0;
+    for (int i = 0; i < n; i++) max = fmaxf(max, fabsf(x[i]));
+    return max;
+}
+
+/* s = max|x| / (2^(b-1) - 1), x^ = s clamp(rint(x / s), -2^(b-1), 2^(b-1) - 1): this program's. */
+static void round_symmetric(float *x, int n, int bits) {
+    int top = (1 << (bits - 1)) - 1;
+    float scale = fmaxf(max_magnitude(x, n) / top, 1e-10f);
+    for (int i = 0; i < n; i++) x[i] = clamp(rintf(x[i] / scale), -top - 1, top) * scale;
+}
+
+/* ---- 1: RTN and SmoothQuant ------------------------------------------------------------------ */
+
+/* Both attention products with rounded operands, each along the axis that is summed over: rows of q
+ * and k, of the probabilities, and each channel of v over the whole window (which so looks ahead).
+ */
+static void rounded_attention(Variant *v, State *s, int l, int T) {
+    const Config *c = &v->m.config;
+    int d = c->head_dim, kv_dim = c->n_kv_heads * d, bits = v->x_bits;
+    project(v, s, l, T);
+    turn_all(c, s, T);
+    round_rows(round_asymmetric, s->q, (size_t)T * c->n_heads, d, bits);
+    round_rows(round_asymmetric, s->keys, (size_t)T * c->n_kv_heads, d, bits);
+    float *channels = new_floats((size_t)kv_dim * T);
+    transpose(s->values, T, kv_dim, kv_dim, channels);
+    round_rows(round_asymmetric, channels, kv_dim, T, bits);
+    transpose(channels, kv_dim, T, T, s->values);
+    free(channels);
+    attend(c, s, T, round_asymmetric, bits, NULL);
+}
+
+/* The linears' weights, each group of `group` (0: a row) by itself; activations per token. */
+static void round_model(Variant *v, const Row *row, RoundRow *round) {
+    for (int l = 0; l < v->m.config.n_layers; l++)
+        for (int k = 0; k < N_LINEARS; k++) {
+            const Linear *w = &v->m.layers[l].linears[k];
+            int group = row->group > 0 ? row->group : w->K;
+            round_rows(round, weights_of(w), (size_t)w->N * w->K / group, group, row->w);
+        }
+    if (row->x) v->round_x = round, v->x_bits = row->x;
+    if (row->attention) v->attention = rounded_attention;
+    v->row = row;
+}
+
+static void rtn(Bench *b, const Row *row, Variant *v) {
+    round_model(v, row, round_asymmetric);
+    v->bits = mean_bits(&b->m->config, row->w, row->w, row->w + 16, row->group);
+}
+
+/* max[k] = max|x_k|, what a tap sees of the inputs of q and gate. */
+static void see_max(void *arg, int l, int linear, const float *x, int T, int K) {
+    if (linear != 0 && linear != 4) return;
+    float *max = (float *)arg + (size_t)(2 * l + linear / 4) * K;
+    for (size_t i = 0; i < (size_t)T * K; i++) max[i % K] = fmaxf(max[i % K], fabsf(x[i]));
+}
+
+/* SmoothQuant, arXiv 2211.10438: channel j of the input of q, k, v or of gate, up is divided by
+ *     s_j = max|x_j|^alpha / max_n|W_nj|^(1 - alpha)
+ * (in the norm before it), column j of the weights w [count] multiplied. */
+static void smooth_inputs(float *norm, Linear *w, int count, const float *x_max, float alpha) {
+    size_t dim = w->K;
+    for (size_t j = 0; j < dim; j++) {
+        float w_max = 1e-5f;
+        for (int k = 0; k < count; k++)
+            for (int n = 0; n < w[k].N; n++)
+                w_max = fmaxf(w_max, fabsf(weights_of(&w[k])[n * dim + j]));
+        float s = fmaxf(1e-5f, powf(x_max[j], alpha) / powf(w_max, 1 - alpha));
+        norm[j] /= s;
+        for (int k = 0; k < count; k++)
+            for (int n = 0; n < w[k].N; n++) weights_of(&w[k])[n * dim + j] *= s;
+    }
+}
+
+static void smoothquant(Bench *b, const Row *row, Variant *v) {
+    const Config *c = &v->m.config;
+    size_t dim = c->dim;
+    if (!b->input_max) {
+        b->input_max = new_floats(c->n_layers * 2 * dim);
+        for (int w = 0; w < WINDOWS; w++) {
+            embed(&v->m, b->calib + w * LENGTH, LENGTH, b->s->x);
+            for (int l = 0; l < c->n_layers; l++)
+                variant_layer(v, b->s, l, LENGTH, see_max, b->input_max);
+        }
+    }
+    for (int l = 0; l < c->n_layers; l++)
+        for (int ffn = 0; ffn < 2; ffn++) {
+            Layer *layer = &v->m.layers[l];
+            smooth_inputs(ffn ? layer->ffn_norm : layer->attention_norm, layer->linears + 4 * ffn,
+                          ffn ? 2 : 3, b->input_max + (2 * l + ffn) * dim, row->alpha);
+        }
+    bool symmetric = !row->attention && row->alpha == 0.5; // as this program's W8A8 would be
+    round_model(v, row, symmetric ? round_symmetric : round_asymmetric);
+    v->bits = symmetric ? row->w : mean_bits(c, row->w, row->w, row->w + 16, 0);
+}
+
+/* ---- 2: ZeroQuant ---------------------------------------------------------------------------- */
+
+/* ZeroQuant, arXiv 2206.01861, as DeepSpeed does it: s = 2 max|x| / 2^b,
+ * x^ = s clamp(rint(x / s), -2^(b-1), 2^(b-1) - 1), so the largest positive number saturates. A
+ * matrix is cut into dim equal pieces, whatever its shape: one may span several rows. */
+static void round_zeroquant(float *x, int n, int bits) {
+    float scale = 2 * max_magnitude(x, n) / (1 << bits), top = 1 << (bits - 1);
+    for (int i = 0; i < n && scale > 0; i++)
+        x[i] = clamp(rintf(x[i] / scale), -top, top - 1) * scale;
+}
+
+/* Layer l's linear k, w [N][K]. */
+static void zeroquant_linear(const Config *c, const Row *row, int k, const Linear *w, float *out) {
+    size_t n = (size_t)w->N * w->K, size = row->group > 0 ? (size_t)row->group : n / c->dim;
+    memmove(out, w->w, n * sizeof *out);
+    round_rows(round_zeroquant, out, n / size, size, k >= 4 && row->ffn_w ? row->ffn_w : row->w);
+}
+
+static void zeroquant(Bench *b, const Row *row, Variant *v) {
+    const Config *c = &b->m->config;
+    for (int l = 0; l < c->n_layers; l++)
+        for (int k = 0; k < N_LINEARS; k++) {
+            const Linear *w = &v->m.layers[l].linears[k];
+            zeroquant_linear(c, row, k, w, weights_of(w));
+        }
+    if (row->x) v->round_x = round_zeroquant, v->x_bits = row->x;
+    v->bits =
+        mean_bits(c, row->w, row->ffn_w ? row->ffn_w : row->w, 16, row->group ? row->group : -1);
+}
+
+/* ---- 3: LUT-GEMM: binary coding -------------------------------------------------------------- */
+
+enum { MAX_BITS = 4 };
+
+/* A group of weights w ~ sum_i alpha_i b_i + offset, b_i in {-1, +1} (greedy: or 0). */
+typedef struct {
+    float alpha[MAX_BITS + 1]; // the last one is the offset
+} Coding;
+
+/* alpha, or alpha and offset, by least squares for given signs b [bits][n]: (B^T B) x = B^T w, by
+ * elimination; the original takes as many steps of conjugate gradients as there are bits. */
+static void fit_coding(const float *w, int n, int bits, bool offset, float (*b)[n], Coding *f) {
+    double A[MAX_BITS + 1][MAX_BITS + 2] = {0}; // [unknown][unknown], then the right side
+    int unknowns = bits + offset;
+    for (int i = 0; i < unknowns; i++) {
+        for (int j = 0; j <= i; j++) {
+            float dot = 0;
+            for (int k = 0; k < n; k++) dot += (i < bits ? b[i][k] : 1) * (j < bits ? b[j][k] : 1);
+            A[i][j] = A[j][i] = dot;
+        }
+        for (int k = 0; k < n; k++) A[i][unknowns] += (i < bits ? b[i][k] : 1) * w[k];
+        A[i][i] += offset ? 1e-4 : 1e-6; // two planes may be the same
+    }
+    for (int i = 0; i < unknowns; i++)
+        for (int r = 0; r < unknowns; r++)
+            for (int j = unknowns; j >= i && r != i; j--) A[r][j] -= A[r][i] / A[i][i] * A[i][j];
+    for (int i = 0; i < unknowns; i++) A[i][unknowns] /= A[i][i];
+    if (offset) f->alpha[MAX_BITS] = A[bits][unknowns];
+    for (int i = 0; i < bits; i++) { // |alpha|, falling
+        float a = fabs(A[i][unknowns]);
+        int j = i;
+        for (; j > 0 && f->alpha[j - 1] < a; j--) f->alpha[j] = f->alpha[j - 1];
+        f->alpha[j] = a;
+    }
+}
+
+/* b = the nearest of the 2^bits sums for each weight; of two the larger one. */
+static void nearest_signs(const float *w, int n, int bits, const Coding *f, float (*b)[n]) {
+    int count = 1 << bits, order[1 << MAX_BITS] = {0};
+    float value[1 << MAX_BITS];
+    for (int p = 0; p < count; p++) {
+        float sum = 0;
+        for (int i = 0; i < bits; i++) sum += p >> i & 1 ? -f->alpha[i] : f->alpha[i];
+        int j = p;
+        for (; j > 0 && value[j - 1] > sum; j--) value[j] = value[j - 1], order[j] = order[j - 1];
+        value[j] = sum;
+        order[j] = p;
+    }
+    for (int k = 0; k < n; k++) {
+        float x = w[k] - f->alpha[MAX_BITS];
+        int at = 0;
+        for (int j = 0; j + 1 < count; j++) at += x >= (value[j + 1] + value[j]) / 2;
+        for (int i = 0; i < bits; i++) b[i][k] = order[at] >> i & 1 ? -1 : 1;
+    }
+}
+
+/* LUT-GEMM, arXiv 2206.09557; binary coding as in arXiv 1802.00150, w [n] ~ sum_i alpha_i b_i:
+ *     greedy: r = w; for each i: b_i = sign(r), alpha_i = mean|r|, r -= alpha_i b_i
+ *     a round: alpha = argmin |w - sum_i alpha_i b_i|^2, then each b to the nearest sum
+ * 0 rounds are greedy, 1 refined, 2 and more alternating. The offset is an extension. */
+static Coding binary_coding(const float *w, int n, int bits, int rounds, bool offset,
+                            float (*b)[n]) {
+    Coding f = {0};
+    if (offset) {
+        float low = w[0], high = w[0];
+        for (int k = 1; k < n; k++) low = fminf(low, w[k]), high = fmaxf(high, w[k]);
+        f.alpha[MAX_BITS] = (high + low) * 0.5f;
+    }
+    float *r = new_floats(n);
+    for (int k = 0; k < n; k++) r[k] = w[k] - f.alpha[MAX_BITS];
+    for (int i = 0; i < bits; i++) {
+        float sum = 0;
+        for (int k = 0; k < n; k++) sum += fabsf(r[k]);
+        f.alpha[i] = sum / n;
+        for (int k = 0; k < n; k++) {
+            b[i][k] = (r[k] > 0) - (r[k] < 0);
+            r[k] -= f.alpha[i] * b[i][k];
+        }
+    }
+    free(r);
+    for (int round = 0; round < rounds; round++) {
+        fit_coding(w, n, bits, offset, b, &f);
+        nearest_signs(w, n, bits, &f, b);
+    }
+    return f;
+}
+
+/* The weights that a coding stands for. */
+static void decode(const Coding *f, int n, int bits, float (*b)[n], float *w) {
+    for (int k = 0; k < n; k++) {
+        w[k] = f->alpha[MAX_BITS];
+        for (int i = 0; i < bits; i++) w[k] += f->alpha[i] * b[i][k];
+    }
+}
+
+static void lut_gemm(Bench *b, const Row *row, Variant *v) {
+    for (int l = 0; l < b->m->config.n_layers; l++)
+        for (int k = 0; k < N_LINEARS; k++) {
+            const Linear *w = &v->m.layers[l].linears[k];
+            int n = row->group > 0 ? row->group : w->K;
+#pragma omp parallel for schedule(dynamic)
+            for (size_t i = 0; i < (size_t)w->N * w->K / n; i++) {
+                float(*signs)[n] = allocate(row->w, sizeof *signs), *group = weights_of(w) + i * n;
+                Coding f = binary_coding(group, n, row->w, row->rounds, row->offset, signs);
+                decode(&f, n, row->w, signs, group);
+                free(signs);
+            }
+        }
+    double extra = 16 * (row->w + row->offset);
+    v->bits = mean_bits(&b->m->config, row->w, row->w, extra, row->group);
+}
+
+/* The multiplication without multiplications: y_n = sum over groups and i of
+ *     alpha_(n,group,i) sum_(t in the group) T_t[byte t of plane i of row n],
+ * T_t [256] the sums of 8 inputs with all signs. planes [N][bits][K/8], bit j of a byte set for +1
+ * of column 8 t + j; codings [N][K/n]. x [K], y [N], n a multiple of 8. */
+void lut_multiply(const float *x, const uint8_t *planes, const Coding *codings, int N, int K, int n,
+                  int bits, float *y);
+
+void lut_multiply(const float *x, const uint8_t *planes, const Coding *codings, int N, int K, int n,
+                  int bits, float *y) {
+    float(*table)[256] = allocate(K / 8, sizeof *table);
+    for (int t = 0; t < K / 8; t++) {
+        for (int j = 0; j < 8; j++) table[t][0] -= x[8 * t + j];
+        for (int j = 0; j < 8; j++)
+            for (int m = 0; m < 1 << j; m++) table[t][m | 1 << j] = table[t][m] + 2 * x[8 * t + j];
+    }
+    for (int row = 0; row < N; row++) {
+        y[row] = 0;
+        for (int g = 0; g < K / n; g++) {
+            const Coding *f = &codings[(size_t)row * (K / n) + g];
+            float inputs = 0;
+            for (int t = g * n / 8; t < (g + 1) * n / 8; t++) inputs += table[t][255];
+            y[row] += f->alpha[MAX_BITS] * inputs;
+            for (int i = 0; i < bits; i++) {
+                const uint8_t *plane = planes + ((size_t)row * bits + i) * (K / 8);
+                float sum = 0;
+                for (int t = g * n / 8; t < (g + 1) * n / 8; t++) sum += table[t][plane[t]];
+                y[row] += f->alpha[i] * sum;
+            }
+        }
+    }
+    free(table);
+}
+
+/* ---- 4: layer by layer: GPTQ ----------------------------------------------------------------- */
+
+/* Hessians H = X^T X of the inputs of q, o, gate and down; NULL for the linears that share them. */
+static void see_hessian(void *arg, int l, int linear, const float *x, int T, int K) {
+    double **H = arg;
+    (void)l;
+    if (H[linear]) add_moments(H[linear], x, K, x, K, T);
+}
+
+/* Replaces w [N][K]; returns how many weights are kept as outliers. */
+typedef long QuantizeByHessian(const Row *row, float *w, int N, const double *H, int K);
+
+/* The protocol of GPTQ: for each layer all Hessians from one pass of the windows over the layer as
+ * it was; its linears are quantized; the next one is fed by what the quantized layer puts out. */
+static long layer_by_layer(Bench *b, const Row *row, Variant *v, QuantizeByHessian *quantize) {
+    const Config *c = &v->m.config;
+    const int shared[N_LINEARS] = {0, 0, 0, 3, 4, 4, 6}; // whose input a linear reads
+    size_t window = (size_t)LENGTH * c->dim;
+    float *x = new_floats(WINDOWS * window);
+    embed(&v->m, b->calib, WINDOWS * LENGTH, x);
+    long outliers = 0;
+    for (int l = 0; l < c->n_layers; l++) {
+        Layer *layer = &v->m.layers[l];
+        double *H[N_LINEARS] = {0};
+        for (int k = 0; k < N_LINEARS; k++)
+            if (shared[k] == k)
+                H[k] = allocate((size_t)layer->linears[k].K * layer->linears[k].K, sizeof(double));
+        for (int pass = 0; pass < 2; pass++) { // of the layer as it was, of the quantized one
+            for (int w = 0; w < WINDOWS; w++) {
+                memcpy(b->s->x, x + w * window, window * sizeof *x);
+                variant_layer(v, b->s, l, LENGTH, pass ? NULL : see_hessian, H);
+                if (pass) memcpy(x + w * window, b->s->x, window * sizeof *x);
+            }
+            for (int k = 0; k < N_LINEARS && !pass; k++) {
+                const Linear *w = &layer->linears[k];
+                outliers += quantize(row, weights_of(w), w->N, H[shared[k]], w->K);
+            }
+        }
+        for (int k = 0; k < N_LINEARS; k++) free(H[k]);
+    }
+    free(x);
+    return outliers;
+}
+
+/* GPTQ, arXiv 2210.17323: columns one by one, in the order of falling H_ii,
+ *     q_i = round(w_i),  e = (w_i - q_i) / U_ii,  w_j -= e U_ij for j > i,   H^-1 = U^T U.
+ * The range of a row is that of the untouched weights. That of a group is taken when its first
+ * column is reached, of columns in the new order, or before all, of columns as they stand. */
+static long gptq_asymmetric(const Row *row, float *w, int N, const double *H, int n_columns) {
+    size_t K = n_columns;
+    Inverse inverse = hessian_inverse(H, K, !row->no_order);
+    const int *order = inverse.order;
+    int group = row->group > 0 ? row->group : n_columns;
+#pragma omp parallel for schedule(dynamic)
+    for (int n = 0; n < N; n++) {
+        float *out = w + n * K, *v = new_floats(K);
+        Range *ranges = allocate(K / group, sizeof *ranges), r = {0};
+        for (size_t g = 0; g < K / group; g++) ranges[g] = range_of(out + g * group, group, row->w);
+        for (size_t i = 0; i < K; i++)
+            v[i] = H[order[i] * (K + 1)] == 0 ? 0 : out[order[i]]; // a dead column is zeroed
+        for (size_t i = 0; i < K; i++) {
+            const double *U = inverse.U + i * K;
+            if (!row->group || row->fixed_groups) r = ranges[order[i] / group];
+            else if (i % group == 0) r = range_of(v + i, group, row->w);
+            float q = round_in(r, v[i], row->w), e = (v[i] - q) / U[i];
+            out[order[i]] = q;
+            for (size_t j = i + 1; j < K; j++) v[j] -= e * U[j];
+        }
+        free(v), free(ranges);
+    }
+    inverse_free(&inverse);
+    return 0;
+}
+
+static void gptq_row(Bench *b, const Row *row, Variant *v) {
+    layer_by_layer(b, row, v, gptq_asymmetric);
+    v->bits = mean_bits(&b->m->config, row->w, row->w, row->w + 16, row->group);
+}
+
+/* ---- 5: SpQR --------------------------------------------------------------------------------- */
+
+enum { SET = 16 }; // rows whose scales, and zeros, are quantized together, to 3 bits
+
+/* SpQR's quantizer: 0 need not be in the range and z is not rounded. Skips element `without`. */
+static Range plain_range(const float *x, size_t stride, int n, int bits, int without) {
+    float low = INFINITY, high = -INFINITY;
+    for (int i = 0; i < n; i++) {
+        if (i == without) continue;
+        low = fminf(low, x[i * stride]);
+        high = fmaxf(high, x[i * stride]);
+    }
+    if (low == high) low = -1, high = 1;
+    float scale = (high - low) / ((1 << bits) - 1);
+    return (Range){scale, -low / scale};
+}
+
+static float round_plainly(Range r, float x, int bits) {
+    return r.scale *
+           (clamp(rintf(x / fmaxf(r.scale, 1e-9f) + r.zero), 0, (1 << bits) - 1) - r.zero);
+}
+
+/* sum_j ((x^_j - x_j) / u_j)^2 of a group in which one weight is left out. */
+static float group_error(const float *x, const double *u, int n, int bits, int without) {
+    Range r = plain_range(x, 1, n, bits, without);
+    float sum = 0;
+    for (int j = 0; j < n; j++) {
+        float e = j == without ? 0 : (round_plainly(r, x[j], bits) - x[j]) / (float)u[j];
+        sum += e * e;
+    }
+    return sum;
+}
+
+/* Ranges of one group of columns x [SET][n], in two levels. Weights whose absence lowers the
+ * group's error by more than t are likely outliers: the mean of the others stands for them. */
+static void bilevel_ranges(const float *x, const double *u, int n, int bits, double t,
+                           Range ranges[SET]) {
+    for (int r = 0; r < SET; r++) {
+        float kept[n], sum = 0, mean = 0;
+        bool out[n];
+        int count = 0;
+        float base = t < INFINITY ? group_error(x + r * n, u, n, bits, -1) : 0;
+        for (int j = 0; j < n; j++) {
+            out[j] = t < INFINITY && base - group_error(x + r * n, u, n, bits, j) > t;
+            if (!out[j]) sum += x[r * n + j], count++;
+        }
+        if (count) mean = sum / count;
+        for (int j = 0; j < n; j++) kept[j] = out[j] ? mean : x[r * n + j];
+        ranges[r] = plain_range(kept, 1, n, bits, -1);
+    }
+    const size_t stride = sizeof *ranges / sizeof(float);
+    Range scales = plain_range(&ranges[0].scale, stride, SET, 3, -1);
+    Range zeros = plain_range(&ranges[0].zero, stride, SET, 3, -1);
+    for (int r = 0; r < SET; r++) {
+        ranges[r].scale = round_plainly(scales, ranges[r].scale, 3);
+        ranges[r].zero = round_plainly(zeros, ranges[r].zero, 3);
+    }
+}
+
+/* t = threshold mean_j( var_n(W_nj) / u_j^2 ): what an outlier costs, against an average weight. */
+static double outlier_cost(const float *w, int N, const int *order, const double *u, int n_columns,
+                           double threshold) {
+    size_t K = n_columns;
+    double total = 0;
+    for (size_t j = 0; j < K; j++) {
+        double mean = 0, variance = 0;
+        for (int n = 0; n < N; n++) mean += w[n * K + order[j]] / N;
+        for (int n = 0; n < N; n++) variance += pow(w[n * K + order[j]] - mean, 2) / (N - 1);
+        total += variance / (u[j] * u[j]) / K;
+    }
+    return threshold * total;
+}
+
+/* SpQR, arXiv 2306.03078: GPTQ with small groups whose scales and zeros are quantized themselves;
+ * a weight stays in 16 bits where ((w_i - q_i) / U_ii)^2 > t. */
+static long spqr(const Row *row, float *w, int N, const double *H, int n_columns) {
+    size_t K = n_columns, group = row->group;
+    if (N % SET || K % group) die("SpQR needs rows in sets of %d, columns in groups", SET);
+    Inverse inverse = hessian_inverse(H, K, true);
+    const int *order = inverse.order;
+    double *u = allocate(K, sizeof *u); // the diagonal of U
+    for (size_t i = 0; i < K; i++) {
+        bool dead = H[order[i] * (K + 1)] == 0;
+        u[i] = dead ? 1 : inverse.U[i * (K + 1)];
+        for (int n = 0; n < N && dead; n++) w[n * K + order[i]] = 0;
+    }
+    double t = outlier_cost(w, N, order, u, K, row->threshold);
+    long outliers = 0;
+#pragma omp parallel for schedule(dynamic) reduction(+ : outliers)
+    for (int n0 = 0; n0 < N; n0 += SET) {
+        float *v = new_floats(SET * K), *x = new_floats(SET * group);
+        Range ranges[SET];
+        for (size_t i = 0; i < SET * K; i++) v[i] = w[n0 * K + i / K * K + order[i % K]];
+        for (size_t i = 0; i < K; i++) {
+            if (i % group == 0) {
+                gather(v + i, SET, group, K, x);
+                bilevel_ranges(x, u + i, group, row->w, t, ranges);
+            }
+            for (int r = 0; r < SET; r++) {
+                float *v_r = v + r * K, q = round_plainly(ranges[r], v_r[i], row->w);
+                float e = (v_r[i] - q) / u[i];
+                if (e * e > t) q = v_r[i], e = 0, outliers++;
+                w[(n0 + r) * K + order[i]] = q;
+                for (size_t j = i + 1; j < K; j++) v_r[j] -= e * inverse.U[i * K + j];
+            }
+        }
+        free(v), free(x);
+    }
+    free(u);
+    inverse_free(&inverse);
+    return outliers;
+}
+
+static void spqr_row(Bench *b, const Row *row, Variant *v) {
+    double weights = 0;
+    for (int k = 0; k < N_LINEARS; k++)
+        weights += (double)b->m->layers[0].linears[k].N * b->m->layers[0].linears[k].K;
+    double share = layer_by_layer(b, row, v, spqr) / (weights * b->m->config.n_layers);
+    v->bits = row->w + 6.0 / row->group + 64.0 / (row->group * SET) + 32 * share;
+}
+
+/* ---- 6: KIVI --------------------------------------------------------------------------------- */
+
+static float to_half(float x) {
+    uint16_t half = float_to_f16(x);
+    floats(&half, F16, 0, 1, &x);
+    return x;
+}
+
+/* x^ = rint((x - min) / s) s + min,  s = (max - min) / (2^b - 1), both in 16 bits; n numbers,
+ * `stride` apart. */
+static void round_kivi(float *x, size_t stride, int n, int bits) {
+    float low = x[0], high = x[0];
+    for (int i = 1; i < n; i++) {
+        low = fminf(low, x[i * stride]);
+        high = fmaxf(high, x[i * stride]);
+    }
+    float scale = to_half((high - low) / ((1 << bits) - 1));
+    low = to_half(low);
+    for (int i = 0; i < n; i++) {
+        float u = scale > 0 ? clamp((x[i * stride] - low) / scale, 0, (1 << bits) - 1) : 0;
+        x[i * stride] = rintf(u) * scale + low;
+    }
+}
+
+enum { RESIDUAL = 128 };
+
+/* KIVI, arXiv 2402.02750: keys in groups of g tokens of one channel, values in groups of g channels
+ * of one token; the newest tokens stay float until RESIDUAL keys are there to be rounded at once,
+ * values one by one. "stream" is what decoding token by token sees; else the whole window is
+ * rounded first, which is harsher, and looks ahead. */
+static void kivi_cache(const Config *c, State *s, const Row *row, int T) {
+    int d = c->head_dim, kv_dim = c->n_kv_heads * d, bits = row->w, g = row->group,
+        g_v = g < d ? g : d;
+    size_t size = (size_t)T * kv_dim;
+    float *keys = memcpy(new_floats(size), s->keys, size * sizeof *keys);
+    float *values = memcpy(new_floats(size), s->values, size * sizeof *values);
+    int n_keys = T / RESIDUAL * RESIDUAL, n_values = T < RESIDUAL || row->stream ? T : T - RESIDUAL;
+#pragma omp parallel for
+    for (int t = 0; t < n_keys; t += g)
+        for (int i = 0; i < kv_dim; i++) round_kivi(keys + (size_t)t * kv_dim + i, kv_dim, g, bits);
+#pragma omp parallel for
+    for (int t = 0; t < n_values; t++)
+        for (int i = 0; i < kv_dim; i += g_v)
+            round_kivi(values + (size_t)t * kv_dim + i, 1, g_v, bits);
+    if (!row->stream) {
+        memcpy(s->keys, keys, size * sizeof *keys);
+        memcpy(s->values, values, size * sizeof *values);
+    }
+    attend(c, s, T, NULL, 0, row->stream ? &(OldCache){keys, values, RESIDUAL} : NULL);
+    free(keys), free(values);
+}
+
+static void kivi_attention(Variant *v, State *s, int l, int T) {
+    project(v, s, l, T);
+    turn_all(&v->m.config, s, T);
+    kivi_cache(&v->m.config, s, v->row, T);
+}
+
+static void kivi(Bench *b, const Row *row, Variant *v) {
+    int d = b->m->config.head_dim;
+    v->attention = kivi_attention;
+    v->row = row;
+    v->bits = row->w + 16.0 / row->group + 16.0 / (row->group < d ? row->group : d);
+}
+
+/* ---- 7: KVQuant ------------------------------------------------------------------------------ */
+
+typedef struct {
+    float low, high; // of a key channel [kv_dim]; beyond them it is an outlier
+} Limits;
+
+/* What it keeps of one layer. */
+typedef struct KvTables {
+    Limits *limits;       // [kv_dim] of the keys
+    float lut[2][16];     // [keys, values][2^bits], ascending
+    long outliers, total; // met so far
+} KvTables;
+
+/* What calibration sees of one layer's keys before RoPE, or of its values. */
+typedef struct Sample {
+    float *x;      // [FISHER_WINDOWS * LENGTH][kv_dim]
+    float *fisher; // the squared gradient of the loss, the same shape
+} Sample;
+
+enum { FISHER_WINDOWS = 16 };
+static const double KEPT = 0.995; // 1 % of outliers, half of them at each end
+
+static int by_value(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* The quantile of sorted numbers, interpolated. */
+static float quantile(const float *sorted, int n, double q) {
+    double at = q * (n - 1);
+    int i = at;
+    return sorted[i] + (sorted[i + 1 < n ? i + 1 : i] - sorted[i]) * (at - i);
+}
+
+static Limits quantiles(const float *x, size_t stride, int n, double kept) {
+    float *sorted = new_floats(n);
+    for (int i = 0; i < n; i++) sorted[i] = x[i * stride];
+    qsort(sorted, n, sizeof *sorted, by_value);
+    Limits limits = {quantile(sorted, n, 1 - kept), quantile(sorted, n, kept)};
+    free(sorted);
+    return limits;
+}
+
+/* How many of the sorted points [n] are below x. */
+static size_t count_below(float (*points)[2], size_t n, float x) {
+    size_t low = 0, high = n;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (points[middle][0] < x) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+/* k-means on a line, weighted: points [n][2] are value and weight, sorted here; lut [k]. Prefix
+ * sums make a round cost k binary searches. It starts from the (i + 1/2) / k quantiles. */
+static void k_means(float (*points)[2], size_t n, int k, float *lut) {
+    qsort(points, n, sizeof *points, by_value);
+    double *weight = allocate(n + 1, sizeof *weight), *moment = allocate(n + 1, sizeof *moment);
+    for (size_t i = 0; i < n; i++) {
+        weight[i + 1] = weight[i] + points[i][1];
+        moment[i + 1] = moment[i] + (double)points[i][0] * points[i][1];
+    }
+    double center[16] = {0};
+    for (size_t i = 0, at = 0; i < (size_t)k; i++) {
+        while (at + 1 < n && weight[at + 1] < weight[n] * (i + .5) / k) at++;
+        center[i] = points[at][0];
+    }
+    for (int round = 0, moved = 1; round < 50 && moved; round++) {
+        size_t begin = 0;
+        double next[16] = {0};
+        moved = 0;
+        for (int i = 0; i < k; i++) {
+            float edge = i + 1 < k ? (center[i + 1] + center[i]) / 2 : INFINITY;
+            size_t end = count_below(points, n, edge);
+            double w = weight[end] - weight[begin];
+            next[i] = w > 0 ? (moment[end] - moment[begin]) / w : center[i];
+            moved |= next[i] != center[i];
+            begin = end;
+        }
+        memcpy(center, next, sizeof center);
+    }
+    for (int i = 0; i < k; i++) lut[i] = center[i];
+    free(weight), free(moment);
+}
+
+/* x [n] within limits becomes y in -1..1. */
+static float normalized(Limits l, float x) {
+    return (x - (l.high + l.low) / 2) / ((l.high - l.low) / 2);
+}
+
+/* The look-up table of keys, with limits per channel, or of values, with limits per token: k-means
+ * of all normalized numbers but outliers and each window's first token. */
+static void fit_table(const Sample *sample, int kv_dim, int window, int windows, const Row *row,
+                      Limits *key_limits, float *lut) {
+    size_t tokens = (size_t)window * windows, n = 0;
+    float(*points)[2] = allocate(tokens * kv_dim, sizeof *points);
+    double kept = row->no_outliers ? 1 : KEPT;
+    for (int i = 0; i < kv_dim && key_limits; i++)
+        key_limits[i] = quantiles(sample->x + i, kv_dim, tokens, kept);
+    for (size_t t = 0; t < tokens; t++) {
+        const float *x = sample->x + t * kv_dim;
+        Limits token = {0};
+        if (!key_limits) token = quantiles(x, 1, kv_dim, kept);
+        for (int i = 0; i < kv_dim && t % window; i++) {
+            float y = normalized(key_limits ? key_limits[i] : token, x[i]);
+            if (!(y >= -1 && y <= 1)) continue;
+            points[n][0] = y;
+            points[n++][1] = row->no_fisher ? 1 : sample->fisher[t * kv_dim + i];
+        }
+    }
+    int k = 1 << row->w;
+    if (row->uniform)
+        for (int i = 0; i < k; i++) lut[i] = -1 + 2.0f * i / (k - 1);
+    else k_means(points, n, k, lut);
+    for (int i = 0; i < kv_dim && key_limits; i++)
+        key_limits[i] = (Limits){to_half(key_limits[i].low), to_half(key_limits[i].high)};
+    free(points);
+}
+
+/* The nearest of lut [k], scaled to the limits; of two the lower. */
+static float look_up(const float *lut, int k, Limits l, float x) {
+    float range = (l.high - l.low) / 2, y = range > 0 ? normalized(l, x) : 0;
+    int i = 0;
+    while (i + 1 < k && (lut[i + 1] + lut[i]) / 2 < y) i++;
+    return range > 0 ? lut[i] * range + (l.high + l.low) / 2 : 0;
+}
+
+/* KVQuant, arXiv 2401.18079: keys before RoPE, with limits of each channel from calibration; values
+ * with limits of each token, found at run time; both by a table that weighs errors with the Fisher
+ * information. Outliers and the first token stay as they are. keys, values [T][kv_dim]. */
+static void kvquant_cache(KvTables *tables, int kv_dim, const Row *row, float *keys, float *values,
+                          int T) {
+    int size = 1 << row->w;
+    bool keep = !row->no_outliers;
+    long outliers = 0;
+#pragma omp parallel for reduction(+ : outliers)
+    for (int t = 1; t < T; t++) {
+        float *k = keys + (size_t)t * kv_dim, *v = values + (size_t)t * kv_dim, inside[kv_dim];
+        for (int i = 0; i < kv_dim; i++) {
+            Limits limits = tables->limits[i];
+            bool out = keep && (k[i] < limits.low || k[i] > limits.high);
+            if (out) outliers++;
+            else k[i] = look_up(tables->lut[0], size, limits, k[i]);
+        }
+        Limits edge = quantiles(v, 1, kv_dim, KEPT), limits = {INFINITY, -INFINITY};
+        memcpy(inside, v, sizeof inside);
+        qsort(inside, kv_dim, sizeof *inside, by_value);
+        float median = inside[(kv_dim - 1) / 2];
+        for (int i = 0; i < kv_dim; i++) {
+            bool out = keep && (v[i] <= edge.low || v[i] >= edge.high);
+            limits.low = fminf(limits.low, out ? median : v[i]);
+            limits.high = fmaxf(limits.high, out ? median : v[i]);
+        }
+        for (int i = 0; i < kv_dim; i++) {
+            bool out = keep && (v[i] <= edge.low || v[i] >= edge.high);
+            if (out) outliers++;
+            else v[i] = look_up(tables->lut[1], size, limits, v[i]);
+        }
+    }
+    tables->outliers += outliers;
+    tables->total += 2L * (T - 1) * kv_dim;
+}
+
+static Sample *fisher_samples(Bench *b);
+
+static void kvquant_attention(Variant *v, State *s, int l, int T) {
+    const Config *c = &v->m.config;
+    project(v, s, l, T);
+    kvquant_cache(&v->tables[l], c->n_kv_heads * c->head_dim, v->row, s->keys, s->values, T);
+    turn_all(c, s, T);
+    attend(c, s, T, NULL, 0, NULL);
+}
+
+static void kvquant(Bench *b, const Row *row, Variant *v) {
+    const Config *c = &v->m.config;
+    int kv_dim = c->n_kv_heads * c->head_dim;
+    if (!b->kv) b->kv = fisher_samples(b);
+    v->attention = kvquant_attention;
+    v->row = row;
+    v->tables = allocate(c->n_layers, sizeof *v->tables);
+#pragma omp parallel for schedule(dynamic)
+    for (int i = 0; i < 2 * c->n_layers; i++) {
+        KvTables *tables = &v->tables[i / 2];
+        if (i % 2 == 0) tables->limits = allocate(kv_dim, sizeof *tables->limits);
+        fit_table(&b->kv[i], kv_dim, LENGTH, FISHER_WINDOWS, row, i % 2 ? NULL : tables->limits,
+                  tables->lut[i % 2]);
+    }
+}
+
+/* A value of 16 bits and an index of 16 bits for an outlier; an offset and a range for a token. */
+static double kvquant_bits(const Variant *v) {
+    const Config *c = &v->m.config;
+    double outliers = 0, total = 0;
+    for (int l = 0; l < c->n_layers; l++)
+        outliers += v->tables[l].outliers, total += v->tables[l].total;
+    return v->row->w + 32 * outliers / total + 16.0 / (c->n_kv_heads * c->head_dim);
+}
+
+/* ---- 8: gradients: Fisher, distillation ------------------------------------------------------ */
+
+/* Keys before RoPE and values of the first calibration windows, and the squared gradient of each
+ * window's loss with respect to them: [n_layers][2]. */
+static Sample *fisher_samples(Bench *b) {
+    Variant v = variant_new(b->m, b->perturb);
+    const Config *c = &v.m.config;
+    size_t kv = (size_t)LENGTH * c->n_kv_heads * c->head_dim, n = (size_t)LENGTH * c->dim;
+    Sample *samples = allocate(2 * c->n_layers, sizeof *samples);
+    Trace *traces = allocate(c->n_layers, sizeof *traces);
+    for (int i = 0; i < 2 * c->n_layers; i++)
+        samples[i] = (Sample){new_floats(FISHER_WINDOWS * kv), new_floats(FISHER_WINDOWS * kv)};
+    for (int l = 0; l < c->n_layers; l++) traces[l] = trace_new(c, LENGTH);
+    float *dx = new_floats(n), *dy = new_floats(n), *out = new_floats(n);
+    for (int w = 0; w < FISHER_WINDOWS; w++) {
+        const int *tokens = b->calib + w * LENGTH;
+        embed(&v.m, tokens, LENGTH, b->s->x);
+        for (int l = 0; l < c->n_layers; l++) {
+            copy_floats(traces[l].x, b->s->x, n);
+            trace_layer(c, &v.m.layers[l], b->s, LENGTH, &traces[l]);
+        }
+        copy_floats(out, b->s->x, n);
+        output_loss(&v.m, b->s, tokens, LENGTH, dy);
+        memset(dx, 0, n * sizeof *dx);
+        norm_backward(out, v.m.norm, dy, LENGTH, c->dim, c->norm_eps, dx, NULL);
+        for (int l = c->n_layers - 1; l >= 0; l--) {
+            const Layer *layer = &v.m.layers[l];
+            layer_backward(c, layer, b->s, &traces[l], LENGTH, dx, NULL);
+            for (int is_v = 0; is_v < 2; is_v++) {
+                const Sample *sample = &samples[2 * l + is_v];
+                const float *gradient = is_v ? traces[l].dv : traces[l].dk;
+                linear(is_v ? &layer->v : &layer->k, traces[l].h1, LENGTH, sample->x + w * kv);
+                for (size_t i = 0; i < kv; i++)
+                    sample->fisher[w * kv + i] = gradient[i] * gradient[i];
+            }
+        }
+    }
+    for (int l = 0; l < c->n_layers; l++) trace_free(&traces[l]);
+    free(traces), free(dx), free(dy), free(out);
+    variant_free(&v);
+    return samples;
+}
+
+/* Trains layer l of the float weights in v behind the quantizer: x, y [WINDOWS][LENGTH][dim] are
+ * its inputs and outputs in the float model; a step sees four windows. */
+static void distill(Bench *b, const Row *row, Variant *v, int l, const float *x, const float *y) {
+    const Config *c = &v->m.config;
+    Layer *layer = &v->m.layers[l], student = layer_float_copy(c, layer, l);
+    size_t n = (size_t)LENGTH * c->dim, sizes[N_LINEARS + 2];
+    Gradient g;
+    float *weights[N_LINEARS + 2], (*moments[N_LINEARS + 2])[2];
+    double *gradients[N_LINEARS + 2];
+    for (int k = 0; k < N_LINEARS + 2; k++) {
+        const Linear *w = &layer->linears[k < N_LINEARS ? k : 0];
+        sizes[k] = k < N_LINEARS ? (size_t)w->N * w->K : (size_t)c->dim;
+        moments[k] = allocate(sizes[k], sizeof *moments[k]);
+        gradients[k] = allocate(sizes[k], sizeof(double));
+        if (k < N_LINEARS) g.linears[k] = gradients[k], weights[k] = weights_of(w);
+        else g.norms[k - N_LINEARS] = gradients[k];
+    }
+    weights[N_LINEARS] = layer->attention_norm;
+    weights[N_LINEARS + 1] = layer->ffn_norm;
+    Trace trace = trace_new(c, LENGTH);
+    float *dx = new_floats(n);
+    for (int step = 0; step < row->steps; step++) {
+        for (int k = 0; k < N_LINEARS; k++)
+            zeroquant_linear(c, row, k, &layer->linears[k], weights_of(&student.linears[k]));
+        copy_floats(student.attention_norm, layer->attention_norm, c->dim);
+        copy_floats(student.ffn_norm, layer->ffn_norm, c->dim);
+        for (int k = 0; k < N_LINEARS + 2; k++) memset(gradients[k], 0, sizes[k] * sizeof(double));
+        for (int i = 0; i < 4; i++) {
+            size_t at = (size_t)(4 * step + i) % WINDOWS * n;
+            copy_floats(trace.x, x + at, n);
+            trace_layer(c, &student, b->s, LENGTH, &trace);
+            for (size_t j = 0; j < n; j++) dx[j] = 2 * (b->s->x[j] - y[at + j]) / (4 * n);
+            layer_backward(c, &student, b->s, &trace, LENGTH, dx, &g);
+        }
+        for (int k = 0; k < N_LINEARS + 2; k++)
+            adamw(weights[k], gradients[k], moments[k], sizes[k], row->rate, step + 1);
+    }
+    for (int k = 0; k < N_LINEARS + 2; k++) free(moments[k]), free(gradients[k]);
+    trace_free(&trace);
+    layer_free(&student);
+    free(dx);
+}
+
+/* ZeroQuant's layer-by-layer knowledge distillation (LKD):
+ *     min over W and the norms of mean (layer(X; round(W)) - Y)^2,  dW = d round(W)
+ * with X and Y of the float model; of the last layer, as its authors' followers do, or of all. */
+static void lkd(Bench *b, const Row *row, Variant *v) {
+    const Config *c = &v->m.config;
+    size_t n = (size_t)LENGTH * c->dim;
+    float *x = new_floats(WINDOWS * n), *y = new_floats(WINDOWS * n);
+    embed(&v->m, b->calib, WINDOWS * LENGTH, x);
+    for (int l = 0; l < c->n_layers; l++) {
+        for (int w = 0; w < WINDOWS; w++) {
+            copy_floats(b->s->x, x + w * n, n);
+            variant_layer(v, b->s, l, LENGTH, NULL, NULL);
+            copy_floats(y + w * n, b->s->x, n);
+        }
+        if (row->all_layers || l == c->n_layers - 1) distill(b, row, v, l, x, y);
+        float *next = x;
+        x = y, y = next;
+    }
+    free(x), free(y);
+    zeroquant(b, row, v);
+}
+
+/* ---- 9: QQQ ---------------------------------------------------------------------------------- */
+
+/* QQQ, arXiv 2406.09904: the program itself, W4A8 in integers; bits as the file has them. */
+static void qqq(Bench *b, const Row *row, Variant *v) {
+    char *command;
+    if (asprintf(&command,
+                 "./quantize %s build/compare.bin -d cpu -c %s -n %d %s >build/compare.txt",
+                 b->path, b->calibration, WINDOWS, row->options) < 0)
+        die("out of memory");
+    if (system(command)) die("it failed: %s", command);
+    free(command);
+    variant_free(v);
+    v->file = checkpoint_open("build/compare.bin");
+    v->loaded = model_load(v->file);
+    v->m = *v->loaded;
+    int group = v->m.group_size;
+    double per_row = mean_bits(&v->m.config, 4, 4, 32, 0);
+    v->bits = group > 0 ? per_row + mean_bits(&v->m.config, 0, 0, 8, group) : per_row;
+}
+
+/* ---- 10: the table -----------------------------------------------------------------------------
+ */
+
+static void float_model(Bench *b, const Row *row, Variant *v) {
+    (void)b, (void)row, (void)v;
+}
+
+// clang-format off
+static const Row rows[] = {
+    {"fp32", "-", float_model, .w = 32},
+    {"rtn", "W8A8 asym linears+attention", rtn, .w = 8, .x = 8, .attention = true},
+    {"rtn", "W6A6 asym linears+attention", rtn, .w = 6, .x = 6, .attention = true},
+    {"rtn", "W4A16 asym channel", rtn, .w = 4},
+    {"rtn", "W4A16 asym g128", rtn, .w = 4, .group = 128},
+    {"rtn", "W3A16 asym channel", rtn, .w = 3},
+    {"rtn", "W3A16 asym g128", rtn, .w = 3, .group = 128},
+    {"smoothquant", "W8A8 alpha 0.55 asym linears+attention", smoothquant, .w = 8, .x = 8, .attention = true, .alpha = .55},
+    {"smoothquant", "W8A8 alpha 0.55 asym linears", smoothquant, .w = 8, .x = 8, .alpha = .55, .more = true},
+    {"smoothquant", "W6A6 alpha 0.55 asym linears+attention", smoothquant, .w = 6, .x = 6, .attention = true, .alpha = .55},
+    {"smoothquant", "W8A8 alpha 0.5 sym linears (quality.csv)", smoothquant, .w = 8, .x = 8, .alpha = .5, .more = true},
+    {"zeroquant", "W8A8 groups=dim", zeroquant, .w = 8, .x = 8},
+    {"zeroquant", "W4/8A16 groups=dim", zeroquant, .w = 8, .ffn_w = 4},
+    {"zeroquant", "W4/8A8 groups=dim", zeroquant, .w = 8, .ffn_w = 4, .x = 8},
+    {"zeroquant", "W4A4 groups=dim", zeroquant, .w = 4, .x = 4},
+    {"zeroquant", "W4/8A8 g128", zeroquant, .w = 8, .ffn_w = 4, .x = 8, .group = 128, .more = true},
+    {"kivi", "KV4 g32 R128 prefill", kivi, .w = 4, .group = 32, .more = true},
+    {"kivi", "KV4 g32 R128 stream", kivi, .w = 4, .group = 32, .stream = true},
+    {"kivi", "KV4 g128 R128 prefill", kivi, .w = 4, .group = 128, .more = true},
+    {"kivi", "KV4 g128 R128 stream", kivi, .w = 4, .group = 128, .stream = true, .more = true},
+    {"kivi", "KV2 g32 R128 prefill", kivi, .w = 2, .group = 32},
+    {"kivi", "KV2 g32 R128 stream", kivi, .w = 2, .group = 32, .stream = true},
+    {"kivi", "KV2 g128 R128 prefill", kivi, .w = 2, .group = 128, .more = true},
+    {"kivi", "KV2 g128 R128 stream", kivi, .w = 2, .group = 128, .stream = true, .more = true},
+    {"kvquant", "nuq4-1% sink1", kvquant, .w = 4},
+    {"kvquant", "nuq3-1% sink1", kvquant, .w = 3},
+    {"kvquant", "nuq2-1% sink1", kvquant, .w = 2},
+    {"kvquant", "nuq2-1% sink1 no Fisher", kvquant, .w = 2, .no_fisher = true, .more = true},
+    {"kvquant", "nuq2-0% sink1", kvquant, .w = 2, .no_outliers = true, .more = true},
+    {"kvquant", "int2-1% sink1 (uniform)", kvquant, .w = 2, .uniform = true, .more = true},
+    {"lut-gemm", "BCQ4 channel alternating 30", lut_gemm, .w = 4, .rounds = 30},
+    {"lut-gemm", "BCQ4 g128 alternating 30", lut_gemm, .w = 4, .group = 128, .rounds = 30},
+    {"lut-gemm", "BCQ4 g128 greedy", lut_gemm, .w = 4, .group = 128, .more = true},
+    {"lut-gemm", "BCQ4 g128 refined greedy", lut_gemm, .w = 4, .group = 128, .rounds = 1, .more = true},
+    {"lut-gemm", "BCQ4 g128 alternating 30 +offset (extension)", lut_gemm, .w = 4, .group = 128, .rounds = 30, .offset = true, .more = true},
+    {"lut-gemm", "BCQ3 channel alternating 30", lut_gemm, .w = 3, .rounds = 30},
+    {"lut-gemm", "BCQ3 g128 alternating 30", lut_gemm, .w = 3, .group = 128, .rounds = 30},
+    {"lut-gemm", "BCQ3 g128 greedy", lut_gemm, .w = 3, .group = 128, .more = true},
+    {"lut-gemm", "BCQ3 g128 refined greedy", lut_gemm, .w = 3, .group = 128, .rounds = 1, .more = true},
+    {"lut-gemm", "BCQ3 g128 alternating 30 +offset (extension)", lut_gemm, .w = 3, .group = 128, .rounds = 30, .offset = true, .more = true},
+    {"gptq", "W4A16 channel act-order", gptq_row, .w = 4},
+    {"gptq", "W4A16 g128 act-order", gptq_row, .w = 4, .group = 128},
+    {"gptq", "W4A16 g128 act-order static", gptq_row, .w = 4, .group = 128, .fixed_groups = true, .more = true},
+    {"gptq", "W3A16 channel act-order", gptq_row, .w = 3},
+    {"gptq", "W3A16 g128 act-order", gptq_row, .w = 3, .group = 128},
+    {"gptq", "W3A16 channel no act-order", gptq_row, .w = 3, .no_order = true, .more = true},
+    {"spqr", "w3 g16 qq3/16 threshold 0.25", spqr_row, .w = 3, .group = 16, .threshold = .25},
+    {"spqr", "w2 g32 qq3/16 threshold 0.5", spqr_row, .w = 2, .group = 32, .threshold = .5},
+    {"spqr", "w3 g16 qq3/16 no outliers", spqr_row, .w = 3, .group = 16, .threshold = INFINITY, .more = true},
+    {"zeroquant", "W4/8A16 LKD last layer 600 steps lr 5e-6", lkd, .w = 8, .ffn_w = 4, .steps = 600, .rate = 5e-6, .more = true},
+    {"zeroquant", "W4/8A16 LKD every layer 100 steps lr 1e-4", lkd, .w = 8, .ffn_w = 4, .steps = 100, .rate = 1e-4, .all_layers = true, .more = true},
+    {"qqq", "W4A8 channel to nearest", qqq, .options = "-g -1 -b rtn -a 0 -m 0"},
+    {"qqq", "W4A8 channel +GPTQ", qqq, .options = "-g -1 -a 0 -m 0", .more = true},
+    {"qqq", "W4A8 channel +GPTQ +ranges", qqq, .options = "-g -1 -a 0", .more = true},
+    {"qqq", "W4A8 channel +GPTQ +ranges +smoothing", qqq, .options = "-g -1"},
+    {"qqq", "W4A8 channel +GPTQ +ranges +rotation", qqq, .options = "-g -1 -a 0 -r 1", .more = true},
+    {"qqq", "W4A8 g128 to nearest", qqq, .options = "-b rtn -a 0 -m 0"},
+    {"qqq", "W4A8 g128 +GPTQ", qqq, .options = "-a 0 -m 0", .more = true},
+    {"qqq", "W4A8 g128 +GPTQ +ranges", qqq, .options = "-a 0", .more = true},
+    {"qqq", "W4A8 g128 +GPTQ +ranges +smoothing", qqq, .options = ""},
+    {"qqq", "W4A8 g128 +GPTQ +ranges +rotation", qqq, .options = "-a 0 -r 1", .more = true}};
+// clang-format on
+
+static const char usage[] =
+    "usage: neighbours [MODEL] [options], from the repository's root; a CSV to stdout\n"
+    "\n"
+    "  -a         all rows, also those that `make compare` leaves out for time\n"
+    "  -r TEXT    of them, those whose \"method setting\" contains TEXT; may be repeated\n"
+    "  -n N       evaluate on N windows of 2048 only (0: all)\n"
+    "  -p SEED    perturb each weight by up to one in a million, to see what a row's digits mean\n"
+    "  -c FILE    calibration text (data/calib.txt)\n"
+    "  -e FILE    evaluation text (data/eval.txt)\n"
+    "  -v PREFIX  also PREFIX-linears.csv and PREFIX-channels.csv: every linear, what changed\n";
+
+static FILE *analysis_file(const char *prefix, const char *name, const char *columns) {
+    char *path;
+    if (asprintf(&path, "%s-%s.csv", prefix, name) < 0) die("out of memory");
+    FILE *file = fopen(path, "w");
+    if (!file) die("%s: cannot be written", path);
+    fprintf(file, "method,setting,layer,linear,%s\n", columns);
+    free(path);
+    return file;
+}
+
+typedef struct {
+    Variant *v;
+    State *s;
+} Engine;
+
+static double engine_loss(void *engine, const int *window, int length) {
+    return variant_loss(((Engine *)engine)->v, ((Engine *)engine)->s, window, length);
+}
+
+static void run_row(Bench *b, const Row *row) {
+    double start = seconds();
+    Variant v = variant_new(b->m, b->perturb);
+    row->apply(b, row, &v);
+    int windows;
+    double ppl = mean_perplexity(engine_loss, &(Engine){&v, b->s}, b->eval, b->n_eval, LENGTH,
+                                 b->max_windows, &windows, NULL);
+    double bits = v.tables ? kvquant_bits(&v) : v.bits;
+    printf("%s,%s,%.3f,%.4f,%.1f\n", row->method, row->setting, bits, ppl, seconds() - start);
+    fflush(stdout);
+    if (b->linears) {
+        char name[160];
+        snprintf(name, sizeof name, "%s,%s", row->method, row->setting);
+        Variant original = variant_new(b->m, b->perturb);
+        analyze(&original, &v, b->s, b->eval, LENGTH, name, b->linears, b->channels);
+        variant_free(&original);
+    }
+    for (int l = 0; l < v.m.config.n_layers && v.tables; l++) free(v.tables[l].limits);
+    free(v.tables);
+    variant_free(&v);
+}
+
+int main(int argc, char **argv) {
+    Bench b = {.path = "data/tiny", .calibration = "data/calib.txt", .eval_path = "data/eval.txt"};
+    const char *wanted[64], *prefix = NULL;
+    int n_wanted = 0;
+    bool all = false;
+    for (int i = 1; i < argc; i++) {
+        if (argv[i][0] != '-') {
+            b.path = argv[i];
+            continue;
+        }
+        char flag = argv[i][1];
+        const char *value = flag == 'a' ? "" : argv[++i];
+        if (!flag || !strchr("arnpcev", flag) || !value || n_wanted == 64)
+            return fputs(usage, stderr), 2;
+        if (flag == 'a') all = true;
+        if (flag == 'r') wanted[n_wanted++] = value;
+        if (flag == 'n') b.max_windows = parse_integer(flag, value, 0, 1 << 20);
+        if (flag == 'p') b.perturb = parse_integer(flag, value, 0, 1 << 30);
+        if (flag == 'c') b.calibration = value;
+        if (flag == 'e') b.eval_path = value;
+        if (flag == 'v') prefix = value;
+    }
+    Checkpoint *file = checkpoint_open(b.path);
+    Model *m = model_load(file);
+    if (m->group_size) die("%s: it is quantized already", b.path);
+    int n;
+    b.m = m;
+    b.calib = text_tokens(file, m->config.bos, b.calibration, &n);
+    if (n < WINDOWS * LENGTH) die("%s: not %d windows of %d", b.calibration, WINDOWS, LENGTH);
+    b.eval = text_tokens(file, m->config.bos, b.eval_path, &b.n_eval);
+    if (b.n_eval < LENGTH) die("%s: no window of %d", b.eval_path, LENGTH);
+    Config one_layer = m->config;
+    one_layer.n_layers = 1;
+    b.s = state_new(&one_layer, LENGTH, LENGTH);
+    if (prefix) {
+        b.linears = analysis_file(prefix, "linears",
+                                  "x_sqnr_db,x_mse,w_sqnr_db,w_mse,y_sqnr_db,y_mse,x_kurtosis,"
+                                  "w_kurtosis");
+        b.channels = analysis_file(prefix, "channels",
+                                   "channel,x_max_before,x_max_after,w_max_before,w_max_after");
+    }
+    printf("method,setting,bits,ppl,seconds\n");
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        char name[160];
+        snprintf(name, sizeof name, "%s %s", rows[i].method, rows[i].setting);
+        bool run = all || !rows[i].more;
+        for (int j = 0; j < n_wanted; j++)
+            if ((run = strstr(name, wanted[j]))) break;
+        if (run) run_row(&b, &rows[i]);
+    }
+    if (prefix && (fclose(b.linears) || fclose(b.channels))) die("%s: not written", prefix);
+    if (b.kv)
+        for (int i = 0; i < 2 * m->config.n_layers; i++) free(b.kv[i].x), free(b.kv[i].fisher);
+    free(b.kv), free(b.input_max), free(b.calib), free(b.eval);
+    state_free(b.s);
+    model_free(m);
+    checkpoint_close(file);
+    return 0;
+}
