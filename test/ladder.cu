@@ -717,6 +717,7 @@ constexpr int N_RUNGS = sizeof rungs / sizeof *rungs;
 
 constexpr size_t ROTATED = 300 << 20; // bytes of weights to go through: far beyond the L2 cache
 
+/* What is allocated is there until the end. */
 template <typename T> static T *device(size_t n) {
     void *p;
     gpu(cudaMalloc(&p, n * sizeof(T)));
@@ -731,21 +732,16 @@ static uint64_t random64() { // splitmix64
     return z ^ z >> 31;
 }
 
-__global__ void compare_kernel(const uint32_t *x, const uint32_t *y, size_t n, int *different) {
-    size_t stride = (size_t)gridDim.x * blockDim.x;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
-        if (x[i] != y[i]) *different = 1;
-    }
+template <typename T> static T *upload(const std::vector<T> &x) {
+    T *to = device<T>(x.size());
+    gpu(cudaMemcpy(to, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return to;
 }
 
-/* Whether the first `bytes` are the same. */
-static bool same(const void *x, const void *y, size_t bytes) {
-    static int *different = device<int>(1);
-    int result;
-    gpu(cudaMemset(different, 0, sizeof(int)));
-    compare_kernel<<<1024, 256>>>((const uint32_t *)x, (const uint32_t *)y, bytes / 4, different);
-    gpu(cudaMemcpy(&result, different, sizeof(int), cudaMemcpyDeviceToHost));
-    return !result;
+template <typename T> static std::vector<T> download(const T *from, size_t n) {
+    std::vector<T> x(n);
+    gpu(cudaMemcpy(x.data(), from, n * sizeof(T), cudaMemcpyDeviceToHost));
+    return x;
 }
 
 /* The same numbers in FP16, for cuBLAS. */
@@ -793,23 +789,17 @@ template <typename Launch> static double time_us(int count, Launch launch) {
     return us;
 }
 
-/* Naive against C: the sums of up to 8 tokens, first and last among them. */
-static void check_naive(const Gemm &p, const Linear &l, const std::vector<int8_t> &a,
-                        const int *acc) {
-    const int T = std::min(p.M, 8);
-    std::vector<int8_t> rows((size_t)T * p.K);
-    std::vector<int> expected((size_t)T * p.N), found(p.N);
-    auto token = [&](int t) { return T > 1 ? (int)((long long)t * (p.M - 1) / (T - 1)) : 0; };
-    for (int t = 0; t < T; t++) {
-        std::copy_n(a.begin() + (size_t)token(t) * p.K, p.K, rows.begin() + (size_t)t * p.K);
-    }
+/* Naive's sums acc [M][N] against C: up to 8 tokens, first and last among them. */
+static void check_naive(int M, const Linear &l, const std::vector<int8_t> &a,
+                        const std::vector<int> &acc) {
+    const int T = std::min(M, 8);
     const char *plain_c;
-    accumulators(&l, rows.data(), T, dot_u4_kernel(0, &plain_c), expected.data());
+    std::vector<int> expected(l.N);
     for (int t = 0; t < T; t++) {
-        gpu(cudaMemcpy(found.data(), acc + (size_t)token(t) * p.N, p.N * sizeof(int),
-                       cudaMemcpyDeviceToHost));
-        if (!std::equal(found.begin(), found.end(), expected.begin() + (size_t)t * p.N)) {
-            die("naive: token %d of %d is not what the C code computes", token(t), p.M);
+        const size_t m = T > 1 ? (size_t)t * (M - 1) / (T - 1) : 0;
+        accumulators(&l, a.data() + m * l.K, 1, dot_u4_kernel(0, &plain_c), expected.data());
+        if (!std::equal(expected.begin(), expected.end(), acc.begin() + m * l.N)) {
+            die("naive: token %zu of %d is not what the C code computes", m, M);
         }
     }
 }
@@ -836,13 +826,11 @@ static void climb(const char *name, int N, int K, bool hopper, cublasHandle_t cu
     Gemm p = {};
     p.N = N;
     p.K = K;
+    p.a = upload(a);
+    p.s_a = upload(s_a);
+    p.s_channel = upload(s_channel);
     uint8_t *file = device<uint8_t>(copies * bytes), *w = device<uint8_t>(copies * bytes);
     uint8_t *product_w = device<uint8_t>(copies * bytes);
-    float *d_s_channel = device<float>(N), *d_s_a = device<float>(MAX_M);
-    int8_t *d_a = device<int8_t>(a.size());
-    gpu(cudaMemcpy(d_s_channel, s_channel.data(), N * sizeof(float), cudaMemcpyHostToDevice));
-    gpu(cudaMemcpy(d_s_a, s_a.data(), MAX_M * sizeof(float), cudaMemcpyHostToDevice));
-    gpu(cudaMemcpy(d_a, a.data(), a.size(), cudaMemcpyHostToDevice));
     gpu(cudaMemcpy(file, qweight.data(), bytes, cudaMemcpyHostToDevice));
     fragment_kernel<<<ceil_div(bytes / 4, 256), 256>>>(file, N, K, (uint32_t *)w);
     gpu(cudaGetLastError());
@@ -866,18 +854,15 @@ static void climb(const char *name, int N, int K, bool hopper, cublasHandle_t cu
         product_linear.w = (uint32_t *)(product_w + copy % copies * bytes);
     };
     half *x16 = device<half>(a.size()), *w16 = device<half>(half_copies * bytes * 2);
-    halves_kernel<<<ceil_div(a.size(), 256), 256>>>(d_a, NULL, a.size(), x16);
+    halves_kernel<<<ceil_div(a.size(), 256), 256>>>(p.a, NULL, a.size(), x16);
     for (int i = 0; i < half_copies; i++) {
         halves_kernel<<<ceil_div(bytes * 2, 256), 256>>>(NULL, file, bytes * 2,
                                                          w16 + i * bytes * 2);
     }
     gpu(cudaGetLastError());
 
-    p.a = d_a;
-    p.s_a = d_s_a;
-    p.s_channel = d_s_channel;
-    half *y = device<half>(outputs), *first_y = device<half>(outputs);
-    int *acc = device<int>(outputs), *first_acc = device<int>(outputs);
+    p.y = device<half>(outputs);
+    int *acc = device<int>(outputs);
     p.partial = device<int4>((size_t)multiprocessors * 2 * Shape<128, 1>::SHARED / 16);
     p.arrived = device<int>(2 * multiprocessors); // shared tiles are fewer than blocks
     gpu(cudaMemset(p.arrived, 0, 2 * multiprocessors * sizeof(int)));
@@ -886,17 +871,23 @@ static void climb(const char *name, int N, int K, bool hopper, cublasHandle_t cu
     for (int i = 0; i < N_TOKENS; i++) {
         p.M = tokens[i];
         const size_t n = (size_t)p.M * N;
+        std::vector<int> first_sums;
+        std::vector<uint16_t> first_y;
         for (int r = 0; r < N_RUNGS; r++) {
             if ((rungs[r].hopper && !hopper) || p.M < rungs[r].min_M) continue;
             use(0);
-            p.y = r == 0 ? first_y : y;
-            p.acc = r == 0 ? first_acc : acc;
+            p.acc = acc;
             gpu(cudaMemset(p.y, 0xff, n * sizeof(half)));
             gpu(cudaMemset(p.acc, 0xff, n * sizeof(int)));
             rungs[r].launch(p);
             gpu(cudaStreamSynchronize(stream));
-            if (r == 0) check_naive(p, l, a, first_acc);
-            if (!same(p.acc, first_acc, n * sizeof(int)) || !same(p.y, first_y, n * sizeof(half))) {
+            auto sums = download(acc, n);
+            auto y = download((uint16_t *)p.y, n);
+            if (r == 0) {
+                check_naive(p.M, l, a, sums);
+                first_sums = sums;
+                first_y = y;
+            } else if (sums != first_sums || y != first_y) {
                 die("%s, M = %d: not what rung 1 computes", rungs[r].name, p.M);
             }
             p.acc = NULL;
@@ -909,7 +900,8 @@ static void climb(const char *name, int N, int K, bool hopper, cublasHandle_t cu
             float one = 1, zero = 0;
             if (cublasGemmEx(cublas, CUBLAS_OP_T, CUBLAS_OP_N, N, p.M, K, &one,
                              w16 + copy % half_copies * bytes * 2, CUDA_R_16F, K, x16, CUDA_R_16F,
-                             K, &zero, y, CUDA_R_16F, N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT)) {
+                             K, &zero, p.y, CUDA_R_16F, N, CUBLAS_COMPUTE_32F,
+                             CUBLAS_GEMM_DEFAULT)) {
                 die("cublasGemmEx failed");
             }
         });
@@ -929,12 +921,6 @@ static void climb(const char *name, int N, int K, bool hopper, cublasHandle_t cu
     }
     printf("\n");
     fflush(stdout);
-    gpu_linear_free(&created);
-    for (void *d : {(void *)file, (void *)w, (void *)product_w, (void *)d_s_channel, (void *)d_s_a,
-                    (void *)d_a, (void *)x16, (void *)w16, (void *)y, (void *)first_y, (void *)acc,
-                    (void *)first_acc, (void *)p.partial, (void *)p.arrived}) {
-        gpu(cudaFree(d));
-    }
 }
 
 int main() {
