@@ -6,7 +6,7 @@
  *     the choice of a token
  *   4 attention and the KV cache: of a prompt, and of one token of each sequence
  *   5 quantization: rotation, ranges, smoothing, moments, Cholesky, GPTQ, layer by layer
- *   6 plumbing: weights and buffers in GPU memory, perplexity
+ *   6 plumbing: weights and buffers in GPU memory, the engine
  */
 #include "qqq.h"
 
@@ -159,7 +159,7 @@ struct GpuState {
     half *values;   // the same
     float4 *rope;   // [context][head_dim / 4] cos and sin of two angles
     float *logits;  // [max(LOGIT_ROWS, n_sequences)][vocab_size]
-    double *nll;    // [LOGIT_ROWS]
+    Score *scores;  // [LOGIT_ROWS]
     float *partial; // of attention_decode_kernel, for `splits` blocks a row of blocks
     int *arrived;   // [n_sequences * rows of blocks]
     int splits;
@@ -240,7 +240,8 @@ static void forward_chunk(GpuState *s, int sequence, const int *tokens, int T, i
     layers(s, {T, sequence, pos});
 }
 
-void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int pos) {
+/* Runs T tokens of one sequence, at positions pos .. pos + T - 1, in chunks. */
+static void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int pos) {
     check_tokens(s, tokens, T, pos);
     int done = 0, n = 0;
     for (; done < T; done += n) {
@@ -255,7 +256,10 @@ void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int pos) {
     choose(s, sequence, 1);
 }
 
-void gpu_decode(GpuState *s, const int *tokens, const int *positions) {
+/* One token more for each sequence: tokens [n_sequences] at positions [n_sequences]; or, if NULL,
+ * the likeliest token after the call before, at the position after its. One graph launch; it
+ * returns before the GPU has finished. */
+static void gpu_decode(GpuState *s, const int *tokens, const int *positions) {
     for (int i = 0; tokens && i < s->n_sequences; i++) {
         check_tokens(s, tokens + i, 1, positions[i]);
         const Choice given = (uint32_t)~tokens[i];
@@ -277,7 +281,7 @@ void gpu_decode(GpuState *s, const int *tokens, const int *positions) {
     s->rows = s->n_sequences;
 }
 
-const float *gpu_logits(GpuState *s) {
+static const float *gpu_logits(GpuState *s) {
     size_t bytes = (size_t)s->rows * s->model->config.vocab_size * sizeof(float);
     cuda_check(cudaMemcpyAsync(s->host_logits, s->logits, bytes, cudaMemcpyDeviceToHost, s->stream),
                "download of logits");
@@ -285,7 +289,7 @@ const float *gpu_logits(GpuState *s) {
     return s->host_logits;
 }
 
-const int *gpu_chosen(GpuState *s) {
+static const int *gpu_chosen(GpuState *s) {
     Choice *chosen = (Choice *)s->host_logits; // pinned, and not in use
     cuda_check(cudaMemcpyAsync(chosen, s->chosen, s->n_sequences * sizeof *chosen,
                                cudaMemcpyDeviceToHost, s->stream),
@@ -1753,7 +1757,7 @@ __device__ __forceinline__ Choice choice(float logit, int token) {
 }
 
 /* Row blockIdx.y of logits, shared by gridDim.x blocks, into chosen; and its position moves on.
- * Twin: argmax() in run.c. */
+ * Twin: argmax(). */
 __global__ void choose_kernel(const float *logits, int vocab_size, Choice *chosen, int *positions) {
     launch_dependents();
     wait_for_previous_kernel();
@@ -1797,8 +1801,9 @@ static void choose(GpuState *s, int sequence, int n) {
            s->model->config.vocab_size, s->chosen + sequence, s->positions + sequence);
 }
 
-/* nll [rows] = -log softmax(logits)[target]; one block a row. Twin: negative_log_likelihood(). */
-__global__ void nll_kernel(const float *logits, int vocab_size, const int *targets, double *nll) {
+/* What the target of each row of logits costs; one block a row. Twin: score(). */
+__global__ void score_kernel(const float *logits, int vocab_size, const int *targets,
+                             Score *scores) {
     __shared__ double sums[32];
     launch_dependents();
     wait_for_previous_kernel();
@@ -1816,7 +1821,8 @@ __global__ void nll_kernel(const float *logits, int vocab_size, const int *targe
     if (threadIdx.x > 0) return;
     sum = 0;
     for (int i = 0; i < (int)blockDim.x / 32; i++) sum += sums[i];
-    nll[blockIdx.x] = log(sum) + most - row[targets[blockIdx.x]];
+    const float target = row[targets[blockIdx.x]];
+    scores[blockIdx.x] = {log(sum) + most - target, target == most};
 }
 
 /* ================================================================================================
@@ -3612,7 +3618,7 @@ void gpu_final_scale(GpuQuantizer *q, const float *norm, double *xf, double *xx)
 }
 
 /* ================================================================================================
- * 6. Plumbing: weights and buffers in GPU memory, perplexity
+ * 6. Plumbing: weights and buffers in GPU memory, the engine
  *
  * 16-bit weights are halves: BF16 ones become halves exactly from 2^-14 to 65504, below that to
  * 2^-25.
@@ -3721,12 +3727,10 @@ static void free_matrix(Matrix *m) {
     else gpu_linear_free(&m->w4a8);
 }
 
-const char *gpu_name(void) {
-    static cudaDeviceProp properties;
-    int count;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return NULL;
-    if (!properties.major) cuda_check(cudaGetDeviceProperties(&properties, 0), "GPU");
-    return properties.major >= 8 ? properties.name : NULL;
+static size_t gpu_free_memory(void) {
+    size_t free, total;
+    cuda_check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    return free;
 }
 
 static void require_memory(const char *what, size_t bytes) {
@@ -3736,26 +3740,41 @@ static void require_memory(const char *what, size_t bytes) {
     }
 }
 
-/* What the kernels ask of a model. */
-static void check_shape(const Config *c) {
-    if (c->head_dim != 64 && c->head_dim != 128) {
-        die("-d cuda: heads of %d, expected 64 or 128", c->head_dim);
+bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
+    static cudaDeviceProp properties;
+    int count = 0;
+    if (!properties.major && cudaGetDeviceCount(&count) == cudaSuccess && count > 0)
+        cuda_check(cudaGetDeviceProperties(&properties, 0), "GPU");
+    snprintf(what, size, "%s", properties.name);
+    if (properties.major < 8) {
+        snprintf(what, size, "found no GPU of compute capability 8.0 or newer");
+    } else if (c->head_dim != 64 && c->head_dim != 128) {
+        snprintf(what, size, "heads of %d, on the GPU 64 or 128", c->head_dim);
+    } else if (c->n_heads / c->n_kv_heads > 16 * WARPS) {
+        snprintf(what, size, "%d query heads share a KV head, on the GPU at most %d",
+                 c->n_heads / c->n_kv_heads, 16 * WARPS);
+    } else if (c->dim % 8 || c->hidden_dim % 8) {
+        snprintf(what, size, "dim %d and ffn %d, on the GPU multiples of 8", c->dim, c->hidden_dim);
+    } else {
+        for (int k = 0, N, K; w4a8 && k < N_LINEARS; k++) {
+            linear_shape(c, k, &N, &K);
+            if (N % 64 == 0 && K % UNIT == 0) continue;
+            snprintf(what, size, "%s is %d x %d, on the GPU multiples of 64", linear_names[k], N,
+                     K);
+            return false;
+        }
+        return true;
     }
-    if (c->dim % 8 || c->hidden_dim % 8) {
-        die("-d cuda: dim %d and ffn %d must be multiples of 8", c->dim, c->hidden_dim);
-    }
-    if (c->n_heads / c->n_kv_heads > 16 * WARPS) {
-        die("-d cuda: %d query heads share a KV head, at most %d can", c->n_heads / c->n_kv_heads,
-            16 * WARPS);
-    }
+    return false;
 }
 
-GpuModel *gpu_model_load(const Model *m) {
+/* Uploads a model straight from the mapped file: W4A8 as section 2 wants it, all else as halves.
+ * Too little GPU memory ends the program with how much is needed. */
+static GpuModel *gpu_model_load(const Model *m) {
     GpuModel *g = (GpuModel *)allocate(1, sizeof *g);
     const Config *c = &g->config;
     g->config = m->config;
     g->quantized = m->group_size != 0;
-    check_shape(c);
     const bool tied = m->lm_head.w == m->embedding.w;
     const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
     size_t layer_bytes = 2 * c->dim * sizeof(float);
@@ -3790,7 +3809,7 @@ GpuModel *gpu_model_load(const Model *m) {
     return g;
 }
 
-void gpu_model_free(GpuModel *g) {
+static void gpu_model_free(GpuModel *g) {
     for (int i = 0; i < g->config.n_layers; i++) {
         GpuLayer *l = &g->layers[i];
         Matrix *matrices[] = {&l->qkv, &l->o, &l->gate_up, &l->down};
@@ -3805,22 +3824,14 @@ void gpu_model_free(GpuModel *g) {
     free(g);
 }
 
-size_t gpu_model_bytes(const GpuModel *g) {
-    return g->bytes;
-}
-
-size_t gpu_step_bytes(const GpuModel *g) {
+/* Bytes that a decode step reads of them. */
+static size_t gpu_step_bytes(const GpuModel *g) {
     size_t table = (size_t)g->config.vocab_size * g->config.dim * sizeof(half);
     return g->lm_head.w == g->embedding ? g->bytes : g->bytes - table;
 }
 
-size_t gpu_free_memory(void) {
-    size_t free, total;
-    cuda_check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
-    return free;
-}
-
-double gpu_copy_bandwidth(void) {
+/* Bytes a second that a large copy within GPU memory reads and writes. */
+static double gpu_copy_bandwidth(void) {
     size_t bytes = min(gpu_free_memory() / 4, (size_t)1 << 30);
     uint8_t *buffer = (uint8_t *)device_alloc(2 * bytes);
     cudaEvent_t start, stop;
@@ -3883,7 +3894,7 @@ static size_t place_buffers(GpuState *s) {
     take(s->values, cache);
     take(s->rope, (size_t)s->context * (c->head_dim / 4));
     take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
-    take(s->nll, LOGIT_ROWS);
+    take(s->scores, LOGIT_ROWS);
     take(s->partial, B * decode_rows(c) * s->splits * HEADS * (c->head_dim + 2));
     take(s->arrived, B * (decode_rows(c) + 1));
     uint8_t *workspace;
@@ -3906,7 +3917,7 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context) {
     return s;
 }
 
-size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context) {
+static size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context) {
     return plan_state(g, n_sequences, context).bytes + gemm_workspace_bytes();
 }
 
@@ -3919,7 +3930,7 @@ static void upload_rope(const Config *c, int context, float4 *to) {
     free(rope);
 }
 
-GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
+static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
     const Config *c = &g->config;
     char what[100];
     snprintf(what, sizeof what, "%d sequences of %d tokens", n_sequences, context);
@@ -3942,7 +3953,7 @@ GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
     return s;
 }
 
-void gpu_state_free(GpuState *s) {
+static void gpu_state_free(GpuState *s) {
     cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
     if (s->step) cuda_check(cudaGraphExecDestroy(s->step), "cudaGraphExecDestroy");
     cublas_check(cublasDestroy(s->cublas));
@@ -3954,40 +3965,94 @@ void gpu_state_free(GpuState *s) {
     free(s);
 }
 
-/* ---- perplexity ------------------------------------------------------------------------------ */
+/* ---- the engine ------------------------------------------------------------------------------ */
 
-/* The mean of -log p of a window's tokens after the first. */
-static double window_loss(void *state, const int *window, int length) {
-    GpuState *s = (GpuState *)state;
-    check_tokens(s, window, length, 0);
-    double sum = 0;
-    for (int done = 0, n = 0; done < length; done += n) {
-        n = min(length - done, s->max_T);
-        forward_chunk(s, 0, window + done, n, done);
-        int known = min(n, length - 1 - done); // whose next token is in the window
-        upload(s, s->tokens, window + done + 1, known * sizeof *window);
-        for (int t = 0; t < known; t += LOGIT_ROWS) {
-            double nll[LOGIT_ROWS];
-            int rows = min(LOGIT_ROWS, known - t);
-            lm_head(s, t, rows);
-            launch(nll_kernel, {dim3(rows), THREADS}, s->stream, s->logits,
-                   s->model->config.vocab_size, s->tokens + t, s->nll);
-            cuda_check(
-                cudaMemcpyAsync(nll, s->nll, rows * sizeof *nll, cudaMemcpyDeviceToHost, s->stream),
-                "download of losses");
-            cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
-            for (int i = 0; i < rows; i++) sum += nll[i];
-        }
-    }
-    return sum / (length - 1);
+struct GpuEngine : Engine {
+    GpuModel *weights;
+    GpuState *state; // NULL before start()
+};
+
+static GpuState *state_of(Engine *e) {
+    return static_cast<GpuEngine *>(e)->state;
 }
 
-double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, int max_windows,
-                      int *windows, void (*progress)(int done, int total)) {
-    GpuState *s = gpu_state_new(g, 1, length);
-    double ppl = mean_perplexity(window_loss, s, tokens, n, length, max_windows, windows, progress);
-    gpu_state_free(s);
-    return ppl;
+static void free_state(GpuEngine *e) {
+    if (e->state) gpu_state_free(e->state);
+    e->state = NULL;
+}
+
+static bool engine_fits(Engine *engine, int n_sequences, int context) {
+    GpuEngine *e = static_cast<GpuEngine *>(engine);
+    free_state(e);
+    e->state_bytes = gpu_state_bytes(e->weights, n_sequences, context);
+    return e->state_bytes <= gpu_free_memory();
+}
+
+static void engine_start(Engine *engine, int n_sequences, int context) {
+    GpuEngine *e = static_cast<GpuEngine *>(engine);
+    free_state(e);
+    e->state = gpu_state_new(e->weights, n_sequences, context);
+    e->state_bytes = gpu_state_bytes(e->weights, n_sequences, context);
+    e->n_sequences = n_sequences;
+    e->context = context;
+}
+
+static void engine_feed(Engine *e, int sequence, const int *tokens, int n, int pos) {
+    if (n == 1 && e->n_sequences == 1) gpu_decode(state_of(e), tokens, &pos);
+    else gpu_prefill(state_of(e), sequence, tokens, n, pos);
+}
+
+static void engine_score(Engine *e, int sequence, const int *tokens, int n, int pos,
+                         Score *scores) {
+    GpuState *s = state_of(e);
+    check_tokens(s, tokens, n, pos);
+    for (int done = 0, T = 0; done < n - 1; done += T) { // the last token is only a target
+        T = min(n - 1 - done, s->max_T);
+        forward_chunk(s, sequence, tokens + done, T, pos + done);
+        upload(s, s->tokens, tokens + done + 1, T * sizeof *tokens);
+        for (int t = 0; t < T; t += LOGIT_ROWS) {
+            int rows = min(LOGIT_ROWS, T - t);
+            lm_head(s, t, rows);
+            launch(score_kernel, {dim3(rows), THREADS}, s->stream, s->logits,
+                   e->model->config.vocab_size, s->tokens + t, s->scores);
+            cuda_check(cudaMemcpyAsync(scores + done + t, s->scores, rows * sizeof *scores,
+                                       cudaMemcpyDeviceToHost, s->stream),
+                       "download of scores");
+            cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+        }
+    }
+}
+
+static void engine_free(Engine *engine) {
+    GpuEngine *e = static_cast<GpuEngine *>(engine);
+    free_state(e);
+    gpu_model_free(e->weights);
+    free(e);
+}
+
+Engine *gpu_engine(const Model *m, int kv_bits) {
+    if (kv_bits != 16) die("-k %d: on the GPU the KV cache has 16 bits", kv_bits);
+    const Config *c = &m->config;
+    GpuEngine *e = (GpuEngine *)allocate(1, sizeof *e);
+    e->weights = gpu_model_load(m);
+    e->model = m;
+    e->on_gpu = true;
+    e->kv_bits = kv_bits;
+    e->position_bytes = 2 * sizeof(half) * c->n_layers * c->n_kv_heads * c->head_dim;
+    e->weight_bytes = e->weights->bytes;
+    e->step_bytes = gpu_step_bytes(e->weights);
+    e->start = engine_start;
+    e->fits = engine_fits;
+    e->feed = engine_feed;
+    e->step = [](Engine *e, const int *tokens, const int *positions) {
+        gpu_decode(state_of(e), tokens, positions);
+    };
+    e->chosen = [](Engine *e) { return gpu_chosen(state_of(e)); };
+    e->logits = [](Engine *e) { return gpu_logits(state_of(e)); };
+    e->score = engine_score;
+    e->bandwidth = gpu_copy_bandwidth;
+    e->free = engine_free;
+    return e;
 }
 
 /* ---- memory ---------------------------------------------------------------------------------- */
@@ -4119,14 +4184,6 @@ static void plan_quantizer(GpuQuantizer *q, size_t most_memory) {
 
 GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Linear *embedding,
                                 const int *tokens, int n_windows, int length, size_t most_memory) {
-    check_shape(c);
-    for (int k = 0; k < N_LINEARS; k++) {
-        int N, K;
-        linear_shape(c, k, &N, &K);
-        if (N % 64 || K % 64)
-            die("-d cuda: %s is %d x %d, expected multiples of 64 (-d cpu takes any)",
-                linear_names[k], N, K);
-    }
     GpuQuantizer *q = (GpuQuantizer *)allocate(1, sizeof *q);
     q->config = *c;
     q->method = *method;

@@ -246,62 +246,44 @@ void state_free(State *s) {
     free(s);
 }
 
-/* ---- perplexity ---- */
+/* ---- tokens from logits, and perplexity ---- */
 
-/* -log softmax(logits)[target] */
-static double negative_log_likelihood(const float *logits, int n, int target) {
+int argmax(const float *logits, int n) {
+    int best = 0;
+    for (int i = 0; i < n; i++) {
+        if (!isfinite(logits[i])) return -1;
+        if (logits[i] > logits[best]) best = i;
+    }
+    return best;
+}
+
+Score score(const float *logits, int n, int token) {
     float max = logits[0];
     for (int i = 1; i < n; i++) max = logits[i] > max ? logits[i] : max;
     double sum = 0;
     for (int i = 0; i < n; i++) sum += expf(logits[i] - max);
-    return log(sum) + max - logits[target];
+    return (Score){log(sum) + max - logits[token], logits[token] == max};
 }
 
-double mean_perplexity(double (*loss)(void *engine, const int *window, int length), void *engine,
-                       const int *tokens, int n, int length, int max_windows, int *windows,
-                       void (*progress)(int done, int total)) {
+Perplexity perplexity(Engine *e, const int *tokens, int n, int length, int max_windows,
+                      void (*progress)(int done, int total)) {
     int total = n / length;
     if (max_windows > 0 && total > max_windows) total = max_windows;
-    double sum = 0;
+    e->start(e, 1, length);
+    Score *scores = allocate(length, sizeof *scores);
+    double sum = 0, squares = 0;
     for (int w = 0; w < total; w++) {
-        sum += loss(engine, tokens + (size_t)w * length, length);
+        double loss = 0;
+        e->score(e, 0, tokens + (size_t)w * length, length, 0, scores);
+        for (int t = 0; t < length - 1; t++) loss += scores[t].nll;
+        loss /= length - 1;
+        sum += loss;
+        squares += loss * loss;
         if (progress) progress(w + 1, total);
     }
-    *windows = total;
-    return exp(sum / total);
-}
-
-typedef struct {
-    const Model *model;
-    State *state;
-} Engine;
-
-static double window_loss(void *engine, const int *window, int length) {
-    const Model *m = ((Engine *)engine)->model;
-    State *s = ((Engine *)engine)->state;
-    int vocab = m->config.vocab_size;
-    forward(m, s, window, length, 0);
-    double sum = 0;
-    for (int t = 0; t < length - 1; t += LOGIT_ROWS) {
-        double nll[LOGIT_ROWS];
-        int rows = length - 1 - t < LOGIT_ROWS ? length - 1 - t : LOGIT_ROWS;
-        const float *rows_logits = logits(m, s, t, rows);
-#pragma omp parallel for
-        for (int i = 0; i < rows; i++)
-            nll[i] =
-                negative_log_likelihood(rows_logits + (size_t)i * vocab, vocab, window[t + i + 1]);
-        for (int i = 0; i < rows; i++) sum += nll[i];
-    }
-    return sum / (length - 1);
-}
-
-double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
-                  int *windows, void (*progress)(int done, int total)) {
-    State *s = state_new(&m->config, length, length);
-    double ppl = mean_perplexity(window_loss, &(Engine){m, s}, tokens, n, length, max_windows,
-                                 windows, progress);
-    state_free(s);
-    return ppl;
+    free(scores);
+    double mean = sum / total, variance = (squares / total - mean * mean) * total / (total - 1);
+    return (Perplexity){exp(mean), exp(mean) * sqrt(variance / total), total};
 }
 
 /* ============================================================================================
@@ -1777,6 +1759,154 @@ void show_progress(const char *what, int done, int total, double seconds_left) {
 
 void show_windows(int done, int total) {
     show_progress("windows", done, total, -1);
+}
+
+/* ---- the engine on the CPU ---- */
+
+enum { PROMPT_CHUNK = 512 }; // tokens that one forward() takes
+
+typedef struct {
+    Engine engine;
+    State *state;        // NULL before start()
+    const float *logits; // [vocab_size] after the last token fed
+    int pos, chosen;     // the position that follows it
+} CpuEngine;
+
+static bool engine_fits(Engine *engine, int n_sequences, int context) {
+    engine->state_bytes = engine->position_bytes * context;
+    return n_sequences == 1;
+}
+
+static void engine_start(Engine *engine, int n_sequences, int context) {
+    CpuEngine *e = (CpuEngine *)engine;
+    if (e->state) state_free(e->state);
+    e->state =
+        state_new(&engine->model->config, context, context < PROMPT_CHUNK ? context : PROMPT_CHUNK);
+    engine->n_sequences = n_sequences;
+    engine->context = context;
+    engine->state_bytes = engine->position_bytes * context;
+}
+
+/* forward() in chunks: tokens first .. first + *T - 1 are a chunk of tokens [n]. */
+static void next_chunk(CpuEngine *e, const int *tokens, int n, int first, int pos, int *T) {
+    *T = n - first < e->state->max_T ? n - first : e->state->max_T;
+    forward(e->engine.model, e->state, tokens + first, *T, pos + first);
+}
+
+static void engine_feed(Engine *engine, int sequence, const int *tokens, int n, int pos) {
+    CpuEngine *e = (CpuEngine *)engine;
+    (void)sequence; // there is one
+    int T = 0;
+    for (int i = 0; i < n; i += T) next_chunk(e, tokens, n, i, pos, &T);
+    e->logits = logits(engine->model, e->state, T - 1, 1);
+    e->pos = pos + n;
+}
+
+static const int *engine_chosen(Engine *engine) {
+    CpuEngine *e = (CpuEngine *)engine;
+    e->chosen = argmax(e->logits, engine->model->config.vocab_size);
+    return &e->chosen;
+}
+
+static const float *engine_logits(Engine *engine) {
+    return ((CpuEngine *)engine)->logits;
+}
+
+static void engine_step(Engine *engine, const int *tokens, const int *positions) {
+    int token = tokens ? *tokens : *engine_chosen(engine);
+    engine_feed(engine, 0, &token, 1, positions ? *positions : ((CpuEngine *)engine)->pos);
+}
+
+static void engine_score(Engine *engine, int sequence, const int *tokens, int n, int pos,
+                         Score *scores) {
+    CpuEngine *e = (CpuEngine *)engine;
+    size_t vocab = engine->model->config.vocab_size;
+    (void)sequence;
+    for (int i = 0, T; i < n - 1; i += T) {
+        next_chunk(e, tokens, n - 1, i, pos, &T);
+        for (int t = 0; t < T; t += LOGIT_ROWS) {
+            int rows = T - t < LOGIT_ROWS ? T - t : LOGIT_ROWS;
+            const float *l = logits(engine->model, e->state, t, rows);
+#pragma omp parallel for
+            for (int r = 0; r < rows; r++)
+                scores[i + t + r] = score(l + r * vocab, vocab, tokens[i + t + r + 1]);
+        }
+    }
+}
+
+/* Bytes a second that all threads together read: the best of some passes over 512 MB, which fit in
+ * no cache. */
+static double memory_bandwidth(void) {
+    const size_t n = (size_t)64 << 20;
+    uint64_t *buffer = allocate(n, sizeof *buffer), total = 0;
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i++) buffer[i] = i; // so that every page is there, near its reader
+    double best = INFINITY;
+    for (int pass = 0; pass < 8; pass++) {
+        double start = seconds();
+#pragma omp parallel for schedule(static) reduction(+ : total)
+        for (size_t i = 0; i < n; i++) total += buffer[i];
+        best = fmin(best, seconds() - start);
+    }
+    if (total != 8 * (n / 2 * (n - 1))) die("the memory does not hold what was written to it");
+    free(buffer);
+    return n * sizeof *buffer / best;
+}
+
+static void engine_free(Engine *engine) {
+    CpuEngine *e = (CpuEngine *)engine;
+    if (e->state) state_free(e->state);
+    free(e);
+}
+
+Engine *engine_new(const Model *m, bool on_gpu, int kv_bits) {
+    if (on_gpu) return gpu_engine(m, kv_bits);
+    if (kv_bits != 16) die("-k %d: on the CPU the KV cache is float32 (-k 16)", kv_bits);
+    const Config *c = &m->config;
+    CpuEngine *e = allocate(1, sizeof *e);
+    e->engine =
+        (Engine){.model = m,
+                 .kv_bits = kv_bits,
+                 .position_bytes = 2 * sizeof(float) * c->n_layers * c->n_kv_heads * c->head_dim,
+                 .weight_bytes = model_bytes(m),
+                 .step_bytes = model_bytes(m),
+                 .start = engine_start,
+                 .fits = engine_fits,
+                 .feed = engine_feed,
+                 .step = engine_step,
+                 .chosen = engine_chosen,
+                 .logits = engine_logits,
+                 .score = engine_score,
+                 .bandwidth = memory_bandwidth,
+                 .free = engine_free};
+    return &e->engine;
+}
+
+bool choose_gpu(Device device, const Config *c, bool w4a8, char *where, size_t size) {
+    char what[300] = "";
+    bool gpu = device != CPU && gpu_can_run && gpu_can_run(c, w4a8, what, sizeof what);
+    if (device == CUDA && !gpu_can_run)
+        die_usage("-d cuda: this program was built without CUDA, only -d cpu works");
+    if (device == CUDA && !gpu) die("-d cuda: %s", what);
+    snprintf(where, size, gpu ? "%s%s" : *what ? "%s: %s" : "%s", gpu ? "" : "the CPU", what);
+    return gpu;
+}
+
+void print_perplexity(const Checkpoint *c, Engine *e, const char *where, const char *label,
+                      const char *path, int length) {
+    const Config *config = &e->model->config;
+    if (!length) length = config->max_context < 2048 ? config->max_context : 2048;
+    int n, *tokens = text_tokens(c, config->bos, path, &n);
+    if (n < length) die("%s: it has %d tokens, a window needs %d (-l sets it)", path, n, length);
+    if (where) describe_model(c, e->model, where);
+    Perplexity p = perplexity(e, tokens, n, length, 0, show_windows);
+    free(tokens);
+    if (!isfinite(p.mean))
+        die("%s: the perplexity is %f: the weights are damaged", c->path, p.mean);
+    printf("%sperplexity %.4f (%d windows of %d)", label, p.mean, p.windows, length);
+    if (p.windows > 1) printf(", standard error %.2f", p.error);
+    putchar('\n');
+    fflush(stdout);
 }
 
 /* ---- JSON ---- */

@@ -142,17 +142,83 @@ void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, flo
 /* Angles of LLaMA 3's rotary embedding in double: cos and sin of position pos, [head_dim/2][2]. */
 void rope_angles(const Config *c, int pos, float *cos_sin);
 
+/* The first of the largest of logits [n]; -1 if one of them is NaN or infinite. */
+int argmax(const float *logits, int n);
+
+/* What a token costs after those before it: -log p, p its softmax among logits [n]; and whether no
+ * other's logit is larger. */
+typedef struct {
+    double nll;
+    bool likeliest;
+} Score;
+
+Score score(const float *logits, int n, int token);
+
+/* ---- the engine: a model at work, on the CPU (qqq.c) or the GPU (kernels.cu) ----------------- */
+
+/* A model that runs. After start() it holds n_sequences sequences side by side, each a KV cache of
+ * `context` positions; the engine owns them, and the arrays that it returns until its next call.
+ * Where a sequence goes on at an earlier position, what stood from there on is forgotten: so one
+ * context can be tried with several continuations. */
+typedef struct Engine Engine;
+struct Engine {
+    const Model *model;
+    bool on_gpu;
+    int kv_bits;                     // of the KV cache
+    size_t weight_bytes, step_bytes; // memory of the weights; what a step reads of them
+    size_t position_bytes;           // KV cache of one position of one sequence
+    int n_sequences, context;        // as start() had them
+    size_t state_bytes;              // memory beside the weights: all on the GPU, else the cache
+
+    // The first call, and again to begin anew in other sizes; too little memory ends the program.
+    // fits() tells beforehand whether there is enough, sets state_bytes and ends what was started.
+    // The CPU takes one sequence.
+    void (*start)(Engine *e, int n_sequences, int context);
+    bool (*fits)(Engine *e, int n_sequences, int context);
+
+    // Runs tokens [n], n >= 1, of one sequence at positions pos .. pos + n - 1.
+    void (*feed)(Engine *e, int sequence, const int *tokens, int n, int pos);
+
+    // One token more for each sequence: tokens [n_sequences] at positions [n_sequences]; or, both
+    // NULL, the token chosen by the call before, at the position after its. On the GPU it returns
+    // before the work is done.
+    void (*step)(Engine *e, const int *tokens, const int *positions);
+
+    // After feed() or step(): the likeliest next token of each sequence [n_sequences], as argmax();
+    // and the logits, [vocab_size] after feed(), [n_sequences][vocab_size] after step().
+    const int *(*chosen)(Engine *e);
+    const float *(*logits)(Engine *e);
+
+    // feed() of all but the last of tokens [n], n >= 2, which sets scores [n - 1] of all but the
+    // first, each after those before it. chosen() and logits() are lost.
+    void (*score)(Engine *e, int sequence, const int *tokens, int n, int pos, Score *scores);
+
+    double (*bandwidth)(void); // bytes a second of the memory that it reads from, measured
+    void (*free)(Engine *e);
+};
+
+/* Where a model will run, as -d asks. ANY: on the GPU, if there is one that can run it, W4A8 or in
+ * 16 bits; else, and with CPU, on the CPU. where [size] says it: "the CPU: found no GPU". CUDA that
+ * cannot be had ends the program. */
+typedef enum { ANY, CPU, CUDA } Device;
+bool choose_gpu(Device device, const Config *c, bool w4a8, char *where, size_t size);
+
+/* An engine for a model, which must outlive it. kv_bits: 16, which on the CPU means float32; others
+ * end the program. e->free(e) releases it. */
+Engine *engine_new(const Model *m, bool on_gpu, int kv_bits);
+
 /* Perplexity of tokens [n] in consecutive windows of `length` (the last, shorter one is left out):
  * exp of the mean over windows of the mean negative log-likelihood of the length - 1 tokens after
- * the first. Sets *windows; at most max_windows are run (0: all). NaN if there is no window.
- * progress(done, total), if not NULL, is called after each window. */
-double perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
-                  int *windows, void (*progress)(int done, int total));
+ * the first. `error` is its standard error, from the spread over windows (NaN with one). */
+typedef struct {
+    double mean, error; // NaN if there is no window
+    int windows;
+} Perplexity;
 
-/* The same by any engine: loss() is the mean of -log p of a window's tokens after the first. */
-double mean_perplexity(double (*loss)(void *engine, const int *window, int length), void *engine,
-                       const int *tokens, int n, int length, int max_windows, int *windows,
-                       void (*progress)(int done, int total));
+/* At most max_windows are run (0: all). progress(done, total), if not NULL, is called after each.
+ * It starts the engine. */
+Perplexity perplexity(Engine *e, const int *tokens, int n, int length, int max_windows,
+                      void (*progress)(int done, int total));
 
 /* ---- qqq.c 2: W4A8 numbers ------------------------------------------------------------------ */
 
@@ -494,6 +560,11 @@ void writer_put(Writer *w, const char *name, const void *data, size_t bytes);
 /* Syncs the file, renames it to its target and frees the writer. Returns its size in bytes. */
 size_t writer_close(Writer *w);
 
+/* perplexity() of a text file, with its BOS, printed as one line after `label`; length 0: 2048 or
+ * the model's context, if less. Unless `where` is NULL the model is described before. */
+void print_perplexity(const Checkpoint *c, Engine *e, const char *where, const char *label,
+                      const char *path, int length);
+
 /* ---- tokenizer.c: LLaMA 3's byte-level BPE ------------------------------------------------- */
 
 typedef struct Tokenizer Tokenizer;
@@ -606,74 +677,17 @@ void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cud
 
 /* ---- kernels.cu 1: the forward pass on the GPU ----------------------------------------------- */
 
-/* These are in programs that are linked with kernels.cu. In others they are NULL: hence "weak". A
- * program asks `gpu_name && gpu_name()` first. */
-#pragma weak gpu_name
-#pragma weak gpu_model_load
-#pragma weak gpu_model_free
-#pragma weak gpu_model_bytes
-#pragma weak gpu_step_bytes
-#pragma weak gpu_free_memory
-#pragma weak gpu_state_new
-#pragma weak gpu_state_free
-#pragma weak gpu_state_bytes
-#pragma weak gpu_prefill
-#pragma weak gpu_decode
-#pragma weak gpu_logits
-#pragma weak gpu_chosen
-#pragma weak gpu_perplexity
-#pragma weak gpu_copy_bandwidth
+/* These are in programs that are linked with kernels.cu. In others they are NULL: hence "weak". */
+#pragma weak gpu_can_run
+#pragma weak gpu_engine
 
-/* The GPU's name, owned by the callee; NULL if there is none of sm_80 or newer. */
-const char *gpu_name(void);
+/* Whether there is a GPU of sm_80 or newer and its kernels can run such a model, W4A8 or 16-bit.
+ * what [size] gets the GPU's name, or else why not. */
+bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size);
 
-/* A model's weights in GPU memory: W4A8 as section 2 wants them, all else as halves. */
-typedef struct GpuModel GpuModel;
-
-/* Uploads a model straight from the mapped file, which is not needed afterwards. Too little GPU
- * memory ends the program with how much is needed. */
-GpuModel *gpu_model_load(const Model *m);
-void gpu_model_free(GpuModel *g);
-
-/* Bytes of GPU memory that the weights take; and those that a decode step reads. */
-size_t gpu_model_bytes(const GpuModel *g);
-size_t gpu_step_bytes(const GpuModel *g);
-
-/* Bytes of GPU memory that nobody uses. */
-size_t gpu_free_memory(void);
-
-/* n_sequences sequences that run side by side: their KV cache in halves, and all buffers. */
-typedef struct GpuState GpuState;
-
-GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context);
-void gpu_state_free(GpuState *s);
-
-/* GPU memory that a state needs beside the model. */
-size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context);
-
-/* Runs T tokens of one sequence, at positions pos .. pos + T - 1, in chunks. */
-void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int pos);
-
-/* One token more for each sequence: tokens [n_sequences] at positions [n_sequences]; or, if NULL,
- * the likeliest token after the call before, at the position after its. One graph launch; it
- * returns before the GPU has finished. */
-void gpu_decode(GpuState *s, const int *tokens, const int *positions);
-
-/* Logits [1][vocab_size] after the last gpu_prefill(), or [n_sequences][vocab_size] after the last
- * gpu_decode(); the state's, until the next call. */
-const float *gpu_logits(GpuState *s);
-
-/* The likeliest token of each sequence [n_sequences], of equals the smallest; -1: a logit is not
- * finite. The state's, until the next call. */
-const int *gpu_chosen(GpuState *s);
-
-/* perplexity() on the GPU. */
-double gpu_perplexity(const GpuModel *g, const int *tokens, int n, int length, int max_windows,
-                      int *windows, void (*progress)(int done, int total));
-
-/* Bytes a second that a large copy within GPU memory reads and writes: what all else is measured
- * against. */
-double gpu_copy_bandwidth(void);
+/* The engine on the GPU. The weights are uploaded straight from the mapped file; too little GPU
+ * memory for them ends the program with how much is needed. */
+Engine *gpu_engine(const Model *m, int kv_bits);
 
 /* ---- kernels.cu 5: quantization on the GPU --------------------------------------------------- */
 

@@ -49,10 +49,10 @@ typedef struct {
     int n_windows, length; // n_windows 0: not given
     uint64_t seed;
     const char *eval; // NULL: none
-    enum { ANY, CPU, CUDA } device;
-    size_t most_memory;   // bytes on the GPU, 0: not given
-    const char *gpu;      // its name; NULL: on the CPU
-    const char *gpu_note; // why not, for want of a GPU
+    Device device;
+    size_t most_memory; // bytes on the GPU, 0: not given
+    bool gpu;           // it runs there
+    char where[300];    // on the GPU or the CPU, and why
 } Options;
 
 /* MODEL without a trailing slash or .bin, and -w4a8.bin, or .bin if it is only converted. */
@@ -61,22 +61,6 @@ static char *default_out(const char *model, bool convert) {
     while (n > 1 && model[n - 1] == '/') n--;
     if (n > 4 && !strncmp(model + n - 4, ".bin", 4)) n -= 4;
     return format_text("%.*s%s", (int)n, model, convert ? ".bin" : "-w4a8.bin");
-}
-
-/* The device that -d asks for: by default the GPU, if there is one that can do what is asked. */
-static void find_gpu(Options *o) {
-    if (o->device == CUDA && !gpu_quantizer_new)
-        die_usage("-d cuda: this program was built without CUDA, only -d cpu works");
-    if (o->device == CUDA && o->method.smooth == 2)
-        die_usage("-a 2: the exhaustive search runs on the CPU only (-d cpu)");
-    if (o->device == CPU || !gpu_quantizer_new || o->convert) return;
-    o->gpu = gpu_name();
-    if (!o->gpu && o->device == CUDA)
-        die("-d cuda: found no GPU of compute capability 8.0 or newer");
-    if (!o->gpu) o->gpu_note = "the CPU: no GPU found";
-    if (o->method.smooth < 2) return;
-    o->gpu = NULL;
-    o->gpu_note = "the CPU: -a 2 has no GPU version";
 }
 
 /* Before a linear is quantized: which one, and when all will be. */
@@ -130,9 +114,10 @@ static Options parse_options(int argc, char **argv) {
         }
     }
     if (!o.model) die_usage("no MODEL; ./quantize -h shows how");
+    if (o.device == CUDA && o.method.smooth == 2)
+        die_usage("-a 2: the exhaustive search runs on the CPU only (-d cpu)");
     if (!o.out) o.out = default_out(o.model, o.convert);
     if (!o.calibration) o.calibration = beside_program("data/calib.txt");
-    find_gpu(&o);
     return o;
 }
 
@@ -160,28 +145,15 @@ static int *calibration_tokens(const Options *o, const Checkpoint *checkpoint, c
     for (int i = 0; i < *n_windows * o->length; i++)
         if (tokens[i] >= c->vocab_size)
             die("%s: token %d is outside the embedding", o->calibration, tokens[i]);
-    const char *note = o->gpu ? o->gpu : o->gpu_note;
-    fprintf(stderr, "calibration: %s, %d windows of %d%s%s\n", base_name(o->calibration),
-            *n_windows, o->length, note ? ", on " : "", note ? note : "");
+    fprintf(stderr, "calibration: %s, %d windows of %d, on %s\n", base_name(o->calibration),
+            *n_windows, o->length, o->where);
     return tokens;
 }
 
-static void print_perplexity(const Options *o, const Checkpoint *c, const Model *m,
-                             const char *what) {
-    int length = m->config.max_context < 2048 ? m->config.max_context : 2048;
-    int n, windows, *tokens = text_tokens(c, m->config.bos, o->eval, &n);
-    if (n < length) die("%s: its %d tokens give no window of %d", o->eval, n, length);
-    double ppl;
-    if (o->gpu) {
-        GpuModel *gpu = gpu_model_load(m);
-        ppl = gpu_perplexity(gpu, tokens, n, length, 0, &windows, show_windows);
-        gpu_model_free(gpu);
-    } else {
-        ppl = perplexity(m, tokens, n, length, 0, &windows, show_windows);
-    }
-    printf("%s: perplexity %.4f (%d windows of %d)\n", what, ppl, windows, length);
-    fflush(stdout);
-    free(tokens);
+static void evaluate(const Options *o, const Checkpoint *c, const Model *m, const char *label) {
+    Engine *e = engine_new(m, o->gpu, 16);
+    print_perplexity(c, e, NULL, label, o->eval, 0);
+    e->free(e);
 }
 
 /* ---- 3: what is written -------------------------------------------------------------------- */
@@ -365,9 +337,12 @@ static void quantize(Options *o, const Checkpoint *c) {
     if (m->group_size) die("%s: it is quantized already: %s", o->model, c->quantization);
     if (o->rotate) check_rotation(config);
     check_group_size(o->model, config, o->method.group_size);
+    // The exhaustive search has no GPU version.
+    o->gpu = choose_gpu(o->method.smooth == 2 ? CPU : o->device, config, true, o->where,
+                        sizeof o->where);
     require_finite(&m->embedding, "model.embed_tokens");
     require_finite(&m->lm_head, "lm_head");
-    if (o->eval) print_perplexity(o, c, m, "before");
+    if (o->eval) evaluate(o, c, m, "before: ");
 
     int8_t *signs = allocate(config->dim, 1);
     random_signs(o->seed, config->dim, signs);
@@ -396,7 +371,7 @@ static void quantize(Options *o, const Checkpoint *c) {
     if (!o->eval) return;
     Checkpoint *file = checkpoint_open(o->out);
     m = model_load(file);
-    print_perplexity(o, file, m, "after");
+    evaluate(o, file, m, "after: ");
     model_free(m);
     checkpoint_close(file);
 }

@@ -1,13 +1,12 @@
 /* run: a LLaMA 3.1 model at work, 16-bit or W4A8. Top to bottom:
  *
- *   1 options · 2 sampling · 3 the model and its tokens · 4 generate · 5 chat · 6 perplexity and
- *   token ids · 7 benchmark · main
+ *   1 options · 2 sampling · 3 the model and its tokens · 4 generate · 5 chat · 6 token ids ·
+ *   7 benchmark · main
  *
  * Text goes to stdout, everything else to stderr. */
 #define _POSIX_C_SOURCE 200809L
 #include <ctype.h>
 #include <errno.h>
-#include <float.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
@@ -19,8 +18,6 @@
 #include <unistd.h>
 
 #include "qqq.h"
-
-enum { PROMPT_CHUNK = 512 }; // tokens of a prompt that one forward() takes
 
 /* ---- 1: options ---------------------------------------------------------------------------- */
 
@@ -46,10 +43,10 @@ static const char usage[] =
     "\n"
     "  -l TOKENS          context (8192 or the model's, if less); with -e the window (2048)\n"
     "  -d cpu|cuda        device (cuda if there is a GPU)\n"
+    "  -k 16|8|4          bits of the KV cache (16)\n"
     "  -h                 this help\n";
 
 typedef enum { GENERATE, CHAT, PERPLEXITY, TOKEN_IDS, BENCHMARK } Task;
-typedef enum { ANY, CPU, CUDA } Device;
 
 typedef struct {
     char *model;
@@ -59,13 +56,15 @@ typedef struct {
     uint64_t seed;
     int n_tokens;       // to generate; 0: no limit
     int length;         // -l; 0: not given
+    int kv_bits;        // of the KV cache
     const char *prompt; // NULL: none
     const char *system; // NULL: none
     const char *file;   // of -e or -x
 } Options;
 
 static Options parse_options(int argc, char **argv) {
-    Options o = {.task = GENERATE, .temperature = 1.0f, .top_p = 0.9f, .n_tokens = -1};
+    Options o = {
+        .task = GENERATE, .temperature = 1.0f, .top_p = 0.9f, .n_tokens = -1, .kv_bits = 16};
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     o.seed = (uint64_t)now.tv_sec ^ (uint64_t)now.tv_nsec;
@@ -78,7 +77,7 @@ static Options parse_options(int argc, char **argv) {
             continue;
         }
         char flag = arg[1];
-        if (!flag || arg[2] || !strchr("tpsnimyelxbdh", flag))
+        if (!flag || arg[2] || !strchr("tpsnimyelxbdkh", flag))
             die_usage("unknown option %s; ./run -h lists them all", arg);
         const char *value = strchr("bh", flag) ? "" : argv[++i];
         if (!value) die_usage("-%c: its value is missing; ./run -h says which", flag);
@@ -92,6 +91,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 's') o.seed = parse_integer(flag, value, 0, LLONG_MAX);
         if (flag == 'n') o.n_tokens = parse_integer(flag, value, 0, INT_MAX);
         if (flag == 'l') o.length = parse_integer(flag, value, 2, INT_MAX);
+        if (flag == 'k') o.kv_bits = parse_integer(flag, value, 4, 16);
         if (flag == 'i') o.prompt = value;
         if (flag == 'y') o.system = value;
         if (flag == 'm') chat = parse_choice(flag, value, "generate", "chat");
@@ -144,17 +144,6 @@ static Sampler new_sampler(const Options *o, int vocab_size) {
                      .candidates = allocate(vocab_size, sizeof(Candidate))};
 }
 
-/* The largest of the logits, the first of equals. They must be numbers. */
-static int argmax(const float *logits, int n) {
-    int best = 0;
-    for (int i = 0; i < n; i++) {
-        if (!isfinite(logits[i]))
-            die("the logit of token %d is %f: the weights are damaged", i, logits[i]);
-        if (logits[i] > logits[best]) best = i;
-    }
-    return best;
-}
-
 /* By falling weight; equal ones by id, so that the order never depends on the sort. */
 static int compare_candidates(const void *a, const void *b) {
     const Candidate *x = a, *y = b;
@@ -163,10 +152,10 @@ static int compare_candidates(const void *a, const void *b) {
 }
 
 /* A token from softmax(logits / temperature), cut to its nucleus: the fewest likeliest tokens whose
- * probabilities reach top_p (https://arxiv.org/abs/1904.09751). */
+ * probabilities reach top_p (https://arxiv.org/abs/1904.09751). -1: a logit is not finite. */
 static int sample(Sampler *s, const float *logits, int n) {
     int best = argmax(logits, n);
-    if (s->temperature == 0) return best;
+    if (best < 0) return best;
     Candidate *c = s->candidates;
     double sum = 0;
     for (int i = 0; i < n; i++) {
@@ -225,16 +214,12 @@ typedef struct {
     const char *path;
     Checkpoint *checkpoint;
     Model *model;
+    Engine *engine;
+    char where[300];      // it runs
     Tokenizer *tokenizer; // NULL for -b
-    const char *gpu;      // its name; NULL: on the CPU
-    bool fallback;        // for want of a GPU
-    GpuModel *gpu_model;
-    State *state; // NULL on the GPU; -e has its own
-    GpuState *gpu_state;
-    int context;  // positions that either has
-    int pos;      // tokens in the KV cache
-    Tokens queue; // tokens that follow them, not yet fed
-    int stop[17]; // [n_stop] token ids that end a text
+    int pos;              // tokens in the KV cache
+    Tokens queue;         // tokens that follow them, not yet fed
+    int stop[17];         // [n_stop] token ids that end a text
     int n_stop;
     Utf8Stream out; // stdout, cut at characters
     Sampler sampler;
@@ -242,18 +227,14 @@ typedef struct {
 } Session;
 
 /* Says which model it is, where it runs and, if it is quantized, how it was made. */
-static void print_model(const Session *s) {
-    char where[300];
-    snprintf(where, sizeof where, "%s",
-             s->gpu        ? s->gpu
-             : s->fallback ? "the CPU: no GPU found"
-                           : "the CPU");
-    if (s->gpu_state)
-        snprintf(
-            where, sizeof where, "%s, %.2f GB of its memory with a context of %d tokens", s->gpu,
-            (gpu_model_bytes(s->gpu_model) + gpu_state_bytes(s->gpu_model, 1, s->context)) / 1e9,
-            s->context);
-    describe_model(s->checkpoint, s->model, where);
+static void print_model(Session *s) {
+    const Engine *e = s->engine;
+    size_t n = strlen(s->where);
+    if (e->on_gpu && e->state_bytes)
+        snprintf(s->where + n, sizeof s->where - n,
+                 ", %.2f GB of its memory with a context of %d tokens",
+                 (e->weight_bytes + e->state_bytes) / 1e9, e->context);
+    describe_model(s->checkpoint, s->model, s->where);
 }
 
 static Tokenizer *load_tokenizer(const Checkpoint *c) {
@@ -261,20 +242,8 @@ static Tokenizer *load_tokenizer(const Checkpoint *c) {
     return tokenizer_load(c->path, c->tokenizer, c->tokenizer_bytes);
 }
 
-/* The name of the GPU that -d asks for; NULL: the CPU it is. */
-static const char *find_gpu(Device device) {
-    if (device == CPU) return NULL;
-    if (!gpu_name && device == CUDA)
-        die_usage("-d cuda: this program was built without CUDA, only -d cpu works");
-    const char *name = gpu_name ? gpu_name() : NULL;
-    if (!name && device == CUDA) die("-d cuda: found no GPU of compute capability 8.0 or newer");
-    return name;
-}
-
 static Session open_session(const Options *o) {
-    Session s = {.path = o->model, .gpu = find_gpu(o->device)};
-    s.fallback = !s.gpu && gpu_name && o->device != CPU;
-    s.checkpoint = checkpoint_open(o->model);
+    Session s = {.path = o->model, .checkpoint = checkpoint_open(o->model)};
     s.model = model_load(s.checkpoint);
     const Config *c = &s.model->config;
     if (c->max_context < 2)
@@ -289,14 +258,13 @@ static Session open_session(const Options *o) {
             die("%s: its tokenizer has %d tokens, its embedding only %d rows", o->model,
                 tokenizer_size(s.tokenizer), c->vocab_size);
     }
-    if (s.gpu) s.gpu_model = gpu_model_load(s.model);
+    bool gpu = choose_gpu(o->device, c, s.model->group_size != 0, s.where, sizeof s.where);
+    s.engine = engine_new(s.model, gpu, o->kv_bits);
     return s;
 }
 
 static void close_session(Session *s) {
-    if (s->state) state_free(s->state);
-    if (s->gpu_state) gpu_state_free(s->gpu_state);
-    if (s->gpu_model) gpu_model_free(s->gpu_model);
+    s->engine->free(s->engine);
     if (s->tokenizer) tokenizer_free(s->tokenizer);
     free(s->sampler.candidates);
     free(s->queue.ids);
@@ -304,43 +272,22 @@ static void close_session(Session *s) {
     checkpoint_close(s->checkpoint);
 }
 
-static void new_state(Session *s, int length) {
+static void start(Session *s, int length) {
     int most = s->model->config.max_context;
-    int context = length ? length : most < 8192 ? most : 8192;
-    s->context = context;
-    if (s->gpu) s->gpu_state = gpu_state_new(s->gpu_model, 1, context);
-    else
-        s->state =
-            state_new(&s->model->config, context, context < PROMPT_CHUNK ? context : PROMPT_CHUNK);
+    s->engine->start(s->engine, 1, length ? length : most < 8192 ? most : 8192);
 }
 
-/* Runs the queued tokens through the model and empties the queue. On the CPU it returns the logits
- * [vocab_size] after the last of them; on the GPU they are left there. */
-static const float *feed(Session *s) {
-    const int *ids = s->queue.ids, n = s->queue.n;
-    const float *last = NULL;
-    if (s->gpu && n == 1) gpu_decode(s->gpu_state, ids, &s->pos);
-    else if (s->gpu) gpu_prefill(s->gpu_state, 0, ids, n, s->pos);
-    else
-        for (int i = 0, T; i < n; i += T) {
-            T = n - i < s->state->max_T ? n - i : s->state->max_T;
-            forward(s->model, s->state, ids + i, T, s->pos + i);
-            if (i + T == n) last = logits(s->model, s->state, T - 1, 1);
-        }
-    s->pos += n;
-    s->queue.n = 0;
-    return last;
-}
-
-/* The token that follows the queue. The likeliest is known on the GPU; logits need not leave it. */
+/* The token that follows the queue, which it runs through the model and empties. */
 static int next_token(Session *s) {
-    const float *l = feed(s);
-    if (s->gpu && s->sampler.temperature == 0) {
-        int token = gpu_chosen(s->gpu_state)[0];
-        if (token < 0) die("%s: a logit is NaN or infinite: the weights are damaged", s->path);
-        return token;
-    }
-    return sample(&s->sampler, s->gpu ? gpu_logits(s->gpu_state) : l, s->model->config.vocab_size);
+    Engine *e = s->engine;
+    e->feed(e, 0, s->queue.ids, s->queue.n, s->pos);
+    s->pos += s->queue.n;
+    s->queue.n = 0;
+    int token = s->sampler.temperature == 0 // the likeliest is known on the GPU
+                    ? e->chosen(e)[0]
+                    : sample(&s->sampler, e->logits(e), s->model->config.vocab_size);
+    if (token < 0) die("%s: a logit is NaN or infinite: the weights are damaged", s->path);
+    return token;
 }
 
 static void print_token(Session *s, int id) {
@@ -365,7 +312,7 @@ static bool generate_text(Session *s, int limit) {
     bool room = true;
     for (int n = 0; limit == 0 || n < limit; n++) {
         int queued = s->queue.n;
-        room = s->pos + queued <= s->context;
+        room = s->pos + queued <= s->engine->context;
         if (!room) break;
         double start = seconds();
         int token = next_token(s);
@@ -384,7 +331,7 @@ static bool generate_text(Session *s, int limit) {
     utf8_write(&s->out, "", 0, true, stdout);
     putchar('\n');
     fflush(stdout);
-    if (!room) fprintf(stderr, "the context of %d tokens is full\n", s->context);
+    if (!room) fprintf(stderr, "the context of %d tokens is full\n", s->engine->context);
     return room;
 }
 
@@ -399,13 +346,14 @@ static void print_speed(const Speed *s) {
 }
 
 static void generate(Session *s, const Options *o) {
-    new_state(s, o->length);
+    start(s, o->length);
     Tokens *prompt = &s->queue;
     if (s->model->config.bos >= 0) push(prompt, &s->model->config.bos, 1);
     if (o->prompt) push_text(prompt, s->tokenizer, o->prompt, strlen(o->prompt), true);
     if (prompt->n == 0) die("%s has no bos_token_id: without -i there is no prompt", o->model);
-    if (prompt->n > s->context)
-        die("the prompt has %d tokens, the context only %d (-l sets it)", prompt->n, s->context);
+    if (prompt->n > s->engine->context)
+        die("the prompt has %d tokens, the context only %d (-l sets it)", prompt->n,
+            s->engine->context);
     print_model(s);
     s->sampler = new_sampler(o, s->model->config.vocab_size);
     for (int i = 0; i < prompt->n; i++) print_token(s, prompt->ids[i]);
@@ -455,9 +403,9 @@ static bool chat_turn(Session *s, int eot, const char *text, size_t bytes, int l
     push_message(s, "user", text, bytes);
     push(&s->queue, &eot, 1);
     push_message(s, "assistant", "", 0);
-    if (s->pos + s->queue.n > s->context)
+    if (s->pos + s->queue.n > s->engine->context)
         die("the message makes the chat %d tokens long, the context is only %d (-l sets it)",
-            s->pos + s->queue.n, s->context);
+            s->pos + s->queue.n, s->engine->context);
     bool room = generate_text(s, limit);
     push(&s->queue, &eot, 1);
     return room;
@@ -466,7 +414,7 @@ static bool chat_turn(Session *s, int eot, const char *text, size_t bytes, int l
 static void chat(Session *s, const Options *o) {
     int bos = special_token(s, "<|begin_of_text|>"), eot = special_token(s, "<|eot_id|>");
     s->stop[s->n_stop++] = eot;
-    new_state(s, o->length);
+    start(s, o->length);
     push(&s->queue, &bos, 1);
     if (o->system) {
         size_t bytes = strlen(o->system);
@@ -491,26 +439,7 @@ static void chat(Session *s, const Options *o) {
     print_speed(&s->speed);
 }
 
-/* ---- 6: perplexity and token ids ----------------------------------------------------------- */
-
-static void print_perplexity(Session *s, const Options *o) {
-    const Config *c = &s->model->config;
-    int length = o->length ? o->length : c->max_context < 2048 ? c->max_context : 2048, windows;
-    size_t bytes;
-    char *text = read_text(o->file, &bytes);
-    if (c->bos >= 0) push(&s->queue, &c->bos, 1);
-    push_text(&s->queue, s->tokenizer, text, bytes, true);
-    free(text);
-    if (s->queue.n < length)
-        die("%s: it has %d tokens, a window needs %d (-l sets it)", o->file, s->queue.n, length);
-    print_model(s);
-    double ppl =
-        s->gpu ? gpu_perplexity(s->gpu_model, s->queue.ids, s->queue.n, length, 0, &windows,
-                                show_windows)
-               : perplexity(s->model, s->queue.ids, s->queue.n, length, 0, &windows, show_windows);
-    if (!isfinite(ppl)) die("%s: the perplexity is %f: the weights are damaged", o->model, ppl);
-    printf("perplexity %.4f (%d windows of %d)\n", ppl, windows, length);
-}
+/* ---- 6: token ids -------------------------------------------------------------------------- */
 
 static void print_token_ids(const Options *o) {
     Tokenizer *tokenizer;
@@ -541,131 +470,89 @@ static void print_token_ids(const Options *o) {
 
 /* ---- 7: benchmark -------------------------------------------------------------------------- */
 
-/* Bytes a second that all threads together read from memory: the best of some passes over 512 MB,
- * which fit in no cache. */
-static double memory_bandwidth(void) {
-    const size_t n = (size_t)64 << 20;
-    uint64_t *buffer = allocate(n, sizeof *buffer), total = 0;
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++) buffer[i] = i; // so that every page is there, near its reader
-    double best = DBL_MAX;
-    for (int pass = 0; pass < 8; pass++) {
-        double start = seconds();
-#pragma omp parallel for schedule(static) reduction(+ : total)
-        for (size_t i = 0; i < n; i++) total += buffer[i];
-        best = fmin(best, seconds() - start);
-    }
-    if (total != 8 * (n / 2 * (n - 1))) die("the memory does not hold what was written to it");
-    free(buffer);
-    return n * sizeof *buffer / best;
-}
-
-/* Prefill: 1024 tokens at once, fewer where they would take longer than 15 s. Decode: the next
- * 256, one by one, or as many as 10 s allow. A decoded token must read all weights and the KV
- * cache up to it; that, a second, against the memory's bandwidth is how good the decoder is. */
-static void benchmark_cpu(Session *s, const Options *o) {
-    const Config *c = &s->model->config;
-    int limit = o->length ? o->length : c->max_context, context = limit < 1280 ? limit : 1280;
-    int prefill = context - context / 5, probe = prefill < 32 ? prefill : 32;
-    new_state(s, context);
-    print_model(s);
-    for (int i = 0; i < prefill; i++) {
-        int id = (int)(i * 7919ll % c->vocab_size);
-        push(&s->queue, &id, 1);
-    }
-    s->queue.n = 1;
-    feed(s); // the weights come from the disk
-    s->pos = 0, s->queue.n = probe;
+/* Runs `steps` tokens more of each sequence, or as many as 10 s allow. Returns how many. */
+static int decode(Session *s, int steps, double *time) {
+    Engine *e = s->engine;
+    int done = 0;
     double start = seconds();
-    feed(s);
-    double affordable = 15 * probe / (seconds() - start);
-    if (affordable < prefill) prefill = affordable < probe ? probe : (int)affordable;
-    s->pos = 0, s->queue.n = prefill;
-    start = seconds();
-    const float *l = feed(s);
-    double prefill_time = seconds() - start;
-
-    double kv = 2.0 * c->n_layers * c->n_kv_heads * c->head_dim * sizeof(float);
-    double bytes = 0, time = 0;
-    int decoded = 0;
-    for (start = seconds(); s->pos < context && time < 10; time = seconds() - start) {
-        int likeliest = argmax(l, c->vocab_size);
-        push(&s->queue, &likeliest, 1);
-        l = feed(s);
-        bytes += model_bytes(s->model) + kv * s->pos;
-        decoded++;
+    for (*time = 0; done < steps && *time < 10; done++) {
+        e->step(e, NULL, NULL);
+        if (!e->on_gpu) *time = seconds() - start;
     }
-    double memory = memory_bandwidth(), rate = decoded / time, GBs = bytes / time / 1e9;
-    printf("%s, %s, %d threads, %.1f MB of weights and KV cache read per token\n\n", o->model,
-           weights_kind(s->model), omp_get_max_threads(), bytes / decoded / 1e6);
-    printf("phase    tokens  seconds  tokens/s    GB/s  of memory's %.1f GB/s\n", memory / 1e9);
-    printf("prefill  %6d  %7.3f  %8.1f\n", prefill, prefill_time, prefill / prefill_time);
-    printf("decode   %6d  %7.3f  %8.1f  %6.2f  %.0f %%\n\n", decoded, time, rate, GBs,
-           1e11 * GBs / memory);
-    printf("model,weights,threads,prefill_tokens,prefill_tokens_per_s,decode_tokens,"
-           "decode_tokens_per_s,decode_GB_per_s,memory_GB_per_s\n");
-    printf("%s,%s,%d,%d,%.1f,%d,%.2f,%.2f,%.2f\n", o->model, weights_kind(s->model),
-           omp_get_max_threads(), prefill, prefill / prefill_time, decoded, rate, GBs,
-           memory / 1e9);
+    for (int b = 0; b < e->n_sequences; b++) // waits for the GPU
+        if (e->chosen(e)[b] < 0) die("%s: a logit is NaN or infinite", s->path);
+    *time = seconds() - start;
+    return done;
 }
 
-/* Prefill: 1024 tokens of each sequence. Decode: the 128 after them, of all sequences together. A
- * step reads all weights and the KV cache; that, a second, against what a copy reads and writes. */
-static void benchmark_gpu(Session *s, const Options *o) {
+/* What `steps` decoded tokens of each sequence, from position `pos` on, read a second: all weights
+ * and the KV cache so far, for each. Against the memory's bandwidth it is how good the decoder is.
+ */
+static double bytes_per_second(const Engine *e, int pos, int steps, double time) {
+    double positions = pos + (steps + 1) / 2.0;
+    return steps * (e->step_bytes + (double)e->position_bytes * e->n_sequences * positions) / time;
+}
+
+/* Decode from an empty context, prefill of 1024 tokens of each sequence (fewer where they would
+ * take longer than 15 s), decode after them: 128 tokens of all sequences together. */
+static void benchmark(Session *s, const Options *o) {
     static const int batches[] = {1, 4, 16, 64};
+    enum { N = sizeof batches / sizeof *batches };
     const Config *c = &s->model->config;
-    int limit = o->length ? o->length : c->max_context, context = limit < 1153 ? limit : 1153;
-    int steps = context / 9, prompt = context - steps - 1; // 128, 1024
-    if (prompt < 1) die_usage("-l %d: a benchmark needs a context of 11 or more", limit);
+    Engine *e = s->engine;
+    int limit = o->length ? o->length : c->max_context, context = limit < 1154 ? limit : 1154;
+    int steps = context / 9, most = context - steps - 2; // 128, 1024
+    if (steps < 1) die_usage("-l %d: a benchmark needs a context of 9 or more", limit);
     print_model(s);
-    int *tokens = allocate(prompt, sizeof *tokens);
-    double copy = gpu_copy_bandwidth();
-    double kv = 2.0 * c->n_layers * c->n_kv_heads * c->head_dim * 2; // of a position
-    printf("%s, %s, on %s; prompts of %d tokens, %d decoded\n\n", o->model, weights_kind(s->model),
-           s->gpu, prompt, steps);
-    printf("batch  memory GB  prefill tokens/s  decode tokens/s  ms/step    GB/s  of copy's %.0f "
-           "GB/s\n",
-           copy / 1e9);
-    char csv[sizeof batches / sizeof *batches][200] = {0};
-    for (size_t i = 0; i < sizeof batches / sizeof *batches; i++) {
-        int batch = batches[i];
-        size_t memory = gpu_state_bytes(s->gpu_model, batch, context);
-        if (memory > gpu_free_memory()) {
-            printf("%5d  does not fit: it needs %.2f GB beside the model\n", batch, memory / 1e9);
+    int *tokens = allocate(most, sizeof *tokens);
+    char device[400], csv[N][200] = {0};
+    if (e->on_gpu) snprintf(device, sizeof device, "%s", s->where);
+    else snprintf(device, sizeof device, "%d threads", omp_get_max_threads());
+    double memory = e->bandwidth();
+    printf("%s, %s, on %s; GB/s is of weights and KV cache, memory's is %.1f\n\n", o->model,
+           weights_kind(s->model), e->on_gpu ? s->where : device, memory / 1e9);
+    printf("batch  memory GB  prefill tokens/s  decode tokens/s, empty  after prefill    GB/s  of "
+           "memory's\n");
+    for (int i = 0; i < N; i++) {
+        int batch = batches[i], prompt = most;
+        if (!e->fits(e, batch, context)) {
+            if (e->on_gpu) printf("%5d  does not fit: %.2f GB\n", batch, e->state_bytes / 1e9);
             break;
         }
-        GpuState *state = gpu_state_new(s->gpu_model, batch, context);
-        double start = 0;
-        for (int b = -1; b < batch; b++) { // -1: once to warm up
+        e->start(e, batch, context);
+        double time[3], start = 0;
+        for (int b = 0; b < batch; b++) e->feed(e, b, &(int){b % c->vocab_size}, 1, 0);
+        decode(s, 1, &time[0]); // the weights come from the disk, the GPU makes its graph
+        int empty = decode(s, steps, &time[0]);
+        for (int b = -1; b < batch; b++) { // -1: to warm up
             for (int t = 0; t < prompt; t++)
                 tokens[t] = (int)((t * 7919ll + b * 104729ll + 104729) % c->vocab_size);
-            if (b == 0) start = seconds();
-            gpu_prefill(state, b < 0 ? 0 : b, tokens, prompt, 0);
-            if (b < 0) gpu_chosen(state); // waits
+            if (b <= 0) start = seconds();
+            int n = b < 0 && !e->on_gpu && prompt > 32 ? 32 : prompt;
+            e->feed(e, b < 0 ? 0 : b, tokens, n, 0);
+            if (b >= 0) continue;
+            e->chosen(e); // waits
+            double affordable = 15 * n / (seconds() - start);
+            if (affordable < prompt) prompt = affordable < n ? n : (int)affordable;
         }
-        gpu_chosen(state);
-        double prefill = seconds() - start;
-        gpu_decode(state, NULL, NULL); // makes the graph
-        gpu_chosen(state);
-        start = seconds();
-        for (int step = 0; step < steps; step++) gpu_decode(state, NULL, NULL);
-        const int *chosen = gpu_chosen(state);
-        double decode = (seconds() - start) / steps;
-        for (int b = 0; b < batch; b++)
-            if (chosen[b] < 0) die("%s: a logit is NaN or infinite", o->model);
-        gpu_state_free(state);
-        double bytes = gpu_step_bytes(s->gpu_model) + kv * batch * (prompt + 1 + (steps + 1) / 2.0);
-        double all = (gpu_model_bytes(s->gpu_model) + memory) / 1e9;
-        printf("%5d  %9.2f  %16.0f  %15.1f  %7.3f  %6.0f  %.0f %%\n", batch, all,
-               batch * prompt / prefill, batch / decode, decode * 1e3, bytes / decode / 1e9,
-               100 * bytes / decode / copy);
-        snprintf(csv[i], sizeof csv[i], "%d,%.3f,%d,%.1f,%d,%.2f,%.1f,%.1f\n", batch, all, prompt,
-                 batch * prompt / prefill, steps, batch / decode, bytes / decode / 1e9, copy / 1e9);
+        e->chosen(e);
+        time[1] = seconds() - start;
+        decode(s, 1, &time[2]);
+        int decoded = decode(s, steps, &time[2]);
+        double rate = batch * prompt / time[1], GB = (e->weight_bytes + e->state_bytes) / 1e9;
+        double read = bytes_per_second(e, prompt + 1, decoded, time[2]);
+        printf("%5d  %9.2f  %16.1f  %22.1f  %13.1f  %6.1f  %.0f %%\n", batch, GB, rate,
+               batch * empty / time[0], batch * decoded / time[2], read / 1e9, 100 * read / memory);
+        fflush(stdout);
+        snprintf(csv[i], sizeof csv[i], "%d,%.3f,%d,%.1f,%d,%.2f,%.2f,%.2f,%.2f\n", batch, GB,
+                 prompt, rate, decoded, batch * decoded / time[2], read / 1e9, memory / 1e9,
+                 batch * empty / time[0]);
     }
     printf("\nmodel,weights,device,batch,memory_GB,prefill_tokens,prefill_tokens_per_s,"
-           "decode_tokens,decode_tokens_per_s,decode_GB_per_s,copy_GB_per_s\n");
-    for (size_t i = 0; i < sizeof batches / sizeof *batches && *csv[i]; i++)
-        printf("%s,%s,%s,%s", o->model, weights_kind(s->model), s->gpu, csv[i]);
+           "decode_tokens,decode_tokens_per_s,decode_GB_per_s,memory_GB_per_s,"
+           "empty_decode_tokens_per_s\n");
+    for (int i = 0; i < N && *csv[i]; i++)
+        printf("%s,%s,%s,%s", o->model, weights_kind(s->model), device, csv[i]);
     free(tokens);
 }
 
@@ -677,8 +564,9 @@ int main(int argc, char **argv) {
         Session s = open_session(&o);
         if (o.task == GENERATE) generate(&s, &o);
         if (o.task == CHAT) chat(&s, &o);
-        if (o.task == PERPLEXITY) print_perplexity(&s, &o);
-        if (o.task == BENCHMARK) (s.gpu ? benchmark_gpu : benchmark_cpu)(&s, &o);
+        if (o.task == PERPLEXITY)
+            print_perplexity(s.checkpoint, s.engine, s.where, "", o.file, o.length);
+        if (o.task == BENCHMARK) benchmark(&s, &o);
         close_session(&s);
     }
     free(o.model);

@@ -157,6 +157,15 @@ bool dies(void (*f)(void *), void *arg, char *message, size_t size) {
            !newline[1];
 }
 
+double model_perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
+                        int *windows, void (*progress)(int done, int total)) {
+    Engine *e = engine_new(m, false, 16);
+    Perplexity p = perplexity(e, tokens, n, length, max_windows, progress);
+    e->free(e);
+    if (windows) *windows = p.windows;
+    return p.mean;
+}
+
 float random_float(uint64_t *seed) {
     *seed = *seed * 6364136223846793005u + 1442695040888963407u;
     return (int32_t)(*seed >> 32) * 0x1p-31f;

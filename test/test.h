@@ -42,6 +42,10 @@ bool dies(void (*f)(void *), void *arg, char *message, size_t size);
 /* A file is there. */
 bool exists(const char *path);
 
+/* Perplexity of tokens [n] on the CPU, as perplexity(); windows may be NULL. */
+double model_perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
+                        int *windows, void (*progress)(int done, int total));
+
 /* A reproducible random number in [-1, 1). */
 float random_float(uint64_t *seed);
 

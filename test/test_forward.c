@@ -69,13 +69,6 @@ static double max_difference(const float *a, const float *b, size_t n) {
     return max;
 }
 
-static int argmax(const float *x, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
-}
-
 /* ---- number formats ------------------------------------------------------------------------ */
 
 /* What a half's bits stand for, from the definition of the format. */
@@ -816,7 +809,7 @@ static void test_perplexity_function(void) {
     test_begin("perplexity: whole windows only, mean over windows");
     for (int length = 2; length < 200; length = length * 3 + 1) {
         int n = 2 * length + length / 2;
-        double got = perplexity(m, tokens, n < 300 ? n : 300, length, 0, &windows, NULL);
+        double got = model_perplexity(m, tokens, n < 300 ? n : 300, length, 0, &windows, NULL);
         int total = (n < 300 ? n : 300) / length;
         double want = naive_perplexity(m, tokens, length, total);
         check(windows == total, "length %d: %d windows, expected %d", length, windows, total);
@@ -824,21 +817,21 @@ static void test_perplexity_function(void) {
     }
 
     test_begin("perplexity: at most max_windows, progress after each");
-    double got = perplexity(m, tokens, 300, 30, 4, &windows, count_progress);
+    double got = model_perplexity(m, tokens, 300, 30, 4, &windows, count_progress);
     double want = naive_perplexity(m, tokens, 30, 4);
     check(windows == 4 && fabs(got / want - 1) < 1e-5, "%d windows: %g not %g", windows, got, want);
     check(n_calls == 4 && last_done == 4 && last_total == 4, "progress: %d calls, last %d of %d",
           n_calls, last_done, last_total);
-    perplexity(m, tokens, 60, 30, 4, &windows, NULL);
+    model_perplexity(m, tokens, 60, 30, 4, &windows, NULL);
     check(windows == 2, "%d windows of 2", windows);
 
     test_begin("perplexity: NaN without a window");
-    got = perplexity(m, tokens, 29, 30, 0, &windows, NULL);
+    got = model_perplexity(m, tokens, 29, 30, 0, &windows, NULL);
     check(isnan(got) && windows == 0, "%g, %d windows", got, windows);
 
     test_begin("perplexity: NaN in the weights shows");
     ((float *)m->lm_head.w)[5] = NAN;
-    got = perplexity(m, tokens, 60, 30, 0, &windows, NULL);
+    got = model_perplexity(m, tokens, 60, 30, 0, &windows, NULL);
     check(isnan(got), "%g", got);
     free(tokens);
     model_free(m);
@@ -928,12 +921,12 @@ static void check_threads(const Model *m, int T) {
     int *tokens = random_tokens(2 * T, m->config.vocab_size, &seed);
     set_threads(1);
     float *want = logits_of_run(m, T);
-    double want_ppl = perplexity(m, tokens, 2 * T, T, 0, &windows, NULL);
+    double want_ppl = model_perplexity(m, tokens, 2 * T, T, 0, &windows, NULL);
     for (int threads = 2; threads <= 3; threads++) {
         set_threads(threads);
         float *got = logits_of_run(m, T);
         check(!memcmp(got, want, bytes), "%d threads give other logits", threads);
-        double ppl = perplexity(m, tokens, 2 * T, T, 0, &windows, NULL);
+        double ppl = model_perplexity(m, tokens, 2 * T, T, 0, &windows, NULL);
         check(ppl == want_ppl, "%d threads: perplexity %.17g not %.17g", threads, ppl, want_ppl);
         free(got);
     }
@@ -1024,7 +1017,7 @@ static double eval_perplexity(const char *path, int *windows) {
     Loaded x = load(path);
     int n;
     int *tokens = eval_tokens(&x, &n);
-    double ppl = perplexity(x.model, tokens, n, 2048, 0, windows, NULL);
+    double ppl = model_perplexity(x.model, tokens, n, 2048, 0, windows, NULL);
     free(tokens);
     unload(x);
     return ppl;

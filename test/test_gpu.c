@@ -19,7 +19,7 @@ enum { N_MODELS = 3, N_FORMATS = 3 };
 typedef struct {
     Checkpoint *checkpoint;
     Model *model;
-    GpuModel *gpu;
+    Engine *gpu;
     int *tokens, n_tokens;
 } Loaded;
 
@@ -41,13 +41,13 @@ static Loaded load(int m, int f) {
     Loaded x;
     x.checkpoint = checkpoint_open(path);
     x.model = model_load(x.checkpoint);
-    x.gpu = gpu_model_load(x.model);
+    x.gpu = engine_new(x.model, true, 16);
     x.tokens = text_tokens(x.checkpoint, x.model->config.bos, "data/eval.txt", &x.n_tokens);
     return x;
 }
 
 static void unload(Loaded x) {
-    gpu_model_free(x.gpu);
+    x.gpu->free(x.gpu);
     model_free(x.model);
     checkpoint_close(x.checkpoint);
     free(x.tokens);
@@ -67,11 +67,12 @@ static void test_perplexity(int m, int f) {
     test_begin(name);
     if (!available(m)) return;
     Loaded x = load(m, f);
-    int windows, gpu_windows;
-    double c = perplexity(x.model, x.tokens, x.n_tokens, 2048, 0, &windows, NULL);
-    double g = gpu_perplexity(x.gpu, x.tokens, x.n_tokens, 2048, 0, &gpu_windows, NULL);
+    int windows;
+    double c = model_perplexity(x.model, x.tokens, x.n_tokens, 2048, 0, &windows, NULL);
+    Perplexity p = perplexity(x.gpu, x.tokens, x.n_tokens, 2048, 0, NULL);
+    double g = p.mean;
     printf("     CPU %.4f, GPU %.4f: %+.4f %%\n", c, g, 100 * (g / c - 1));
-    check(windows == 37 && gpu_windows == 37, "%d and %d windows", windows, gpu_windows);
+    check(windows == 37 && p.windows == 37, "%d and %d windows", windows, p.windows);
     check(fabs(g / c - 1) < 1e-3, "more than 0.1 %% apart");
     unload(x);
 }
@@ -88,7 +89,8 @@ static void test_contexts(int m, int f, int longest, float bound) {
     if (!available(m)) return;
     Loaded x = load(m, f);
     int vocab = x.model->config.vocab_size;
-    GpuState *gpu = gpu_state_new(x.gpu, 1, longest);
+    Engine *gpu = x.gpu;
+    gpu->start(gpu, 1, longest);
     State *s = state_new(&x.model->config, longest, 512);
     for (int pos = 0, i = 0; i < 5 && lengths[i] <= longest; i++) {
         int length = lengths[i], T = 0;
@@ -97,19 +99,18 @@ static void test_contexts(int m, int f, int longest, float bound) {
             forward(x.model, s, x.tokens + pos, T, pos);
         }
         const float *expected = logits(x.model, s, T - 1, 1);
-        gpu_prefill(gpu, 0, x.tokens, length, 0);
-        float prompt = difference(gpu_logits(gpu), expected, vocab), decoded = 0;
+        gpu->feed(gpu, 0, x.tokens, length, 0);
+        float prompt = difference(gpu->logits(gpu), expected, vocab), decoded = 0;
         if (length > 1) {
             int last = length - 1;
-            gpu_prefill(gpu, 0, x.tokens, last, 0);
-            gpu_decode(gpu, x.tokens + last, &last);
-            decoded = difference(gpu_logits(gpu), expected, vocab);
+            gpu->feed(gpu, 0, x.tokens, last, 0);
+            gpu->step(gpu, x.tokens + last, &last);
+            decoded = difference(gpu->logits(gpu), expected, vocab);
         }
         printf("     %5d tokens: off by %.4f as a prompt, %.4f decoded\n", length, prompt, decoded);
         check(prompt < bound && decoded < bound, "more than %g", bound);
     }
     state_free(s);
-    gpu_state_free(gpu);
     unload(x);
 }
 
@@ -139,22 +140,22 @@ static void test_oracle(int m, const char *oracle) {
     int T, n;
     int *prompt = integers(j, "prompt_ids", &T), *greedy = integers(j, "greedy_ids", &n);
     Loaded x = load(m, 0);
-    GpuState *s = gpu_state_new(x.gpu, 1, n);
+    Engine *s = x.gpu;
+    s->start(s, 1, n);
     check(n == T + 100, "%d greedy tokens after %d", n, T);
-    gpu_prefill(s, 0, prompt, T, 0);
+    s->feed(s, 0, prompt, T, 0);
     for (int t = T; t < n; t++) {
-        int token = gpu_chosen(s)[0];
+        int token = s->chosen(s)[0];
         if (token != greedy[t]) {
-            const float *l = gpu_logits(s);
+            const float *l = s->logits(s);
             float gap = token < 0 ? NAN : l[token] - l[greedy[t]];
             printf("     token %d is %d, not %d: its logit is larger by %g\n", t - T, token,
                    greedy[t], gap);
             check(gap < 0.02f, "that is no tie");
             break;
         }
-        if (t + 1 < n) gpu_decode(s, NULL, NULL);
+        if (t + 1 < n) s->step(s, NULL, NULL);
     }
-    gpu_state_free(s);
     unload(x);
     free(prompt);
     free(greedy);
@@ -174,24 +175,27 @@ static void test_batch(int m, int f, float bound) {
     Loaded x = load(m, f);
     int vocab = x.model->config.vocab_size, at[BATCH], tokens[BATCH];
     float most = 0;
-    GpuState *all = gpu_state_new(x.gpu, BATCH, 2048), *one = gpu_state_new(x.gpu, 1, 2048);
+    Engine *all = x.gpu, *one = engine_new(x.model, true, 16);
+    all->start(all, BATCH, 2048);
+    one->start(one, 1, 2048);
     float *alone = allocate((size_t)BATCH * STEPS * vocab, sizeof *alone);
     for (int b = 0; b < BATCH; b++) { // fed with the text's own tokens
-        gpu_prefill(one, 0, x.tokens + 3000 * b, lengths[b], 0);
+        one->feed(one, 0, x.tokens + 3000 * b, lengths[b], 0);
         for (int i = 0; i < STEPS; i++) {
             int pos = lengths[b] + i;
-            gpu_decode(one, x.tokens + 3000 * b + pos, &pos);
-            memcpy(alone + ((size_t)b * STEPS + i) * vocab, gpu_logits(one), vocab * sizeof(float));
+            one->step(one, x.tokens + 3000 * b + pos, &pos);
+            memcpy(alone + ((size_t)b * STEPS + i) * vocab, one->logits(one),
+                   vocab * sizeof(float));
         }
-        gpu_prefill(all, b, x.tokens + 3000 * b, lengths[b], 0);
+        all->feed(all, b, x.tokens + 3000 * b, lengths[b], 0);
     }
     for (int i = 0; i < STEPS; i++) {
         for (int b = 0; b < BATCH; b++) {
             at[b] = lengths[b] + i;
             tokens[b] = x.tokens[3000 * b + at[b]];
         }
-        gpu_decode(all, tokens, at);
-        const float *l = gpu_logits(all);
+        all->step(all, tokens, at);
+        const float *l = all->logits(all);
         for (int b = 0; b < BATCH; b++)
             most = fmaxf(most, difference(l + (size_t)b * vocab,
                                           alone + ((size_t)b * STEPS + i) * vocab, vocab));
@@ -199,8 +203,7 @@ static void test_batch(int m, int f, float bound) {
     printf("     off by at most %.4f\n", most);
     check(most < bound, "more than %g", bound);
     free(alone);
-    gpu_state_free(all);
-    gpu_state_free(one);
+    one->free(one);
     unload(x);
 }
 
@@ -229,9 +232,11 @@ static void test_program(void) {
 }
 
 void test_gpu(void) {
-    if (!gpu_name || !gpu_name()) {
+    char why[300] = "built without CUDA";
+    Config any = {.head_dim = 64, .n_heads = 1, .n_kv_heads = 1};
+    if (!gpu_can_run || !gpu_can_run(&any, false, why, sizeof why)) {
         test_begin("GPU");
-        test_skip(gpu_name ? "no GPU found" : "built without CUDA");
+        test_skip(why);
         return;
     }
     test_program();

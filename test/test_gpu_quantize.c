@@ -13,11 +13,11 @@ static const char made[] = "build/test/gpu_quantized.bin";
 static double measure(const char *path) {
     Checkpoint *c = checkpoint_open(path);
     Model *m = model_load(c);
-    GpuModel *g = gpu_model_load(m);
-    int n, windows, *tokens = text_tokens(c, m->config.bos, "data/eval.txt", &n);
-    double ppl = gpu_perplexity(g, tokens, n, 2048, 8, &windows, NULL);
+    Engine *g = engine_new(m, true, 16);
+    int n, *tokens = text_tokens(c, m->config.bos, "data/eval.txt", &n);
+    double ppl = perplexity(g, tokens, n, 2048, 8, NULL).mean;
     free(tokens);
-    gpu_model_free(g);
+    g->free(g);
     model_free(m);
     checkpoint_close(c);
     return ppl;
@@ -133,9 +133,11 @@ static void test_failures(void) {
 }
 
 void test_gpu_quantize(void) {
-    if (!gpu_name || !gpu_name()) {
+    char why[300] = "built without CUDA";
+    Config any = {.head_dim = 64, .n_heads = 1, .n_kv_heads = 1};
+    if (!gpu_can_run || !gpu_can_run(&any, false, why, sizeof why)) {
         test_begin("GPU: ./quantize");
-        test_skip(gpu_name ? "no GPU found" : "built without CUDA");
+        test_skip(why);
         return;
     }
     test_failures();

@@ -316,8 +316,12 @@ static void test_smoothing(int group_size) {
 }
 
 int main() {
-    if (!gpu_name()) {
-        printf("skip the twins of quantization: no GPU\n");
+    char why[300];
+    Config any = {};
+    any.head_dim = 64;
+    any.n_heads = any.n_kv_heads = 1;
+    if (!gpu_can_run(&any, false, why, sizeof why)) {
+        printf("skip the twins of quantization: %s\n", why);
         return 0;
     }
     test_rotation();

@@ -208,7 +208,7 @@ static Model *float_model(const Model *m) {
 static double perplexity_on(const Opened *o, const Model *m, const char *text, int length,
                             int max_windows) {
     int n, windows, *tokens = text_tokens(o->c, m->config.bos, text, &n);
-    double ppl = perplexity(m, tokens, n, length, max_windows, &windows, NULL);
+    double ppl = model_perplexity(m, tokens, n, length, max_windows, &windows, NULL);
     free(tokens);
     return ppl;
 }

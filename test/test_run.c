@@ -369,14 +369,18 @@ static void test_perplexity(void) {
     ids = realloc(ids, (n + 1) * sizeof *ids);
     memmove(ids + 1, ids, n * sizeof *ids);
     ids[0] = t.model->config.bos;
-    double ppl = perplexity(t.model, ids, n + 1, 256, 0, &windows, NULL);
+    double ppl = model_perplexity(t.model, ids, n + 1, 256, 0, &windows, NULL);
     check(windows >= 4, "only %d windows", windows);
     free(ids);
     close_tiny(&t);
     free(text);
     expect("./run data/tiny -e build/test/short.txt -l 256 2>/dev/null", 0, "");
-    snprintf(expected, sizeof expected, "perplexity %.4f (%d windows of 256)\n", ppl, windows);
-    check(!strcmp(output, expected), "expected %s, got %s", expected, output);
+    snprintf(expected, sizeof expected, "perplexity %.4f (%d windows of 256), standard error ", ppl,
+             windows);
+    char *error = output + strlen(expected), *end = error;
+    check(!strncmp(output, expected, strlen(expected)) && strtod(error, &end) > 0 &&
+              !strcmp(end, "\n"),
+          "expected %s, got %s", expected, output);
     expect_same("OMP_NUM_THREADS=1 ./run data/tiny -e build/test/short.txt -l 256 2>/dev/null",
                 "OMP_NUM_THREADS=2 ./run data/tiny -e build/test/short.txt -l 256 2>/dev/null");
     expect("./run data/tiny -e build/test/short.txt -l 256 2>&1 >/dev/null", 0, " windows\n");
@@ -462,11 +466,19 @@ static void test_model_bin(void) {
 
 static void test_benchmark(void) {
     test_begin("run: benchmark");
-    expect("./run data/tiny -b -l 40 2>/dev/null", 0,
-           "\nmodel,weights,threads,prefill_tokens,prefill_tokens_per_s,decode_tokens,");
-    check(strstr(output, "\nprefill      32 ") && strstr(output, "\ndecode        8 ") &&
-              strstr(output, "\ndata/tiny,BF16,"),
+    expect("./run data/tiny -b -l 40 -d cpu 2>/dev/null", 0,
+           "\nmodel,weights,device,batch,memory_GB,prefill_tokens,prefill_tokens_per_s,decode_"
+           "tokens,");
+    const char *row = strstr(output, "\ndata/tiny,BF16,");
+    int batch, prompt, decoded;
+    double GB, rate[5];
+    check(row &&
+              sscanf(row, "\ndata/tiny,BF16,%*[^,],%d,%lf,%d,%lf,%d,%lf,%lf,%lf,%lf", &batch, &GB,
+                     &prompt, &rate[0], &decoded, &rate[1], &rate[2], &rate[3], &rate[4]) == 9 &&
+              batch == 1 && prompt == 34 && decoded == 4,
           "%s", output);
+    for (int i = 0; i < 5; i++) check(rate[i] > 0 && rate[i] < INFINITY, "%s", output);
+    expect_error("./run data/tiny -b -l 2", 2, "a benchmark needs a context of 9 or more");
 }
 
 void test_run(void) {
