@@ -366,7 +366,7 @@ static void test_forward_pass(void) {
     State *s = state_new(&one, T, T);
     test_begin("neighbours: the float variant is the model");
     Variant v = variant_new(m, 0);
-    double want = perplexity(m, tokens, T, T, 0, &windows, NULL);
+    double want = model_perplexity(m, tokens, T, T, 0, &windows, NULL);
     double found = exp(variant_loss(&v, s, tokens, T));
     check(fabs(found / want - 1) < 1e-5, "perplexity %.6f, the model's is %.6f", found, want);
 
