@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/random.h>
 #include <utf8proc.h>
 
 #include "qqq.h"
@@ -43,22 +44,42 @@ struct Tokenizer {
     int *vocab;    // [vocab_mask + 1] hash table of model.vocab's ids by bytes, -1: empty
     Merge *merges; // [merge_mask + 1] hash table by pair
     size_t vocab_mask, merge_mask; // tables are powers of two in size and never full
+    uint64_t key, multiplier;      // of their hashes
     int size, n_added;
     int byte_id[256];   // the tokens of single bytes
     bool ignore_merges; // a whole pre-token that is a token is not built from its bytes
 };
 
 static size_t table_size(int entries) {
-    size_t size = 1;
+    size_t size = 2;
     while (size <= (size_t)entries + entries / 2) size *= 2;
     return size;
 }
 
+/* Where a key has its place in a table of mask + 1 slots: the top bits of its product with a random
+ * odd number (Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair
+ * Problem"). So no file can be made whose tokens or merges all have the same. */
+static size_t first_slot(const Tokenizer *t, uint64_t key, size_t mask) {
+    return (key * t->multiplier) >> __builtin_clzll(mask);
+}
+
+/* The random numbers that first_slot() needs; no id depends on them. */
+static void seed_hashes(Tokenizer *t) {
+    uint64_t random[2];
+    double now = seconds(); // where there is nothing better
+    if (getrandom(random, sizeof random, 0) != sizeof random) {
+        memcpy(&random[0], &now, sizeof now);
+        random[1] = random[0] * 0x9e3779b97f4a7c15 ^ (uintptr_t)t;
+    }
+    t->key = random[0];
+    t->multiplier = random[1] | 1;
+}
+
 /* The slot in t->vocab of the token with these bytes, or the empty one where it would go. */
 static int *vocab_slot(const Tokenizer *t, const char *bytes, int n) {
-    uint64_t hash = 0xcbf29ce484222325; // FNV-1a
+    uint64_t hash = t->key; // FNV-1a
     for (int i = 0; i < n; i++) hash = (hash ^ (uint8_t)bytes[i]) * 0x100000001b3;
-    for (size_t i = hash ^ hash >> 32;; i++) {
+    for (size_t i = first_slot(t, hash, t->vocab_mask);; i++) {
         int *slot = &t->vocab[i & t->vocab_mask];
         if (*slot < 0) return slot;
         const Token *token = &t->tokens[*slot];
@@ -68,8 +89,8 @@ static int *vocab_slot(const Tokenizer *t, const char *bytes, int n) {
 
 /* The slot in t->merges of this pair, or the empty one where it would go. */
 static Merge *merge_slot(const Tokenizer *t, int left, int right) {
-    uint64_t hash = ((uint64_t)left << 32 | (uint32_t)right) * 0x9e3779b97f4a7c15;
-    for (size_t i = hash >> 32;; i++) {
+    uint64_t pair = (uint64_t)left << 32 | (uint32_t)right;
+    for (size_t i = first_slot(t, pair, t->merge_mask);; i++) {
         Merge *slot = &t->merges[i & t->merge_mask];
         if (slot->rank < 0 || (slot->left == left && slot->right == right)) return slot;
     }
@@ -321,6 +342,7 @@ Tokenizer *tokenizer_load(const char *name, const char *text, size_t bytes) {
 
     int n_vocab = count_children(json, vocab), n_added = count_children(json, added);
     Tokenizer *t = allocate(1, sizeof *t);
+    seed_hashes(t);
     t->ignore_merges = flag(&f, model, "ignore_merges", false);
     t->size = n_vocab + n_added;
     t->tokens = allocate(t->size, sizeof *t->tokens);

@@ -4,6 +4,7 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 
 #include "test.h"
 
@@ -256,6 +257,70 @@ static void test_merging(void) {
     free(text);
     free(longer);
     free(merges);
+}
+
+/* Words of letters are numbers of 26 digits; those of 1 to 3 letters are tokens in this order. */
+static int word_id(int word, int letters) {
+    return letters == 1 ? 'a' + word : letters == 2 ? 256 + word : 256 + 26 * 26 + word;
+}
+
+/* word's letters, in one of four places that take turns. */
+static const char *word_text(int word, int letters) {
+    static char text[4][5];
+    static int turn;
+    char *t = text[turn++ % 4];
+    t[letters] = 0;
+    for (int i = letters - 1; i >= 0; i--, word /= 26) t[i] = (char)('a' + word % 26);
+    return t;
+}
+
+enum { COLLIDING = 200000 };
+
+/* Merges of 1 + 3, 2 + 2 and 3 + 1 letters whose pairs of ids, hashed by a product that everybody
+ * knows, all fall into one seventh of a table of half a million slots, one behind the other. */
+static char *colliding_json(void) {
+    enum { THREE = 26 * 26 * 26, FOUR = 26 * THREE };
+    char *vocab = NULL, *merges = NULL, *made = allocate(FOUR, 1);
+    size_t unused;
+    FILE *v = open_memstream(&vocab, &unused), *m = open_memstream(&merges, &unused);
+    for (int letters = 2; letters <= 3; letters++)
+        for (int w = 0; w < (letters == 2 ? 26 * 26 : THREE); w++)
+            fprintf(v, ",\"%s\":%d", word_text(w, letters), word_id(w, letters));
+    int n = 0, id = word_id(THREE, 3);
+    for (int letters = 1, right = THREE; letters <= 3; letters++, right /= 26) // in `left`
+        for (int w = 0; w < FOUR && n < COLLIDING; w++) {
+            uint64_t pair = (uint64_t)word_id(w / right, letters) << 32 |
+                            (uint64_t)word_id(w % right, 4 - letters);
+            if ((pair * 0x9e3779b97f4a7c15 >> 32) % (1 << 19) >= (1 << 19) / 6) continue;
+            fprintf(m, n++ ? ",\"%s %s\"" : "\"%s %s\"", word_text(w / right, letters),
+                    word_text(w % right, 4 - letters));
+            if (!made[w]) fprintf(v, ",\"%s\":%d", word_text(w, 4), id++);
+            made[w] = 1;
+        }
+    fclose(v);
+    fclose(m);
+    check(n == COLLIDING, "only %d merges collide", n);
+    char *json = small_json(vocab, merges, "false", "");
+    free(vocab);
+    free(merges);
+    free(made);
+    return json;
+}
+
+/* Ends with a refusal, in one line, where dies() expects one. */
+static void load_colliding(void *json) {
+    struct rlimit limit = {12, 12}; // seconds of processor time; it needs half a one
+    setrlimit(RLIMIT_CPU, &limit);
+    Tokenizer *t = tokenizer_load("colliding", json, strlen(json));
+    die("%d tokens", tokenizer_size(t));
+}
+
+static void test_colliding(void) {
+    test_begin("200,000 merges made to collide are loaded in linear time");
+    char *json = colliding_json(), message[200] = "";
+    check(dies(load_colliding, json, message, sizeof message) && strstr(message, " tokens"),
+          "it did not load: %s", message);
+    free(json);
 }
 
 static void test_added(void) {
@@ -592,6 +657,7 @@ void test_tokenizer(void) {
     test_begin("the split pattern");
     for (size_t i = 0; i < sizeof splits / sizeof *splits; i++) check_split(splits[i]);
     test_merging();
+    test_colliding();
     test_added();
     test_round_trips(TINY, "any bytes there and back, tiny");
     test_round_trips(REAL, "any bytes there and back, LLaMA 3.1");
