@@ -109,8 +109,10 @@ template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes)
 /* Linears with one input, stacked. */
 struct Matrix {
     int N, K;
-    GpuLinear w4a8; // or
-    half *w;        // [N][K], NULL: W4A8
+    GpuLinear w4a8;   // or
+    half *w;          // [N][K] in 16 bits, or
+    int8_t *bytes;    // [N][K] in 8 bits (lm_head), w = q s_channel
+    float *s_channel; // [N]
 };
 
 struct GpuLayer {
@@ -136,6 +138,32 @@ static __host__ __device__ int chosen_token(Choice choice) {
     return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
 }
 
+/* Keys and values of one layer: rows of head_dim numbers of 16, 8 or 4 bits, one a token and KV
+ * head. 8 and 4 bits have scales for each row, themselves halves:
+ *
+ *     8: x ~ q s,      s = max|x| / 127,            q = rint(x / s)
+ *     4: x ~ q s + m,  s = (max - min) / 15,        q = rint((x - m) / s),   m = min
+ *
+ * For 4 bits keys, and queries with them, are turned by the Hadamard matrix of head_dim, which
+ * spreads the few large dimensions that keys have and leaves every product q k as it was (QuaRot,
+ * arXiv 2404.00456). And what is attended to most is read in 16 bits: position 0, and by the token
+ * at t those positions p with p / RECENT = t / RECENT. In a word of eight 4-bit numbers dimension
+ * 2n is nibble n, 2n + 1 nibble n + 4: a shift and a mask then leave two neighbours in the halves
+ * of a register. */
+constexpr int RECENT = 128;
+
+struct GpuCache {
+    int bits;
+    uint8_t *keys, *values;     // [n_sequences][n_kv_heads][context][head_dim * bits / 8]
+    half2 *k_scales, *v_scales; // [n_sequences][n_kv_heads][context] s, m; if not in 16 bits
+    half *first;                // [n_sequences][n_kv_heads][2][head_dim] position 0, for 4 bits
+    half *recent_keys, *recent_values; // [n_sequences][n_kv_heads][RECENT][head_dim], for 4 bits
+    int n_kv_heads, context;
+    __device__ size_t row(int sequence, int kv_head) const {
+        return ((size_t)sequence * n_kv_heads + kv_head) * context;
+    }
+};
+
 struct GpuState {
     const GpuModel *model;
     int n_sequences, context, max_T;
@@ -144,24 +172,24 @@ struct GpuState {
     cudaGraphExec_t step; // a decode step, captured at the first
     uint8_t *memory;      // [bytes] of all that follows
     size_t bytes;
-    int *tokens;    // [max_T] of a prompt
-    int *positions; // [n_sequences] of the next token
-    Choice *chosen; // [n_sequences] the next token
-    float *x;       // [max_T][dim] the residual stream
-    int8_t *a;      // [max_T][K] a linear's input, int8 or
-    half *h;        // [max_T][K] 16 bits; after the last layer: normed, ready for lm_head
-    float *scale;   // [max_T] of either
-    half *qkv;      // [max_T][q_dim + 2 kv_dim]
-    half *att;      // [max_T][q_dim]
-    half *gate_up;  // [max_T][2][hidden_dim]
-    float *y;       // [max_T][dim] down's output before it is scaled (16-bit models)
-    half *keys;     // [n_layers][n_sequences][n_kv_heads][context][head_dim]
-    half *values;   // the same
-    float4 *rope;   // [context][head_dim / 4] cos and sin of two angles
-    float *logits;  // [max(LOGIT_ROWS, n_sequences)][vocab_size]
-    Score *scores;  // [LOGIT_ROWS]
-    float *partial; // of attention_decode_kernel, for `splits` blocks a row of blocks
-    int *arrived;   // [n_sequences * rows of blocks]
+    int *tokens;        // [max_T] of a prompt
+    int *positions;     // [n_sequences] of the next token
+    Choice *chosen;     // [n_sequences] the next token
+    float *x;           // [max_T][dim] the residual stream
+    int8_t *a;          // [max_T][K] a linear's input, int8 or
+    half *h;            // [max_T][K] 16 bits; after the last layer: normed, ready for lm_head
+    float *scale;       // [max_T] of either
+    half *qkv;          // [max_T][q_dim + 2 kv_dim]
+    half *att;          // [max_T][q_dim]
+    half *gate_up;      // [max_T][2][hidden_dim]
+    float *y;           // [max_T][dim] down's output before it is scaled (16-bit models)
+    GpuCache cache;     // of all layers, one after the other: layer_cache()
+    GpuCache in_halves; // of one sequence and layer, in 16 bits: see read_cache_kernel
+    float4 *rope;       // [context][head_dim / 4] cos and sin of two angles
+    float *logits;      // [max(LOGIT_ROWS, n_sequences)][vocab_size]
+    Score *scores;      // [LOGIT_ROWS]
+    float *partial;     // of attention_decode_kernel, for `splits` blocks a row of blocks
+    int *arrived;       // [n_sequences * rows of blocks]
     int splits;
     int *gemm_workspace;
     void *cublas_workspace;
@@ -233,6 +261,13 @@ static void upload(GpuState *s, void *to, const void *from, size_t bytes) {
     cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, s->stream), "upload");
 }
 
+/* Of `left` tokens at position pos, how many go through the layers together. A cache in 4 bits is
+ * overwritten, where it is recent, at a multiple of RECENT: a chunk starts there, or ends. */
+static int chunk_tokens(const GpuState *s, int pos, int left) {
+    const int into = pos % RECENT, most = min(left, s->max_T);
+    return into && s->cache.bits == 4 ? min(most, RECENT - into) : most;
+}
+
 /* Up to max_T tokens through all layers. */
 static void forward_chunk(GpuState *s, int sequence, const int *tokens, int T, int pos) {
     upload(s, s->tokens, tokens, T * sizeof *tokens);
@@ -245,7 +280,7 @@ static void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int
     check_tokens(s, tokens, T, pos);
     int done = 0, n = 0;
     for (; done < T; done += n) {
-        n = min(T - done, s->max_T);
+        n = chunk_tokens(s, pos + done, T - done);
         forward_chunk(s, sequence, tokens + done, n, pos + done);
     }
     lm_head(s, n - 1, 1);
@@ -560,6 +595,16 @@ __device__ __forceinline__ void mma(int (&c)[4], const uint32_t (&a)[4], uint32_
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
                  : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* c [16][8] += a [16][16] . b [8][16] over a warp, halves; the layout is that of the int8 mma
+ * with pairs of halves for the four bytes. */
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
@@ -1727,6 +1772,128 @@ static void linear_halves(GpuState *s, const Matrix *w, const half *in, const fl
                               CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
+/* ---- lm_head in 8 bits -------------------------------------------------------------------------
+ *
+ *     y[t][n] = (sum_k x[t][k] q[n][k]) * s_channel[n]      x halves, q int8, the sum in float32
+ *
+ * The time is that of reading q, once, from global memory straight into registers, in the order of
+ * the file: the order of k in a sum does not matter, so that 16 consecutive bytes of a row are a
+ * lane's part of four steps of mma. Bytes become halves in registers, exactly. A token is a column
+ * of the product: it gets the same bits whatever stands beside it. */
+
+constexpr int HEAD_STRIP = 32;  // channels of a warp: two m16 tiles
+constexpr int HEAD_CHUNK = 128; // k between two barriers
+constexpr int HEAD_AHEAD = 2;   // chunks of weights in flight
+
+/* What stands in two bytes of a word, q + 128, as halves: 0x6400 + u are the bits of 1024 + u. */
+__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t biased, uint32_t which) {
+    uint32_t x = __byte_perm(biased, 0x64646464, which), y = 0x64806480; // 1024 + 128
+    half2 z = __hsub2(*(half2 *)&x, *(half2 *)&y);
+    return *(uint32_t *)&z;
+}
+
+/* y [T][N], T <= TOKENS; K a multiple of 16. A block has 256 channels. */
+template <int TOKENS>
+__global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
+    linear_bytes_kernel(const int8_t *q, const float *s_channel, int N, int K, const half *x, int T,
+                        float *y) {
+    constexpr int ROW = HEAD_CHUNK * sizeof(half) + 16; // bytes; + 16: other banks
+    __shared__ __align__(16) uint8_t shared[2][TOKENS * ROW];
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int n0 = (blockIdx.x * WARPS + threadIdx.x / 32) * HEAD_STRIP + g; // and 8, 16, 24 on
+    const int8_t *from = q + (size_t)n0 * K + t * 16;
+    uint4 w[HEAD_AHEAD][2][4] = {}; // [64 k][channel]
+    auto load_weights = [&](uint4(&to)[4], int k) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            load_16(to[r], (const uint4 *)(from + (size_t)r * 8 * K + k),
+                    k + t * 16 < K && n0 + r * 8 < N);
+        }
+    };
+    auto load_x = [&](int k, int stage) { // zeros past the end, which make any weight harmless
+        constexpr int PIECES = HEAD_CHUNK / 8;
+        for (int i = threadIdx.x; i < TOKENS * PIECES; i += THREADS) {
+            int row = i / PIECES, at = k + i % PIECES * 8;
+            bool there = row < T && at < K;
+            copy_async_16(
+                (uint32_t)__cvta_generic_to_shared(shared[stage] + row * ROW + i % PIECES * 16),
+                there ? x + (size_t)row * K + at : x, there, true);
+        }
+    };
+#pragma unroll
+    for (int a = 0; a < HEAD_AHEAD; a++) {
+        for (int c = 0; c < 2; c++) load_weights(w[a][c], a * HEAD_CHUNK + c * 64);
+    }
+    launch_dependents();
+    wait_for_previous_kernel();
+    load_x(0, 0);
+
+    float sum[2][TOKENS / 8][4] = {};
+    for (int k0 = 0; k0 < K; k0 += HEAD_AHEAD * HEAD_CHUNK) {
+#pragma unroll
+        for (int a = 0; a < HEAD_AHEAD; a++) {
+            const int k = k0 + a * HEAD_CHUNK;
+            copy_async_wait();
+            __syncthreads(); // the chunk of x is there, and the other stage free
+            load_x(k + HEAD_CHUNK, (a + 1) % 2);
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const uint32_t *words = (const uint32_t *)w[a][c]; // [channel][4]
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) { // words, and the two steps of mma they are
+                    uint32_t left[2][2][4];      // [step][m16 tile]
+#pragma unroll
+                    for (int j = 0; j < 16; j++) { // step, tile, k, half of the tile
+                        const int step = j / 8, tile = j / 4 % 2, late = j / 2 % 2, half = j % 2;
+                        left[step][tile][late * 2 + half] =
+                            bytes_to_halves(words[(tile * 2 + half) * 4 + i + step] ^ 0x80808080,
+                                            late ? 0x4342 : 0x4140);
+                    }
+#pragma unroll
+                    for (int j = 0; j < TOKENS / 8; j++) {
+                        const uint4 b = *(const uint4 *)(shared[a % 2] + (j * 8 + g) * ROW +
+                                                         (c * 64 + t * 16 + i * 4) * sizeof(half));
+                        for (int tile = 0; tile < 2; tile++) {
+                            mma(sum[tile][j], left[0][tile], b.x, b.y);
+                            mma(sum[tile][j], left[1][tile], b.z, b.w);
+                        }
+                    }
+                }
+            }
+            for (int c = 0; c < 2; c++) { // both halves of a line of memory at once
+                load_weights(w[a][c], k + HEAD_AHEAD * HEAD_CHUNK + c * 64);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        const int n = n0 + r * 8;
+        if (n >= N) continue;
+        const float s = s_channel[n];
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++) {
+            for (int i = 0; i < 2; i++) {
+                const int token = j * 8 + t * 2 + i;
+                if (token < T) y[(size_t)token * N + n] = sum[r / 2][j][r % 2 * 2 + i] * s;
+            }
+        }
+    }
+}
+
+/* y [T][N] = x [T][K] W^T for a W in 8 bits. */
+static void linear_bytes(GpuState *s, const Matrix *w, const half *x, int T, float *y) {
+    for (int t = 0; t < T; t += 64) {
+        const int n = min(64, T - t);
+        auto *kernel = n <= 8    ? linear_bytes_kernel<8>
+                       : n <= 16 ? linear_bytes_kernel<16>
+                       : n <= 32 ? linear_bytes_kernel<32>
+                                 : linear_bytes_kernel<64>;
+        const int channels = WARPS * HEAD_STRIP;
+        launch(kernel, {dim3((w->N + channels - 1) / channels), THREADS}, s->stream, w->bytes,
+               w->s_channel, w->N, w->K, x + (size_t)t * w->K, n, y + (size_t)t * w->N);
+    }
+}
+
 /* y [T][N] = W applied to linear_input(). */
 static void linear(GpuState *s, const Matrix *w, int T, half *y) {
     if (w->w) linear_halves(s, w, s->h, NULL, T, y, NULL, false);
@@ -1742,7 +1909,9 @@ static void add_linear(GpuState *s, const Matrix *w, int T, const half *in, cons
 /* logits [n][vocab_size] of tokens first .. first + n - 1 of the last layers(). */
 static void lm_head(GpuState *s, int first, int n) {
     const half *h = s->h + (size_t)first * s->model->config.dim;
-    linear_halves(s, &s->model->lm_head, h, NULL, n, NULL, s->logits, false);
+    const Matrix *w = &s->model->lm_head;
+    if (w->bytes) linear_bytes(s, w, h, n, s->logits);
+    else linear_halves(s, w, h, NULL, n, NULL, s->logits, false);
     s->rows = n;
 }
 
@@ -1844,25 +2013,6 @@ __global__ void score_kernel(const float *logits, int vocab_size, const int *tar
  * Twin: attention() and rope() in qqq.c. head_dim is 64 or 128.
  * ============================================================================================== */
 
-/* Where keys and values of one layer are: [n_sequences][n_kv_heads][context][head_dim]. */
-struct Cache {
-    half *keys, *values;
-    int n_kv_heads, context;
-    __device__ size_t at(int sequence, int kv_head, int head_dim) const {
-        return ((size_t)sequence * n_kv_heads + kv_head) * context * head_dim;
-    }
-};
-
-/* c [16][8] += a [16][16] . b [8][16] over a warp, halves; the layout is that of the int8 mma above
- * with pairs of halves for the four bytes. */
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 /* As load_matrices(), each 8x8 matrix transposed. */
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&b)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
@@ -1883,30 +2033,185 @@ __device__ __forceinline__ float score_scale(int head_dim) {
     return 1.44269504f / sqrtf(head_dim);
 }
 
-/* ---- a prompt -------------------------------------------------------------------------------- */
+/* ---- the cache ------------------------------------------------------------------------------- */
 
-/* k (after RoPE) and v of tokens at pos .. pos + T - 1 into the cache. qkv [T][qkv_dim]: all query
- * heads, then k, then v. One block a token. */
-__global__ void write_cache_kernel(const half *qkv, int q_dim, int head_dim, int sequence, int pos,
-                                   const float4 *rope, Cache cache) {
-    launch_dependents();
-    wait_for_previous_kernel();
-    const int t = blockIdx.x, kv_dim = cache.n_kv_heads * head_dim, quarter = head_dim / 4;
-    const uint32_t *k = (const uint32_t *)(qkv + (size_t)t * (q_dim + 2 * kv_dim) + q_dim);
-    const uint32_t *v = k + kv_dim / 2;
-    for (int i = threadIdx.x; i < cache.n_kv_heads * quarter; i += blockDim.x) {
-        int head = i / quarter, j = i % quarter; // dimensions 2j, 2j + 1 and those head_dim / 2 on
-        const uint32_t *k_head = k + head * 2 * quarter, *v_head = v + head * 2 * quarter;
-        uint32_t first = k_head[j], second = k_head[j + quarter];
-        rotate_pairs(first, second, rope[(size_t)(pos + t) * quarter + j]);
-        size_t row = cache.at(sequence, head, head_dim) + (size_t)(pos + t) * head_dim;
-        uint32_t *to_k = (uint32_t *)(cache.keys + row), *to_v = (uint32_t *)(cache.values + row);
-        to_k[j] = first;
-        to_k[j + quarter] = second;
-        to_v[j] = v_head[j];
-        to_v[j + quarter] = v_head[j + quarter];
+/* A head's vector over a warp. Lane l has dimensions 2j, 2j + 1 and, head_dim / 2 on, their
+ * partners of RoPE, j = l % (head_dim / 4). */
+template <int HEAD_DIM> struct HeadVector {
+    static constexpr int QUARTER = HEAD_DIM / 4;
+    float x[4];
+
+    __device__ __forceinline__ static int j() { return threadIdx.x % QUARTER; }
+    __device__ __forceinline__ void set(uint32_t first, uint32_t second) {
+        float2 a = __half22float2(*(half2 *)&first), b = __half22float2(*(half2 *)&second);
+        x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y;
+    }
+    __device__ __forceinline__ void load(const half *from) {
+        const uint32_t *pairs = (const uint32_t *)from;
+        set(__ldcg(pairs + j()), __ldcg(pairs + j() + QUARTER));
+    }
+    __device__ __forceinline__ uint2 halves() const {
+        return make_uint2(pack(x[0], x[1]), pack(x[2], x[3]));
+    }
+    __device__ __forceinline__ void store(half *to) const {
+        if (threadIdx.x % 32 >= QUARTER) return;
+        uint2 h = halves();
+        ((uint32_t *)to)[j()] = h.x;
+        ((uint32_t *)to)[j() + QUARTER] = h.y;
+    }
+    /* RoPE; in 16 bits between the two, as a linear's output is. */
+    __device__ __forceinline__ void rotate(const float4 *angles) {
+        uint2 h = halves();
+        rotate_pairs(h.x, h.y, angles[j()]);
+        set(h.x, h.y);
+    }
+    /* x <- x H / sqrt(HEAD_DIM), its own inverse. */
+    __device__ __forceinline__ void turn() {
+        auto butterfly = [](float &a, float &b) {
+            float sum = a + b;
+            b = a - b;
+            a = sum;
+        };
+        butterfly(x[0], x[1]);
+        butterfly(x[2], x[3]);
+#pragma unroll
+        for (int i = 1; i < QUARTER; i *= 2) {
+            for (float &v : x) {
+                float other = __shfl_xor_sync(~0u, v, i);
+                v = j() & i ? other - v : v + other;
+            }
+        }
+        butterfly(x[0], x[2]);
+        butterfly(x[1], x[3]);
+        for (float &v : x) v *= rsqrtf(HEAD_DIM);
+    }
+    template <typename F> __device__ __forceinline__ float reduce(F f) const {
+        float y = f(f(x[0], x[1]), f(x[2], x[3]));
+        for (int i = 1; i < QUARTER; i *= 2) y = f(y, __shfl_xor_sync(~0u, y, i));
+        return y;
+    }
+};
+
+/* Row `row` of keys or values = x. */
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void store_row(const HeadVector<HEAD_DIM> &x, uint8_t *rows,
+                                          half2 *scales, size_t row) {
+    uint8_t *to = rows + row * (HEAD_DIM * BITS / 8);
+    if constexpr (BITS == 16) {
+        x.store((half *)to);
+        return;
+    }
+    const int j = x.j();
+    const bool mine = threadIdx.x % 32 < x.QUARTER;
+    auto larger = [](float a, float b) { return fmaxf(a, b); };
+    auto smaller = [](float a, float b) { return fminf(a, b); };
+    float low = x.reduce(smaller), high = x.reduce(larger), offset = 0;
+    half s = __float2half_rn(__fdiv_rn(fmaxf(high, -low), 127.0f)), m = __float2half_rn(0);
+    if (BITS == 4) {
+        s = __float2half_rn(__fdiv_rn(high - low, 15.0f));
+        m = __float2half_rn(low);
+        offset = __half2float(m);
+    }
+    const float scale = __half2float(s), least = BITS == 4 ? 0 : -127, most = BITS == 4 ? 15 : 127;
+    uint32_t q[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float r = scale > 0 ? rintf(__fdiv_rn(x.x[i] - offset, scale)) : 0;
+        q[i] = (int)fminf(fmaxf(r, least), most);
+    }
+    if (threadIdx.x % 32 == 0) scales[row] = __halves2half2(s, m);
+#pragma unroll
+    for (int i = 0; i < 2; i++) { // the lower half of the dimensions, the upper one
+        if (BITS == 8) {
+            uint32_t two = (q[2 * i] & 0xff) | (q[2 * i + 1] & 0xff) << 8;
+            if (mine) ((uint16_t *)to)[j + i * x.QUARTER] = two;
+        } else {
+            uint32_t word = q[2 * i] << 4 * (j % 4) | q[2 * i + 1] << (16 + 4 * (j % 4));
+            word |= __shfl_xor_sync(~0u, word, 1);
+            word |= __shfl_xor_sync(~0u, word, 2);
+            if (mine && j % 4 == 0) ((uint32_t *)to)[j / 4 + i * (x.QUARTER / 4)] = word;
+        }
     }
 }
+
+/* A token's key (or value) of head number `head` = sequence * n_kv_heads + KV head, into the cache;
+ * `recent`: in 16 bits too. One warp. */
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void store_token(const GpuCache &cache, size_t head, int pos,
+                                            bool is_key, bool recent, const half *qkv,
+                                            const float4 *rope) {
+    HeadVector<HEAD_DIM> x;
+    x.load(qkv);
+    if (is_key) x.rotate(rope + (size_t)pos * (HEAD_DIM / 4));
+    if (BITS == 4 && is_key) x.turn();
+    store_row<HEAD_DIM, BITS>(x, is_key ? cache.keys : cache.values,
+                              is_key ? cache.k_scales : cache.v_scales, head * cache.context + pos);
+    if (BITS > 4) return;
+    if (pos == 0) x.store(cache.first + (head * 2 + !is_key) * HEAD_DIM);
+    half *ring = is_key ? cache.recent_keys : cache.recent_values;
+    if (recent) x.store(ring + (head * RECENT + pos % RECENT) * HEAD_DIM);
+}
+
+/* k (after RoPE) and v of tokens at pos .. pos + T - 1 into the cache, T = gridDim.x. qkv
+ * [T][qkv_dim]: all query heads, then k, then v. One block a token. */
+template <int HEAD_DIM, int BITS>
+__global__ void write_cache_kernel(const half *qkv, int q_dim, int sequence, int first,
+                                   const float4 *rope, GpuCache cache) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const int heads = cache.n_kv_heads, pos = first + blockIdx.x;
+    const bool recent = pos / RECENT == (first + (int)gridDim.x - 1) / RECENT;
+    const half *row = qkv + (size_t)blockIdx.x * (q_dim + 2 * heads * HEAD_DIM) + q_dim;
+    for (int i = threadIdx.x / 32; i < 2 * heads; i += blockDim.x / 32) {
+        store_token<HEAD_DIM, BITS>(cache, (size_t)sequence * heads + i % heads, pos, i < heads,
+                                    recent, row + i * HEAD_DIM, rope);
+    }
+}
+
+/* What the attention of a prompt reads of a cache in 8 or 4 bits: its positions 0 .. gridDim.x - 1
+ * in 16 bits, keys turned back, as sequence 0 of `to`. Sequence 1, for 4 bits, has them as they
+ * were, from `pos` on out of qkv and before out of what is recent. */
+template <int HEAD_DIM, int BITS>
+__global__ void read_cache_kernel(GpuCache cache, int sequence, const half *qkv, int q_dim, int pos,
+                                  const float4 *rope, GpuCache to) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const int heads = cache.n_kv_heads, p = blockIdx.x;
+    for (int i = threadIdx.x / 32; i < 2 * heads; i += blockDim.x / 32) {
+        const bool is_key = i < heads;
+        const size_t head = (size_t)sequence * heads + i % heads, row = head * cache.context + p;
+        uint8_t *to_rows = is_key ? to.keys : to.values;
+        HeadVector<HEAD_DIM> x;
+        if (BITS == 4 && p == 0) {
+            x.load(cache.first + (head * 2 + !is_key) * HEAD_DIM);
+        } else {
+            const uint8_t *from =
+                (is_key ? cache.keys : cache.values) + row * (HEAD_DIM * BITS / 8);
+            const float2 s = __half22float2((is_key ? cache.k_scales : cache.v_scales)[row]);
+            for (int k = 0; k < 4; k++) {
+                const int pair = x.j() + k / 2 * x.QUARTER;
+                const int word = pair / 4 * 4, nibble = pair % 4;
+                int q = BITS == 8 ? (int8_t)from[2 * pair + k % 2]
+                                  : from[word + nibble / 2 + k % 2 * 2] >> 4 * (nibble % 2) & 15;
+                x.x[k] = q * s.x + s.y;
+            }
+        }
+        if (BITS == 4 && is_key) x.turn();
+        store_row<HEAD_DIM, 16>(x, to_rows, NULL, to.row(0, i % heads) + p);
+        if (BITS == 8 || p < pos / RECENT * RECENT) continue;
+        if (p < pos) {
+            const half *ring = is_key ? cache.recent_keys : cache.recent_values;
+            x.load(ring + (head * RECENT + p % RECENT) * HEAD_DIM);
+            if (is_key) x.turn();
+        } else {
+            x.load(qkv + (size_t)(p - pos) * (q_dim + 2 * heads * HEAD_DIM) + q_dim + i * HEAD_DIM);
+            if (is_key) x.rotate(rope + (size_t)p * (HEAD_DIM / 4));
+        }
+        store_row<HEAD_DIM, 16>(x, to_rows, NULL, to.row(1, i % heads) + p);
+    }
+}
+
+/* ---- a prompt -------------------------------------------------------------------------------- */
 
 constexpr int KEYS = 64; // of a tile
 
@@ -1916,27 +2221,38 @@ template <int HEAD_DIM> __device__ __forceinline__ uint32_t key_place(int row, i
     return row * HEAD_DIM * 2 + (column / 8 * 8 + (column % 8 ^ row % 8)) * 16;
 }
 
+/* Tokens of a block: a power of 2, so that all of a block's have the same recent positions. */
+static __host__ __device__ int prompt_tokens(int group) {
+    int tokens = 16 * WARPS;
+    while (tokens * group > 16 * WARPS) tokens /= 2;
+    return tokens;
+}
+
 /* One block is one KV head and up to 128 rows of queries, 16 a warp. A row is a token and one of
- * the `group` query heads: row r is token r / group, head r % group. */
+ * the `group` query heads: row r is token r / group, head r % group. Positions that are recent for
+ * its tokens are read in sequence `recent` of the cache, those before in `sequence`. */
 template <int HEAD_DIM>
 __global__ void __launch_bounds__(THREADS, 1)
     attention_prefill_kernel(const half *qkv, int T, int group, int sequence, int pos,
-                             const float4 *rope, Cache cache, half *out) {
+                             const float4 *rope, GpuCache cache, int recent, half *out) {
     constexpr int STEPS = HEAD_DIM / 16, PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
     extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
     const uint32_t tiles = (uint32_t)__cvta_generic_to_shared(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int tokens = 16 * WARPS / group;                // of this block
-    const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens; // the longest first
+    const int tokens = prompt_tokens(group);                             // of this block
+    const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens - pos % tokens; // the longest first
     const int kv_head = blockIdx.x, q_dim = cache.n_kv_heads * group * HEAD_DIM;
     const int qkv_dim = q_dim + 2 * cache.n_kv_heads * HEAD_DIM;
     const int n_keys = pos + min(t0 + tokens, T); // of the last token
-    const half *keys = cache.keys + cache.at(sequence, kv_head, HEAD_DIM);
-    const half *values = cache.values + cache.at(sequence, kv_head, HEAD_DIM);
+    const size_t older = cache.row(sequence, kv_head) * HEAD_DIM;
+    const size_t newer = cache.row(recent, kv_head) * HEAD_DIM;
+    const int newer_from = (pos + t0) / RECENT * RECENT;
     launch_dependents();
     wait_for_previous_kernel();
 
     auto load_tile = [&](int first, int stage) { // 64 positions, zeros past the end
+        const size_t cached = first < newer_from ? older : newer;
+        const half *keys = (half *)cache.keys + cached, *values = (half *)cache.values + cached;
         for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
             int row = i / PIECES, column = i % PIECES;
             uint32_t to = tiles + stage * 2 * TILE + key_place<HEAD_DIM>(row, column);
@@ -1955,7 +2271,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     size_t place[2]; // of their heads in a [T][q_dim]
     for (int i = 0; i < 2; i++) {
         int row = warp * 16 + lane / 4 + 8 * i, t = t0 + row / group;
-        bool there = row < tokens * group && t < T;
+        bool there = row < tokens * group && t >= 0 && t < T;
         position[i] = there ? pos + t : -1;
         place[i] = (size_t)t * q_dim + (kv_head * group + row % group) * HEAD_DIM;
         if (!there) continue;
@@ -2069,17 +2385,85 @@ constexpr int HEADS = 8;       // query heads of a block: mma's right side is 8 
  *     s^T [16 positions][8 heads] = k q^T          o^T [head_dim][8 heads] += v^T p^T
  *
  * The order of dimensions in a sum does not matter, and that of rows of o^T is ours to choose, so
- * that every operand of mma is part of a 16-byte load (lane 4g + t, j and i count its loads):
+ * that every operand of mma is part of a 16-byte load (lane 4g + t, j and i count eights of
+ * dimensions), or with fewer bits of all that the lane has of a row: Share.
  *
- *     of k, positions g and g + 8:            dimensions 32 j + 8 t .. + 7, for two steps of mma
- *     of v, positions 2t, 2t+1, 2t+8, 2t+9:   dimensions 64 i + 8 g .. + 7, for four tiles of o^T
- */
+ *     of k, positions g and g + 8:            in 16 bits dimensions 32 j + 8 t .. + 7, two steps
+ *     of v, positions 2t, 2t+1, 2t+8, 2t+9:   dimensions 64 i + 8 g .. + 7, four tiles of o^T
+ *
+ * Scales are left out of the products: s_k and m_k are applied to scores, with the sum of q; s_v to
+ * p; p m_v, the same for all dimensions, is summed up beside l. */
+
+/* The eights of dimensions that one of LANES lanes has of a row of the cache, in loads of 16 bytes
+ * if there are so many: RUN dimensions are consecutive. */
+template <int HEAD_DIM, int BITS, int LANES> struct Share {
+    static constexpr int EACH = HEAD_DIM / LANES, RUN = EACH < 128 / BITS ? EACH : 128 / BITS;
+    __device__ static constexpr int dimension(int i, int lane) {
+        return i * 8 / RUN * LANES * RUN + lane * RUN + i * 8 % RUN;
+    }
+};
+
+/* Rows of STORED bits in the order of dimensions that BITS ask for: into words of 32 bits, those of
+ * the i-th eight dimensions from i * STORED / 4 on. */
+template <int STORED, typename S, int WORDS>
+__device__ __forceinline__ void load_share(const uint8_t *row, int lane, uint32_t (&words)[WORDS]) {
+    constexpr int RUN = STORED == 16 ? 8 : S::RUN, LOAD = RUN * STORED / 32;
+#pragma unroll
+    for (int i = 0; i < WORDS; i += LOAD) {
+        const uint8_t *from = row + S::dimension(i * 4 / STORED, lane) * STORED / 8;
+        if constexpr (LOAD == 4) {
+            uint4 v = __ldcg((const uint4 *)from);
+            words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+        } else if constexpr (LOAD == 2) {
+            uint2 v = __ldcg((const uint2 *)from);
+            words[i] = v.x, words[i + 1] = v.y;
+        } else {
+            words[i] = __ldcg((const uint32_t *)from);
+        }
+    }
+}
+
+/* Two 4-bit numbers, in the lowest bits of a word's halves, as halves: see bytes_to_halves(). */
+__device__ __forceinline__ uint32_t nibbles_to_halves(uint32_t word) {
+    uint32_t x = (word & 0x000f000f) | 0x64006400, y = 0x64006400;
+    half2 z = __hsub2(*(half2 *)&x, *(half2 *)&y);
+    return *(uint32_t *)&z;
+}
+
+/* Eight dimensions of one row, two to a register. */
+template <int BITS>
+__device__ __forceinline__ void row_to_halves(const uint32_t *words, uint32_t (&h)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        if (BITS == 16) h[e] = words[e];
+        if (BITS == 8) h[e] = bytes_to_halves(words[e / 2] ^ 0x80808080, e % 2 ? 0x4342 : 0x4140);
+        if (BITS == 4) h[e] = nibbles_to_halves(words[0] >> 4 * e);
+    }
+}
+
+/* Dimensions 2e and 2e + 1 of eight, of two rows: two rows to a register. */
+template <int BITS>
+__device__ __forceinline__ void rows_to_halves(const uint32_t *a, const uint32_t *b, int e,
+                                               uint32_t (&h)[2]) {
+    if (BITS == 16) {
+        h[0] = __byte_perm(a[e], b[e], 0x5410);
+        h[1] = __byte_perm(a[e], b[e], 0x7632);
+    } else if (BITS == 8) {
+        uint32_t bytes = __byte_perm(a[e / 2], b[e / 2], e % 2 ? 0x7362 : 0x5140) ^ 0x80808080;
+        h[0] = bytes_to_halves(bytes, 0x4140);
+        h[1] = bytes_to_halves(bytes, 0x4342);
+    } else {
+        h[0] = nibbles_to_halves(__byte_perm(a[0], b[0], 0x5410) >> 4 * e);
+        h[1] = nibbles_to_halves(__byte_perm(a[0], b[0], 0x7632) >> 4 * e);
+    }
+}
+
 struct DecodeArgs {
     const half *qkv;      // [sequences][q_dim + 2 kv_dim]
     int group;            // query heads to a KV head
     const int *positions; // [sequences]
     const float4 *rope;
-    Cache cache;
+    GpuCache cache;
     half *out;             // [sequences][q_dim]
     LinearInput quantized; // the same as o's input
     float *partial;        // [sequences][rows of blocks][gridDim.x][HEADS * (HEAD_DIM + 2)] o, m, l
@@ -2087,18 +2471,16 @@ struct DecodeArgs {
 };
 
 /* What one block does, and where. */
-template <int HEAD_DIM> struct DecodeBlock {
+struct DecodeBlock {
     int kv_head, head0, n_heads; // of the query heads the first, and how many: at most HEADS
     int q_dim, kv_dim, pos;
     int tiles, tile0, tile1; // of the sequence; of this block
-    half *keys, *values;     // [context][HEAD_DIM]
+    size_t head;             // of the cache: sequence, KV head
     const half *row;         // of qkv
-    const float4 *angles;    // of the position
 };
 
-template <int HEAD_DIM>
-__device__ __forceinline__ DecodeBlock<HEAD_DIM> decode_block(const DecodeArgs &p) {
-    DecodeBlock<HEAD_DIM> b;
+template <int HEAD_DIM> __device__ __forceinline__ DecodeBlock decode_block(const DecodeArgs &p) {
+    DecodeBlock b;
     const int eights = (p.group + HEADS - 1) / HEADS; // of query heads, to a KV head
     b.kv_head = blockIdx.y / eights;
     b.head0 = b.kv_head * p.group + blockIdx.y % eights * HEADS;
@@ -2109,145 +2491,210 @@ __device__ __forceinline__ DecodeBlock<HEAD_DIM> decode_block(const DecodeArgs &
     b.tiles = b.pos / 16 + 1;
     b.tile0 = (int)((long long)b.tiles * blockIdx.x / gridDim.x);
     b.tile1 = (int)((long long)b.tiles * (blockIdx.x + 1) / gridDim.x);
-    b.keys = p.cache.keys + p.cache.at(blockIdx.z, b.kv_head, HEAD_DIM);
-    b.values = p.cache.values + p.cache.at(blockIdx.z, b.kv_head, HEAD_DIM);
+    b.head = (size_t)blockIdx.z * p.cache.n_kv_heads + b.kv_head;
     b.row = p.qkv + (size_t)blockIdx.z * (b.q_dim + 2 * b.kv_dim);
-    b.angles = p.rope + (size_t)b.pos * (HEAD_DIM / 4);
     return b;
 }
 
-/* A warp's tile of the cache in registers. */
-template <int HEAD_DIM> struct Tile {
-    static constexpr int K_LOADS = HEAD_DIM / 32, V_LOADS = HEAD_DIM / 64;
-    uint4 k[K_LOADS][2], v[V_LOADS][4];
+/* Where rows of one head's keys and values are, from number `row` on. */
+struct Stored {
+    const void *keys, *values;
+    const half2 *k_scales, *v_scales;
+    size_t row;
+};
+
+/* A warp's tile of the cache in registers: rows of STORED bits, laid out as BITS want it. */
+template <int HEAD_DIM, int BITS, int STORED> struct Tile {
+    uint32_t k[2][HEAD_DIM / 4 * STORED / 32], v[4][HEAD_DIM / 8 * STORED / 32];
+    half2 k_scale[2], v_scale[2]; // of positions g and g + 8, if not in 16 bits
 
     // The cache has room for whole tiles, and past the end old numbers, whose weight will be 0.
-    __device__ __forceinline__ void load_keys(const DecodeBlock<HEAD_DIM> &b, int tile) {
+    __device__ __forceinline__ void load_keys(const void *keys, const half2 *scales, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        const half *from = b.keys + (tile * 16 + g) * HEAD_DIM + t * 8;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-#pragma unroll
-            for (int j = 0; j < K_LOADS; j++) {
-                k[j][i] = __ldcg((const uint4 *)(from + i * 8 * HEAD_DIM + j * 32));
-            }
+            const size_t at = row + g + 8 * i;
+            load_share<STORED, Share<HEAD_DIM, BITS, 4>>(
+                (const uint8_t *)keys + at * (HEAD_DIM * STORED / 8), t, k[i]);
+            if (STORED < 16) k_scale[i] = __ldcg(scales + at);
         }
     }
-    __device__ __forceinline__ void load_values(const DecodeBlock<HEAD_DIM> &b, int tile) {
+    __device__ __forceinline__ void load_values(const void *values, const half2 *scales,
+                                                size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        const half *from = b.values + (tile * 16 + 2 * t) * HEAD_DIM + g * 8;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-#pragma unroll
-            for (int j = 0; j < V_LOADS; j++) {
-                v[j][i] = __ldcg((const uint4 *)(from + (i / 2 * 8 + i % 2) * HEAD_DIM + j * 64));
-            }
+            const size_t at = row + 2 * t + i / 2 * 8 + i % 2;
+            load_share<STORED, Share<HEAD_DIM, BITS, 8>>(
+                (const uint8_t *)values + at * (HEAD_DIM * STORED / 8), g, v[i]);
+            if (STORED < 16 && i < 2) v_scale[i] = __ldcg(scales + row + g + 8 * i);
         }
+    }
+    __device__ __forceinline__ void load(const Stored &from, int tile) {
+        load_keys(from.keys, from.k_scales, from.row + tile * 16);
+        load_values(from.values, from.v_scales, from.row + tile * 16);
     }
 };
 
 /* The new token's k and v, into the cache. */
-template <int HEAD_DIM> __device__ __forceinline__ void append_kv(const DecodeBlock<HEAD_DIM> &b) {
-    const int i = threadIdx.x, quarter = HEAD_DIM / 4;
-    if (i >= quarter) return;
-    const uint32_t *k = (const uint32_t *)(b.row + b.q_dim + b.kv_head * HEAD_DIM);
-    const uint32_t *v = k + b.kv_dim / 2;
-    uint32_t first = k[i], second = k[i + quarter];
-    rotate_pairs(first, second, b.angles[i]);
-    uint32_t *to_k = (uint32_t *)(b.keys + (size_t)b.pos * HEAD_DIM);
-    uint32_t *to_v = (uint32_t *)(b.values + (size_t)b.pos * HEAD_DIM);
-    to_k[i] = first;
-    to_k[i + quarter] = second;
-    to_v[i] = v[i];
-    to_v[i + quarter] = v[i + quarter];
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void append_kv(const DecodeArgs &p, const DecodeBlock &b) {
+    const int warp = threadIdx.x / 32;
+    if (warp >= 2) return;
+    store_token<HEAD_DIM, BITS>(p.cache, b.head, b.pos, warp == 0, true,
+                                b.row + b.q_dim + warp * b.kv_dim + b.kv_head * HEAD_DIM, p.rope);
 }
 
-/* Query head g in the dimensions of a lane's keys, RoPE applied: the same for every warp. Loads j
- * and j + K_LOADS / 2 are partners. */
-template <int HEAD_DIM>
-__device__ __forceinline__ void load_query(const DecodeBlock<HEAD_DIM> &b,
-                                           uint4 (&q)[HEAD_DIM / 32][32]) {
-    constexpr int PAIRS = HEAD_DIM / 64;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    if (warp >= PAIRS) return;
-    uint4 first = {}, second = {};
-    if (g < b.n_heads) {
-        const half *from = b.row + (size_t)(b.head0 + g) * HEAD_DIM + warp * 32 + t * 8;
-        const float4 *a = b.angles + warp * 16 + t * 4;
-        first = *(const uint4 *)from;
-        second = *(const uint4 *)(from + HEAD_DIM / 2);
-        rotate_pairs(first.x, second.x, a[0]);
-        rotate_pairs(first.y, second.y, a[1]);
-        rotate_pairs(first.z, second.z, a[2]);
-        rotate_pairs(first.w, second.w, a[3]);
+/* The queries of a block as mma's right operand: [eight dimensions of a lane's keys][4 head + t],
+ * the same for every warp; and their sums. */
+template <int HEAD_DIM> struct Queries {
+    uint4 q[HEAD_DIM / 32][32];
+    float sum[HEADS];
+};
+
+/* RoPE applied, and for 4 bits turned. One warp a head. */
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void load_query(const DecodeArgs &p, const DecodeBlock &b,
+                                           Queries<HEAD_DIM> &queries) {
+    typedef Share<HEAD_DIM, BITS, 4> Keys;
+    for (int head = threadIdx.x / 32; head < HEADS; head += blockDim.x / 32) {
+        HeadVector<HEAD_DIM> x = {};
+        if (head < b.n_heads) {
+            x.load(b.row + (size_t)(b.head0 + head) * HEAD_DIM);
+            x.rotate(p.rope + (size_t)b.pos * (HEAD_DIM / 4));
+        }
+        if (BITS == 4) x.turn();
+        const uint2 h = x.halves();
+        if (BITS == 4) {
+            x.set(h.x, h.y);
+            queries.sum[head] = x.reduce([](float a, float b) { return a + b; });
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int d = 2 * x.j() + i * HEAD_DIM / 2; // the dimension, and where it is
+            const int t = d % (4 * Keys::RUN) / Keys::RUN;
+            const int eight = d / (4 * Keys::RUN) * (Keys::RUN / 8) + d % Keys::RUN / 8;
+            ((uint32_t *)&queries.q[eight][head * 4 + t])[d % 8 / 2] = i ? h.y : h.x;
+        }
     }
-    q[warp][lane] = first;
-    q[warp + PAIRS][lane] = second;
 }
 
 /* o, m and l of a warp's part of the positions. */
 template <int HEAD_DIM> struct Attended {
-    float o[HEAD_DIM / 64][4][4] = {};              // rows 64 i + 8 g + 2 e, + 1; heads
-    float m[2] = {-INFINITY, -INFINITY}, l[2] = {}; // of heads 2 t, 2 t + 1
+    float o[HEAD_DIM / 64][4][4] = {}; // [eight dimensions of a lane's values][two of them]
+    // Of heads 2 t, 2 t + 1; what the offsets of 4-bit values add to every dimension of o:
+    float m[2] = {-INFINITY, -INFINITY}, l[2] = {}, offset[2] = {};
 };
 
-/* A warp's tiles: `tile`, which is in `kv`, and every WARPS-th after it. */
-template <int HEAD_DIM, int DECODE_WARPS>
-__device__ __forceinline__ void attend_tiles(const DecodeBlock<HEAD_DIM> &b, Tile<HEAD_DIM> &kv,
-                                             int tile, const uint4 (&q)[HEAD_DIM / 32][32],
-                                             Attended<HEAD_DIM> &a) {
-    const int lane = threadIdx.x % 32, g = lane / 4;
-    const float scale = score_scale(HEAD_DIM);
-    for (; tile < b.tile1; tile += DECODE_WARPS) {
-        const int next = tile + DECODE_WARPS;
-        float s[4] = {}, odd[4] = {}; // two chains of mma, half the wait
+/* s = q k for position g (s[0], s[1]: heads 2t, 2t + 1) and g + 8 (s[2], s[3]), if k holds in
+ * halves the eights of dimensions of the two. */
+template <int HEAD_DIM, typename Eights>
+__device__ __forceinline__ void scores(const Queries<HEAD_DIM> &queries, float (&s)[4],
+                                       Eights eights) {
+    float odd[4] = {}; // two chains of mma, half the wait
 #pragma unroll
-        for (int j = 0; j < HEAD_DIM / 32; j++) {
-            const uint4 *k = kv.k[j];
-            const uint32_t even_k[4] = {k[0].x, k[1].x, k[0].y, k[1].y};
-            const uint32_t odd_k[4] = {k[0].z, k[1].z, k[0].w, k[1].w};
-            const uint4 q_j = q[j][lane];
-            mma(s, even_k, q_j.x, q_j.y);
-            mma(odd, odd_k, q_j.z, q_j.w);
+    for (int j = 0; j < HEAD_DIM / 32; j++) {
+        uint32_t a[4], b[4]; // positions g, g + 8
+        eights(j, a, b);
+        const uint32_t even_k[4] = {a[0], b[0], a[1], b[1]}, odd_k[4] = {a[2], b[2], a[3], b[3]};
+        const uint4 q = queries.q[j][threadIdx.x % 32];
+        mma(s, even_k, q.x, q.y);
+        mma(odd, odd_k, q.z, q.w);
+    }
+    for (int i = 0; i < 4; i++) s[i] += odd[i];
+}
+
+/* Position 0 in 16 bits: where the warp of the first tile starts. */
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void attend_first(const DecodeArgs &p, const DecodeBlock &b,
+                                             const Queries<HEAD_DIM> &queries,
+                                             Attended<HEAD_DIM> &a) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const half *k = p.cache.first + b.head * 2 * HEAD_DIM;
+    float s[4] = {};
+    scores(queries, s, [&](int j, uint32_t(&first)[4], uint32_t(&other)[4]) {
+        uint4 x = __ldcg((const uint4 *)(k + Share<HEAD_DIM, BITS, 4>::dimension(j, t)));
+        first[0] = x.x, first[1] = x.y, first[2] = x.z, first[3] = x.w;
+        for (uint32_t &zero : other) zero = 0;
+    });
+    for (int h = 0; h < 2; h++) {
+        a.m[h] = s[h] * score_scale(HEAD_DIM); // every row of the product is that of position 0
+        a.l[h] = g == 0;
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 64; i++) {
+            Eight v = from_halves(
+                __ldcg((const uint4 *)(k + HEAD_DIM + Share<HEAD_DIM, BITS, 8>::dimension(i, g))));
+            for (int e = 0; e < 4; e++) {
+                a.o[i][e][h] = v.v[2 * e];
+                a.o[i][e][2 + h] = v.v[2 * e + 1];
+            }
         }
-        for (int i = 0; i < 4; i++) s[i] += odd[i];
-        if (next < b.tile1) kv.load_keys(b, next); // what is used up makes room for the next tile
-        float p[4], shrink[2];
+    }
+}
+
+/* A warp's tiles from `tile` on, which is in `kv`, every DECODE_WARPS-th before `end`. Returns the
+ * one after them. */
+template <int HEAD_DIM, int DECODE_WARPS, int BITS, int STORED>
+__device__ __forceinline__ int
+attend_tiles(const DecodeBlock &b, const Stored &from, Tile<HEAD_DIM, BITS, STORED> &kv, int tile,
+             int end, const Queries<HEAD_DIM> &queries, Attended<HEAD_DIM> &a) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const float scale = score_scale(HEAD_DIM);
+    for (; tile < end; tile += DECODE_WARPS) {
+        const int next = tile + DECODE_WARPS;
+        float s[4] = {};
+        scores(queries, s, [&](int j, uint32_t(&x)[4], uint32_t(&y)[4]) {
+            row_to_halves<STORED>(kv.k[0] + j * STORED / 4, x);
+            row_to_halves<STORED>(kv.k[1] + j * STORED / 4, y);
+        });
+        const half2 k_scale[2] = {kv.k_scale[0], kv.k_scale[1]};
+        // What is used up makes room for the next tile.
+        if (next < end) kv.load_keys(from.keys, from.k_scales, from.row + next * 16);
+        float w[4], shrink[2]; // p, and p s_v
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float most = a.m[h];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                bool seen = tile * 16 + g + 8 * i <= b.pos;
-                s[2 * i + h] = seen ? s[2 * i + h] * scale : -INFINITY;
-                most = fmaxf(most, s[2 * i + h]);
+                const int pos = tile * 16 + g + 8 * i;
+                float &x = s[2 * i + h];
+                if (STORED < 16) x *= __low2float(k_scale[i]);
+                if (STORED == 4) x += __high2float(k_scale[i]) * queries.sum[2 * t + h];
+                x = pos <= b.pos && (STORED > 4 || pos > 0) ? x * scale : -INFINITY;
+                most = fmaxf(most, x);
             }
             for (int i = 4; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
             shrink[h] = exp2f(a.m[h] - most);
             a.m[h] = most;
-            p[h] = exp2f(s[h] - most);
-            p[2 + h] = exp2f(s[2 + h] - most);
-            a.l[h] = a.l[h] * shrink[h] + p[h] + p[2 + h];
+            a.l[h] *= shrink[h];
+            if (STORED == 4) a.offset[h] *= shrink[h];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float x = exp2f(s[2 * i + h] - most);
+                a.l[h] += x;
+                if (STORED == 4) a.offset[h] += x * __high2float(kv.v_scale[i]);
+                w[2 * i + h] = STORED < 16 ? x * __low2float(kv.v_scale[i]) : x;
+            }
         }
-        const uint32_t b0 = transpose_8x8(pack(p[0], p[1]));
-        const uint32_t b1 = transpose_8x8(pack(p[2], p[3]));
+        const uint32_t b0 = transpose_8x8(pack(w[0], w[1]));
+        const uint32_t b1 = transpose_8x8(pack(w[2], w[3]));
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 64; i++) {
-            const uint32_t *rows[4] = {(uint32_t *)&kv.v[i][0], (uint32_t *)&kv.v[i][1],
-                                       (uint32_t *)&kv.v[i][2], (uint32_t *)&kv.v[i][3]};
+            const uint32_t *rows[4] = {kv.v[0] + i * STORED / 4, kv.v[1] + i * STORED / 4,
+                                       kv.v[2] + i * STORED / 4, kv.v[3] + i * STORED / 4};
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 for (int c = 0; c < 4; c++) a.o[i][e][c] *= shrink[c % 2];
-                // Two positions of one dimension side by side: low halves, high halves.
-                const uint32_t v[4] = {__byte_perm(rows[0][e], rows[1][e], 0x5410),
-                                       __byte_perm(rows[0][e], rows[1][e], 0x7632),
-                                       __byte_perm(rows[2][e], rows[3][e], 0x5410),
-                                       __byte_perm(rows[2][e], rows[3][e], 0x7632)};
+                uint32_t low[2], high[2]; // of positions 2t, 2t + 1; of those 8 on
+                rows_to_halves<STORED>(rows[0], rows[1], e, low);
+                rows_to_halves<STORED>(rows[2], rows[3], e, high);
+                const uint32_t v[4] = {low[0], low[1], high[0], high[1]};
                 mma(a.o[i][e], v, b0, b1);
             }
         }
-        if (next < b.tile1) kv.load_values(b, next);
+        if (next < end) kv.load_values(from.values, from.v_scales, from.row + next * 16);
     }
+    return tile;
 }
 
 /* Where the warps of a block put their shares together. */
@@ -2258,13 +2705,16 @@ template <int HEAD_DIM, int DECODE_WARPS> struct Joined {
 };
 
 /* Joins the warps: a warp's share is scaled by e^(m - maximum of all), which then stands in m. */
-template <int HEAD_DIM, int DECODE_WARPS>
-__device__ __forceinline__ void join_warps(const DecodeBlock<HEAD_DIM> &b, Attended<HEAD_DIM> &a,
+template <int HEAD_DIM, int DECODE_WARPS, int BITS>
+__device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_DIM> &a,
                                            Joined<HEAD_DIM, DECODE_WARPS> &all) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        for (int i = 4; i < 32; i *= 2) a.l[h] += __shfl_xor_sync(~0u, a.l[h], i);
+        for (int i = 4; i < 32; i *= 2) {
+            a.l[h] += __shfl_xor_sync(~0u, a.l[h], i);
+            if (BITS == 4) a.offset[h] += __shfl_xor_sync(~0u, a.offset[h], i);
+        }
         const int head = 2 * t + h;
         if (head >= b.n_heads) continue;
         if (g == 0) {
@@ -2273,10 +2723,11 @@ __device__ __forceinline__ void join_warps(const DecodeBlock<HEAD_DIM> &b, Atten
         }
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 64; i++) {
+            float *to = all.o[warp][head] + Share<HEAD_DIM, BITS, 8>::dimension(i, g);
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                all.o[warp][head][i * 64 + g * 8 + 2 * e] = a.o[i][e][h];
-                all.o[warp][head][i * 64 + g * 8 + 2 * e + 1] = a.o[i][e][2 + h];
+                to[2 * e] = a.o[i][e][h] + a.offset[h];
+                to[2 * e + 1] = a.o[i][e][2 + h] + a.offset[h];
             }
         }
     }
@@ -2345,33 +2796,39 @@ __device__ __forceinline__ void join_blocks(const float *parts, int n_heads, hal
     }
 }
 
-template <int HEAD_DIM, int DECODE_WARPS>
+template <int HEAD_DIM, int DECODE_WARPS, int BITS>
 __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
     attention_decode_kernel(const __grid_constant__ DecodeArgs p) {
-    __shared__ uint4 q[HEAD_DIM / 32][32];
+    __shared__ Queries<HEAD_DIM> queries;
     __shared__ Joined<HEAD_DIM, DECODE_WARPS> all;
     launch_dependents();
-    const DecodeBlock<HEAD_DIM> b = decode_block<HEAD_DIM>(p);
+    const DecodeBlock b = decode_block<HEAD_DIM>(p);
 
     // A tile of older tokens has been in the cache since earlier steps: see embed_chosen_kernel.
-    Tile<HEAD_DIM> kv;
-    const int tile = b.tile0 + threadIdx.x / 32;
-    const bool early = tile < b.tile1 && tile < b.pos / 16;
-    if (early) {
-        kv.load_keys(b, tile);
-        kv.load_values(b, tile);
-    }
+    const Stored cached = {p.cache.keys, p.cache.values, p.cache.k_scales, p.cache.v_scales,
+                           b.head * p.cache.context};
+    const int recent = BITS == 4 ? b.pos / RECENT * (RECENT / 16) : b.tiles; // in 16 bits from here
+    const int end = min(b.tile1, recent);
+    Tile<HEAD_DIM, BITS, BITS> kv;
+    int tile = b.tile0 + threadIdx.x / 32;
+    const bool early = tile < end && tile < b.pos / 16;
+    if (early) kv.load(cached, tile);
     wait_for_previous_kernel();
-    if (b.tile1 == b.tiles) append_kv(b); // into this block's part
-    load_query(b, q);
-    __syncthreads(); // now there are q, and the new token's k and v
-    if (!early && tile < b.tile1) {
-        kv.load_keys(b, tile);
-        kv.load_values(b, tile);
-    }
+    if (b.tile1 == b.tiles) append_kv<HEAD_DIM, BITS>(p, b); // into this block's part
+    load_query<HEAD_DIM, BITS>(p, b, queries);
+    __syncthreads(); // now there are the queries, and the new token's k and v
+    if (!early && tile < end) kv.load(cached, tile);
     Attended<HEAD_DIM> a;
-    attend_tiles<HEAD_DIM, DECODE_WARPS>(b, kv, tile, q, a);
-    join_warps(b, a, all);
+    if (BITS == 4 && tile == 0 && end > 0) attend_first<HEAD_DIM, BITS>(p, b, queries, a);
+    tile = attend_tiles<HEAD_DIM, DECODE_WARPS>(b, cached, kv, tile, end, queries, a);
+    if (BITS == 4 && tile < b.tile1) {
+        const Stored ring = {p.cache.recent_keys, p.cache.recent_values, NULL, NULL,
+                             b.head * RECENT - recent * 16};
+        Tile<HEAD_DIM, BITS, 16> kv;
+        kv.load(ring, tile);
+        attend_tiles<HEAD_DIM, DECODE_WARPS>(b, ring, kv, tile, b.tile1, queries, a);
+    }
+    join_warps<HEAD_DIM, DECODE_WARPS, BITS>(b, a, all);
 
     constexpr int PART = HEADS * (HEAD_DIM + 2);
     float *parts = p.partial + (size_t)(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * PART;
@@ -2407,48 +2864,87 @@ static int decode_rows(const Config *c) {
     return c->n_kv_heads * ((group + HEADS - 1) / HEADS);
 }
 
-/* Positions that the cache has room for: whole tiles of attention_decode_kernel. */
-static size_t padded_context(const GpuState *s) {
-    return (s->context + 15) / 16 * 16;
+/* The kernels for a head_dim and so many bits of the cache. */
+struct AttentionKernels {
+    void (*write)(const half *, int, int, int, const float4 *, GpuCache);
+    void (*read)(GpuCache, int, const half *, int, int, const float4 *, GpuCache);
+    void (*prompt)(const half *, int, int, int, int, const float4 *, GpuCache, int, half *);
+    void (*decode[2])(DecodeArgs); // with 8 warps, with 4
+};
+
+template <int HEAD_DIM, int BITS>
+static const AttentionKernels kernels_for = {
+    write_cache_kernel<HEAD_DIM, BITS>,
+    read_cache_kernel<HEAD_DIM, BITS>,
+    attention_prefill_kernel<HEAD_DIM>,
+    {attention_decode_kernel<HEAD_DIM, 8, BITS>, attention_decode_kernel<HEAD_DIM, 4, BITS>}};
+
+static const AttentionKernels &attention_kernels(int head_dim, int bits) {
+    if (head_dim == 64)
+        return bits == 16  ? kernels_for<64, 16>
+               : bits == 8 ? kernels_for<64, 8>
+                           : kernels_for<64, 4>;
+    return bits == 16  ? kernels_for<128, 16>
+           : bits == 8 ? kernels_for<128, 8>
+                       : kernels_for<128, 4>;
 }
 
+/* att [T][q_dim] of T tokens at position pos of a sequence, by way of the cache; if that is in 8 or
+ * 4 bits it is read back into `in_halves`. */
 static void attend_prompt(const Config *c, const half *qkv, int T, int sequence, int pos,
-                          const float4 *rope, Cache cache, half *att, cudaStream_t stream) {
-    const int group = c->n_heads / c->n_kv_heads, tokens = 16 * WARPS / group; // of a block
-    launch(write_cache_kernel, {dim3(T), THREADS}, stream, qkv, c->n_heads * c->head_dim,
-           c->head_dim, sequence, pos, rope, cache);
+                          const float4 *rope, GpuCache cache, const GpuCache &in_halves, half *att,
+                          cudaStream_t stream) {
+    const AttentionKernels &kernels = attention_kernels(c->head_dim, cache.bits);
+    const int group = c->n_heads / c->n_kv_heads, q_dim = c->n_heads * c->head_dim;
+    launch(kernels.write, {dim3(T), THREADS}, stream, qkv, q_dim, sequence, pos, rope, cache);
+    int recent = sequence; // where the positions next to a token are read
+    if (cache.bits < 16) {
+        launch(kernels.read, {dim3(pos + T), THREADS}, stream, cache, sequence, qkv, q_dim, pos,
+               rope, in_halves);
+        sequence = 0;
+        recent = cache.bits == 4;
+        cache = in_halves;
+    }
     const size_t shared = 2 * 2 * KEYS * c->head_dim * sizeof(half);
-    auto *kernel = c->head_dim == 64 ? attention_prefill_kernel<64> : attention_prefill_kernel<128>;
-    allow_shared(kernel, shared);
-    launch(kernel, {dim3(c->n_kv_heads, (T + tokens - 1) / tokens), THREADS, shared}, stream, qkv,
-           T, group, sequence, pos, rope, cache, att);
+    allow_shared(kernels.prompt, shared);
+    const int tokens = prompt_tokens(group), blocks = (pos % tokens + T + tokens - 1) / tokens;
+    launch(kernels.prompt, {dim3(c->n_kv_heads, blocks), THREADS, shared}, stream, qkv, T, group,
+           sequence, pos, rope, cache, recent, att);
 }
 
-template <int HEAD_DIM> static void attend_decoded(GpuState *s, const Cache &cache, int T) {
+/* Layer l's cache. */
+static GpuCache layer_cache(const GpuState *s, int l) {
     const Config *c = &s->model->config;
-    // Four warps each, if that many blocks fill the GPU: less to join.
-    bool many = decode_rows(c) * T >= 3 * multiprocessors();
-    const DecodeArgs args = {s->qkv,          c->n_heads / c->n_kv_heads,
-                             s->positions,    s->rope,
-                             cache,           s->att,
-                             linear_input(s), s->partial,
-                             s->arrived};
-    launch(many ? attention_decode_kernel<HEAD_DIM, 4> : attention_decode_kernel<HEAD_DIM, 8>,
-           {dim3(s->splits, decode_rows(c), T), many ? 128 : 256}, s->stream, args);
+    GpuCache cache = s->cache;
+    const size_t heads = (size_t)l * s->n_sequences * c->n_kv_heads, rows = heads * cache.context;
+    cache.keys += rows * c->head_dim * cache.bits / 8;
+    cache.values += rows * c->head_dim * cache.bits / 8;
+    cache.k_scales += rows;
+    cache.v_scales += rows;
+    cache.first += heads * 2 * c->head_dim;
+    cache.recent_keys += heads * RECENT * c->head_dim;
+    cache.recent_values += heads * RECENT * c->head_dim;
+    return cache;
 }
 
 /* Attention of layer l: from s->qkv to linear_input(), in 16 bits s->att. */
 static void attend(GpuState *s, int l, const Rows &rows) {
     const Config *c = &s->model->config;
-    const int context = (int)padded_context(s);
-    const size_t cached = (size_t)l * s->n_sequences * c->n_kv_heads * context * c->head_dim;
-    const Cache cache = {s->keys + cached, s->values + cached, c->n_kv_heads, context};
+    const GpuCache cache = layer_cache(s, l);
     if (rows.sequence < 0) {
-        auto *run = c->head_dim == 64 ? attend_decoded<64> : attend_decoded<128>;
-        run(s, cache, rows.T);
+        // Four warps each, if that many blocks fill the GPU: less to join.
+        const bool many = decode_rows(c) * rows.T >= 3 * multiprocessors();
+        const DecodeArgs args = {s->qkv,          c->n_heads / c->n_kv_heads,
+                                 s->positions,    s->rope,
+                                 cache,           s->att,
+                                 linear_input(s), s->partial,
+                                 s->arrived};
+        launch(attention_kernels(c->head_dim, cache.bits).decode[many],
+               {dim3(s->splits, decode_rows(c), rows.T), many ? 128 : 256}, s->stream, args);
         return;
     }
-    attend_prompt(c, s->qkv, rows.T, rows.sequence, rows.pos, s->rope, cache, s->att, s->stream);
+    attend_prompt(c, s->qkv, rows.T, rows.sequence, rows.pos, s->rope, cache, s->in_halves, s->att,
+                  s->stream);
     if (s->model->quantized) {
         gpu_quantize(s->att, rows.T, c->n_heads * c->head_dim, s->a, s->scale, s->stream);
     }
@@ -2963,9 +3459,14 @@ static GpuHalf half_of(GpuQuantizer *q, bool ffn) {
 static void attend_windows(GpuQuantizer *q, int T) {
     const Config *c = &q->config;
     const int q_dim = c->n_heads * c->head_dim;
-    const Cache cache = {q->keys, q->values, c->n_kv_heads, q->length};
+    GpuCache cache = {};
+    cache.bits = 16;
+    cache.keys = (uint8_t *)q->keys;
+    cache.values = (uint8_t *)q->values;
+    cache.n_kv_heads = c->n_kv_heads;
+    cache.context = q->length;
     for (size_t t = 0; t < (size_t)T; t += q->length)
-        attend_prompt(c, q->wide_half + t * q->qkv.N, q->length, 0, 0, q->rope, cache,
+        attend_prompt(c, q->wide_half + t * q->qkv.N, q->length, 0, 0, q->rope, cache, {},
                       q->att + t * q_dim, q->stream);
 }
 
@@ -3723,8 +4224,9 @@ static Matrix upload_matrix(const Layer *layer, int index, int first, int n) {
 }
 
 static void free_matrix(Matrix *m) {
-    if (m->w) cuda_check(cudaFree(m->w), "cudaFree");
-    else gpu_linear_free(&m->w4a8);
+    for (void *p : {(void *)m->w, (void *)m->bytes, (void *)m->s_channel})
+        cuda_check(cudaFree(p), "cudaFree");
+    gpu_linear_free(&m->w4a8);
 }
 
 static size_t gpu_free_memory(void) {
@@ -3785,15 +4287,26 @@ static GpuModel *gpu_model_load(const Model *m) {
             !g->quantized ? weights * sizeof(half)
                           : weights / 2 + l->N * sizeof(float) + (l->s_group ? weights / GROUP : 0);
     }
-    g->bytes = c->n_layers * layer_bytes + (tied ? 1 : 2) * table + c->dim * sizeof(float);
+    const bool in_bytes = m->lm_head.dtype == I8;
+    const size_t head = tied ? 0 : in_bytes ? table / 2 + c->vocab_size * sizeof(float) : table;
+    g->bytes = c->n_layers * layer_bytes + table + head + c->dim * sizeof(float);
     require_memory("the model", g->bytes);
 
     g->embedding = (half *)device_alloc(table);
     upload_halves(&m->embedding, "model.embed_tokens", g->embedding);
     g->lm_head.N = c->vocab_size;
     g->lm_head.K = c->dim;
-    g->lm_head.w = tied ? g->embedding : (half *)device_alloc(table);
-    if (!tied) upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
+    if (in_bytes) {
+        if (c->dim % 16)
+            die("an lm_head in 8 bits with dim %d: it must be a multiple of 16", c->dim);
+        g->lm_head.bytes = (int8_t *)device_alloc(table / 2);
+        cuda_check(cudaMemcpy(g->lm_head.bytes, m->lm_head.w, table / 2, cudaMemcpyHostToDevice),
+                   "upload of lm_head");
+        g->lm_head.s_channel = upload_floats(m->lm_head.s_channel, c->vocab_size);
+    } else {
+        g->lm_head.w = tied ? g->embedding : (half *)device_alloc(table);
+        if (!tied) upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
+    }
     g->norm = upload_floats(m->norm, c->dim);
     g->layers = (GpuLayer *)allocate(c->n_layers, sizeof *g->layers);
     for (int i = 0; i < c->n_layers; i++) {
@@ -3875,7 +4388,6 @@ static size_t place_buffers(GpuState *s) {
     const size_t T = s->max_T, B = s->n_sequences;
     const size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
     const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
-    const size_t cache = c->n_layers * B * padded_context(s) * kv_dim;
     const bool q = s->model->quantized;
     Places places = {s->memory, 0};
     auto take = [&](auto *&p, size_t count) { places.take(p, count); };
@@ -3890,8 +4402,20 @@ static size_t place_buffers(GpuState *s) {
     take(s->att, T * q_dim);
     take(s->gate_up, T * 2 * c->hidden_dim);
     take(s->y, q ? 0 : T * c->dim);
-    take(s->keys, cache);
-    take(s->values, cache);
+    GpuCache *k = &s->cache, *h = &s->in_halves;
+    const size_t heads = c->n_layers * B * c->n_kv_heads, rows = heads * k->context;
+    const bool small = k->bits < 16;
+    const size_t recent = k->bits == 4 ? heads * RECENT * c->head_dim : 0;
+    const size_t read = small ? (size_t)2 * c->n_kv_heads * h->context * c->head_dim * 2 : 0;
+    take(k->keys, rows * c->head_dim * k->bits / 8);
+    take(k->values, rows * c->head_dim * k->bits / 8);
+    take(k->k_scales, small ? rows : 0);
+    take(k->v_scales, small ? rows : 0);
+    take(k->first, small ? heads * 2 * c->head_dim : 0);
+    take(k->recent_keys, recent);
+    take(k->recent_values, recent);
+    take(h->keys, read);
+    take(h->values, read);
     take(s->rope, (size_t)s->context * (c->head_dim / 4));
     take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
     take(s->scores, LOGIT_ROWS);
@@ -3904,12 +4428,17 @@ static size_t place_buffers(GpuState *s) {
 }
 
 /* The sizes of a state, before its memory is there. */
-static GpuState plan_state(const GpuModel *g, int n_sequences, int context) {
+static GpuState plan_state(const GpuModel *g, int n_sequences, int context, int kv_bits) {
     GpuState s = {};
     s.model = g;
     s.n_sequences = n_sequences;
     s.context = context;
     s.max_T = max(min(context, CHUNK_TOKENS), n_sequences);
+    for (GpuCache *cache : {&s.cache, &s.in_halves}) {
+        cache->bits = cache == &s.cache ? kv_bits : 16;
+        cache->n_kv_heads = g->config.n_kv_heads;
+        cache->context = (context + 15) / 16 * 16; // whole tiles of attention_decode_kernel
+    }
     // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor.
     int rows = decode_rows(&g->config) * n_sequences;
     s.splits = max(1, min(MAX_SPLITS, 2 * multiprocessors() / rows));
@@ -3917,8 +4446,8 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context) {
     return s;
 }
 
-static size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context) {
-    return plan_state(g, n_sequences, context).bytes + gemm_workspace_bytes();
+static size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context, int kv_bits) {
+    return plan_state(g, n_sequences, context, kv_bits).bytes + gemm_workspace_bytes();
 }
 
 static void upload_rope(const Config *c, int context, float4 *to) {
@@ -3930,13 +4459,13 @@ static void upload_rope(const Config *c, int context, float4 *to) {
     free(rope);
 }
 
-static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context) {
+static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, int kv_bits) {
     const Config *c = &g->config;
     char what[100];
     snprintf(what, sizeof what, "%d sequences of %d tokens", n_sequences, context);
-    require_memory(what, gpu_state_bytes(g, n_sequences, context));
+    require_memory(what, gpu_state_bytes(g, n_sequences, context, kv_bits));
     GpuState *s = (GpuState *)allocate(1, sizeof *s);
-    *s = plan_state(g, n_sequences, context);
+    *s = plan_state(g, n_sequences, context, kv_bits);
     s->memory = (uint8_t *)device_alloc(s->bytes);
     place_buffers(s);
     s->gemm_workspace = gpu_gemm_workspace();
@@ -3984,15 +4513,15 @@ static void free_state(GpuEngine *e) {
 static bool engine_fits(Engine *engine, int n_sequences, int context) {
     GpuEngine *e = static_cast<GpuEngine *>(engine);
     free_state(e);
-    e->state_bytes = gpu_state_bytes(e->weights, n_sequences, context);
+    e->state_bytes = gpu_state_bytes(e->weights, n_sequences, context, e->kv_bits);
     return e->state_bytes <= gpu_free_memory();
 }
 
 static void engine_start(Engine *engine, int n_sequences, int context) {
     GpuEngine *e = static_cast<GpuEngine *>(engine);
     free_state(e);
-    e->state = gpu_state_new(e->weights, n_sequences, context);
-    e->state_bytes = gpu_state_bytes(e->weights, n_sequences, context);
+    e->state = gpu_state_new(e->weights, n_sequences, context, e->kv_bits);
+    e->state_bytes = gpu_state_bytes(e->weights, n_sequences, context, e->kv_bits);
     e->n_sequences = n_sequences;
     e->context = context;
 }
@@ -4007,7 +4536,7 @@ static void engine_score(Engine *e, int sequence, const int *tokens, int n, int 
     GpuState *s = state_of(e);
     check_tokens(s, tokens, n, pos);
     for (int done = 0, T = 0; done < n - 1; done += T) { // the last token is only a target
-        T = min(n - 1 - done, s->max_T);
+        T = chunk_tokens(s, pos + done, n - 1 - done);
         forward_chunk(s, sequence, tokens + done, T, pos + done);
         upload(s, s->tokens, tokens + done + 1, T * sizeof *tokens);
         for (int t = 0; t < T; t += LOGIT_ROWS) {
@@ -4031,14 +4560,16 @@ static void engine_free(Engine *engine) {
 }
 
 Engine *gpu_engine(const Model *m, int kv_bits) {
-    if (kv_bits != 16) die("-k %d: on the GPU the KV cache has 16 bits", kv_bits);
+    if (kv_bits != 16 && kv_bits != 8 && kv_bits != 4)
+        die("-k %d: on the GPU the KV cache has 16, 8 or 4 bits", kv_bits);
     const Config *c = &m->config;
     GpuEngine *e = (GpuEngine *)allocate(1, sizeof *e);
     e->weights = gpu_model_load(m);
     e->model = m;
     e->on_gpu = true;
     e->kv_bits = kv_bits;
-    e->position_bytes = 2 * sizeof(half) * c->n_layers * c->n_kv_heads * c->head_dim;
+    const size_t row = c->head_dim * kv_bits / 8 + (kv_bits < 16 ? sizeof(half2) : 0);
+    e->position_bytes = 2 * row * c->n_layers * c->n_kv_heads;
     e->weight_bytes = e->weights->bytes;
     e->step_bytes = gpu_step_bytes(e->weights);
     e->start = engine_start;

@@ -1630,7 +1630,8 @@ void floats(const void *data, DType dtype, size_t first, size_t n, float *out) {
             out[i] = bits_to_float((uint32_t)(memcpy(&h, p + 2 * i, 2), h) << 16);
         break;
     case U8:
-        die("a U8 tensor was read as floats");
+    case I8:
+        die("a tensor of integers was read as floats");
     }
 }
 

@@ -52,7 +52,7 @@ typedef struct {
     int n_eos;
 } Config;
 
-typedef enum { F32, F16, BF16, U8 } DType;
+typedef enum { F32, F16, BF16, U8, I8 } DType;
 
 /* The weights of y = x W^T, W [N][K]: 16 or 32-bit floats in w, or W4A8 in the other three. It owns
  * its arrays, and linear_free() releases them; if `mapped`, all but s_channel are the model file's

@@ -315,6 +315,224 @@ static void test_smoothing(int group_size) {
     gpu_quantizer_free(q);
 }
 
+/* ---- lm_head in 8 bits, the KV cache in 16, 8 and 4 ------------------------------------------ */
+
+/* Random halves, as floats. */
+static Floats random_halves(size_t n, float scale) {
+    Floats v = random_floats(n, scale);
+    for (float &x : v) x = __half2float(__float2half_rn(x));
+    return v;
+}
+
+template <typename T> static T *on_gpu(const std::vector<T> &v) {
+    T *p = (T *)device_alloc(v.size() * sizeof(T));
+    cuda_check(cudaMemcpy(p, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
+    return p;
+}
+
+static half *halves_on_gpu(const Floats &v) {
+    std::vector<half> h(v.size());
+    for (size_t i = 0; i < v.size(); i++) h[i] = __float2half_rn(v[i]);
+    return on_gpu(h);
+}
+
+/* Sums are float32; a token's logits are the same bits in any company. */
+static void test_head(int N, int K) {
+    char name[100];
+    snprintf(name, sizeof name, "lm_head in 8 bits, %d x %d", N, K);
+    test_begin(name);
+    const int most = 70;
+    Floats x = random_halves((size_t)most * K, 2), s_channel = random_floats(N, 1);
+    std::vector<int8_t> q((size_t)N * K);
+    for (int8_t &v : q) v = (int8_t)(random_float() * 127.99f);
+    GpuState s = {};
+    Matrix w = {};
+    w.N = N;
+    w.K = K;
+    w.bytes = on_gpu(q);
+    w.s_channel = on_gpu(s_channel);
+    half *x_gpu = halves_on_gpu(x);
+    float *y = (float *)device_alloc((size_t)most * N * sizeof(float));
+    Floats alone((size_t)most * N);
+    for (int T : {1, 7, 16, 31, 64, 70}) {
+        cuda_check(cudaMemset(y, 0xff, (size_t)most * N * sizeof(float)), "memset");
+        if (T == 1) {
+            for (int t = 0; t < most; t++)
+                linear_bytes(&s, &w, x_gpu + (size_t)t * K, 1, y + (size_t)t * N);
+        } else {
+            linear_bytes(&s, &w, x_gpu, T, y);
+        }
+        Floats got((size_t)most * N);
+        cuda_check(cudaMemcpy(got.data(), y, got.size() * sizeof(float), cudaMemcpyDeviceToHost),
+                   "y");
+        if (T == 1) alone = got;
+        check(!memcmp(got.data(), alone.data(), (size_t)T * N * sizeof(float)),
+              "%d tokens: others than one by one", T);
+        check(T >= most || T == 1 || isnan(got[(size_t)T * N]), "%d tokens: written past the end",
+              T);
+    }
+    double off = 0;
+    for (int t = 0; t < most; t++)
+        for (int n = 0; n < N; n++) {
+            double sum = 0, size = 0;
+            for (int k = 0; k < K; k++) {
+                double p = (double)x[(size_t)t * K + k] * q[(size_t)n * K + k];
+                sum += p;
+                size += p * p;
+            }
+            off = fmax(off, fabs(alone[(size_t)t * N + n] - sum * s_channel[n]) /
+                                (sqrt(size) * fabs(s_channel[n])));
+        }
+    printf("     off by %.2g of the product's size\n", off);
+    check(off < 1e-5, "too much");
+    for (void *p : {(void *)w.bytes, (void *)w.s_channel, (void *)x_gpu, (void *)y}) cudaFree(p);
+}
+
+/* What a row of the cache is read back as: GpuCache's formulas. */
+static void through_cache(float *x, int n, int bits) {
+    float low = INFINITY, high = -INFINITY;
+    for (int i = 0; i < n; i++) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
+    float s = bits == 8 ? fmaxf(high, -low) / 127 : (high - low) / 15;
+    float m = bits == 8 ? 0 : __half2float(__float2half_rn(low));
+    s = __half2float(__float2half_rn(s));
+    for (int i = 0; i < n; i++) {
+        float q = s > 0 ? rintf((x[i] - m) / s) : 0;
+        x[i] = (bits == 8 ? fminf(fmaxf(q, -127), 127) : fminf(fmaxf(q, 0), 15)) * s + m;
+    }
+}
+
+/* Two sequences, prompts in two parts and then tokens decoded, against attention in double over
+ * what the cache keeps. */
+static void test_attention(int head_dim, int group, int bits) {
+    char name[100];
+    snprintf(name, sizeof name, "attention, heads of %d, %d to a KV head, cache in %d bits",
+             head_dim, group, bits);
+    test_begin(name);
+    enum { KV = 2, B = 2, CONTEXT = 512, DECODED = 60, LONGEST = 400 };
+    const int prompts[B] = {300, 120}, q_dim = KV * group * head_dim,
+              width = q_dim + 2 * KV * head_dim;
+    GpuModel g = {};
+    Config *c = &g.config;
+    c->dim = q_dim;
+    c->hidden_dim = 64;
+    c->n_layers = 2;
+    c->n_heads = KV * group;
+    c->n_kv_heads = KV;
+    c->head_dim = head_dim;
+    c->vocab_size = 64;
+    c->rope_theta = 10000;
+    g.quantized = true;
+    GpuState *s = gpu_state_new(&g, B, CONTEXT, bits);
+    Floats qkv[B], out[B];
+    for (int b = 0; b < B; b++) {
+        qkv[b] = random_halves((size_t)LONGEST * width, 1);
+        for (size_t i = 0; i < qkv[b].size(); i++) // a few large dimensions of k
+            if ((int)(i % width) >= q_dim && i % 37 == 3) qkv[b][i] *= 4;
+        out[b].resize((size_t)LONGEST * q_dim);
+    }
+    auto run = [&](const Rows &rows, const half *from, int b, int at) {
+        cuda_check(cudaMemcpy(s->qkv, from, (size_t)rows.T * width * sizeof(half),
+                              cudaMemcpyDeviceToDevice),
+                   "qkv");
+        cuda_check(cudaDeviceSynchronize(), "attention");
+        attend(s, 1, rows);
+        cuda_check(cudaStreamSynchronize(s->stream), "attention");
+        std::vector<half> h((size_t)rows.T * q_dim);
+        cuda_check(cudaMemcpy(h.data(), s->att, h.size() * sizeof(half), cudaMemcpyDeviceToHost),
+                   "out");
+        for (size_t i = 0; i < h.size(); i++) {
+            const int sequence = b < 0 ? (int)(i / q_dim) : b;
+            const size_t to = b < 0 ? (size_t)(prompts[sequence] + at) * q_dim + i % q_dim
+                                    : (size_t)at * q_dim + i;
+            out[sequence][to] = __half2float(h[i]);
+        }
+    };
+    half *all[B];
+    for (int b = 0; b < B; b++) {
+        all[b] = halves_on_gpu(qkv[b]);
+        for (int t = 0, n; t < prompts[b]; t += n) { // up to a multiple of RECENT, and beyond it
+            n = t == 0 ? 100 : min(t == 100 ? RECENT - 100 : 1000, prompts[b] - t);
+            run({n, b, t}, all[b] + (size_t)t * width, b, t);
+        }
+    }
+    half *rows = (half *)device_alloc(B * width * sizeof(half));
+    for (int i = 0; i < DECODED; i++) {
+        int positions[B];
+        for (int b = 0; b < B; b++) {
+            positions[b] = prompts[b] + i;
+            cuda_check(cudaMemcpy(rows + b * width, all[b] + (size_t)positions[b] * width,
+                                  width * sizeof(half), cudaMemcpyDeviceToDevice),
+                       "row");
+        }
+        cuda_check(cudaMemcpy(s->positions, positions, sizeof positions, cudaMemcpyHostToDevice),
+                   "positions");
+        run({B, -1, 0}, rows, -1, i);
+    }
+    Floats angles(head_dim);
+    double worst = 0;
+    for (int b = 0; b < B; b++) {
+        const int T = prompts[b] + DECODED;
+        Floats turned((size_t)T * width), kept; // RoPE applied; through the cache
+        for (int t = 0; t < T; t++) {
+            rope_angles(c, t, angles.data());
+            for (int i = 0; i < width; i++) {
+                const float *x = &qkv[b][(size_t)t * width + i / head_dim * head_dim];
+                const int d = i % head_dim, j = d % (head_dim / 2);
+                const float cos = angles[2 * j], sin = angles[2 * j + 1], a = x[j],
+                            z = x[j + head_dim / 2];
+                float y = i >= q_dim + KV * head_dim ? x[d]
+                          : d < head_dim / 2         ? a * cos - z * sin
+                                                     : z * cos + a * sin;
+                turned[(size_t)t * width + i] = __half2float(__float2half_rn(y));
+            }
+        }
+        kept = turned;
+        for (int t = 0; t < T && bits < 16; t++)
+            for (int h = 0; h < 2 * KV; h++) {
+                float *x = &kept[(size_t)t * width + q_dim + h * head_dim];
+                if (bits == 4 && t == 0) continue;
+                const bool hadamard_turns = bits == 4 && h < KV;
+                std::vector<double> v(x, x + head_dim);
+                if (hadamard_turns) hadamard(v.data(), head_dim);
+                for (int d = 0; d < head_dim; d++) x[d] = v[d];
+                through_cache(x, head_dim, bits);
+                v.assign(x, x + head_dim);
+                if (hadamard_turns) hadamard(v.data(), head_dim);
+                for (int d = 0; d < head_dim; d++) x[d] = v[d];
+            }
+        double error = 0, size = 0;
+        for (int t = 0; t < T; t++)
+            for (int h = 0; h < c->n_heads; h++) {
+                const float *q = &turned[(size_t)t * width + h * head_dim];
+                std::vector<double> p(t + 1), o(head_dim);
+                double most = -INFINITY, total = 0;
+                auto row = [&](int i, int v) {
+                    const Floats &from = bits == 4 && i / RECENT == t / RECENT ? turned : kept;
+                    return &from[(size_t)i * width + q_dim + (v * KV + h / group) * head_dim];
+                };
+                for (int i = 0; i <= t; i++) {
+                    for (int d = 0; d < head_dim; d++) p[i] += q[d] * row(i, 0)[d] / sqrt(head_dim);
+                    most = fmax(most, p[i]);
+                }
+                for (int i = 0; i <= t; i++) total += p[i] = exp(p[i] - most);
+                for (int i = 0; i <= t; i++)
+                    for (int d = 0; d < head_dim; d++) o[d] += p[i] / total * row(i, 1)[d];
+                for (int d = 0; d < head_dim; d++) {
+                    double e = out[b][(size_t)t * q_dim + h * head_dim + d] - o[d];
+                    error += e * e;
+                    size += o[d] * o[d];
+                    worst = fmax(worst, fabs(e));
+                }
+            }
+        printf("     sequence %d: off by %.2g, one number at most by %.2g\n", b, sqrt(error / size),
+               worst);
+        check(sqrt(error / size) < 2e-3, "too much");
+        cudaFree(all[b]);
+    }
+    cudaFree(rows);
+    gpu_state_free(s);
+}
+
 int main() {
     char why[300];
     Config any = {};
@@ -331,6 +549,13 @@ int main() {
         test_gptq(group_size, DIM, HIDDEN);
         test_gptq(group_size, HIDDEN, DIM);
         test_smoothing(group_size);
+    }
+    test_head(1000, 256);
+    test_head(2056, 1040);
+    for (int bits : {16, 8, 4}) {
+        test_attention(64, 4, bits);
+        test_attention(128, 3, bits);
+        test_attention(128, 9, bits);
     }
     test_end();
     printf("%d passed, %d failed\n", n_passed, n_failed);
