@@ -1574,7 +1574,8 @@ static void invert(const double *V, size_t K, double *U) {
 static const struct {
     const char *name;
     size_t size;
-} dtypes[] = {[F32] = {"F32", 4}, [F16] = {"F16", 2}, [BF16] = {"BF16", 2}, [U8] = {"U8", 1}};
+} dtypes[] = {[F32] = {"F32", 4}, [F16] = {"F16", 2}, [BF16] = {"BF16", 2}, [U8] = {"U8", 1},
+              [I8] = {"I8", 1},   [I32] = {"I32", 4}, [I64] = {"I64", 8}};
 
 enum { N_DTYPES = sizeof dtypes / sizeof *dtypes };
 
@@ -1631,6 +1632,8 @@ void floats(const void *data, DType dtype, size_t first, size_t n, float *out) {
         break;
     case U8:
     case I8:
+    case I32:
+    case I64:
         die("a tensor of integers was read as floats");
     }
 }
@@ -1656,8 +1659,18 @@ static bool all_finite(const float *x, size_t n) {
  * Errors, options and progress, JSON, model files. Nothing of the method is below.
  * ============================================================================================ */
 
-// The file that is being written, to be removed if the program ends early; "" if there is none.
-static char temporary[4096];
+// What is being written, to be removed if the program ends early: a file; or a directory and,
+// behind it, the files in it.
+static char *temporaries[1024];
+static volatile int n_temporaries;
+
+/* Removes them, the newest first. Signal handlers call it: nothing here may allocate or lock. */
+static void remove_temporaries(void) {
+    while (n_temporaries) {
+        const char *path = temporaries[--n_temporaries];
+        if (unlink(path)) rmdir(path);
+    }
+}
 
 /* A name from a file may hold anything; it stays on its line. */
 static void make_printable(char *text) {
@@ -1670,7 +1683,7 @@ static void end_with(int status, const char *format, va_list args) {
     vsnprintf(text, sizeof text, format, args);
     make_printable(text);
     fprintf(stderr, "error: %s\n", text);
-    if (temporary[0]) unlink(temporary);
+    remove_temporaries();
     fflush(NULL);
     _exit(status); // what is still allocated goes with the process
 }
@@ -2147,7 +2160,7 @@ static void on_bus_error(int signal_number, siginfo_t *info, void *context) {
             strncat(line, m->path, 4096);
             make_printable(line);
             strcat(line, ": it was cut while it was in use, or the disk cannot read it\n");
-            if (temporary[0]) unlink(temporary);
+            remove_temporaries();
             if (write(STDERR_FILENO, line, strlen(line)) < 0) _exit(1);
             _exit(1);
         }
@@ -2188,7 +2201,8 @@ static Tensor parse_tensor(const Json *j, int key, const char *path, const char 
     int dtype = json_get(j, key + 1, "dtype"), d = 0;
     while (d < N_DTYPES && !json_is(j, dtype, dtypes[d].name)) d++;
     if (d == N_DTYPES)
-        die("%s: tensor %s has a dtype other than F32, F16, BF16 and U8", path, t.name);
+        die("%s: tensor %s has a dtype other than F32, F16, BF16, U8, I8, I32 and I64", path,
+            t.name);
     t.dtype = d;
 
     int shape = json_get(j, key + 1, "shape");
@@ -2315,6 +2329,15 @@ static char *text_in(const char *directory, const char *name, bool optional) {
     return text;
 }
 
+const char *const chat_file_names[N_CHAT_FILES] = {"tokenizer_config.json", "chat_template.jinja",
+                                                   "special_tokens_map.json"};
+
+static Tensor text_tensor(const char *name, const char *data, size_t bytes) {
+    return (Tensor){(char *)name, U8, 1, {bytes}, data, bytes, NULL};
+}
+
+static void open_qqq(Checkpoint *c);
+
 static void open_directory(Checkpoint *c) {
     c->config = text_in(c->path, "config.json", false);
     c->generation_config = text_in(c->path, "generation_config.json", true);
@@ -2324,6 +2347,12 @@ static void open_directory(Checkpoint *c) {
         c->tokenizer_bytes = tokenizer.bytes;
         add_mapping(c, tokenizer);
     }
+    for (int i = 0; i < N_CHAT_FILES; i++) {
+        Mapping text = map_file(format_text("%s/%s", c->path, chat_file_names[i]), true);
+        if (!text.data) continue;
+        c->chat_files[i] = text_tensor(chat_file_names[i], text.data, text.bytes);
+        add_mapping(c, text);
+    }
     Mapping index = map_file(format_text("%s/model.safetensors.index.json", c->path), true);
     if (index.data) {
         add_shards(c, *add_mapping(c, index));
@@ -2332,6 +2361,7 @@ static void open_directory(Checkpoint *c) {
         json_free(add_safetensors(c, *add_mapping(c, map_file(path, false))));
         sort_tensors(c);
     }
+    open_qqq(c);
 }
 
 bool checkpoint_has_file(const Checkpoint *c, const char *path) {
@@ -2367,9 +2397,13 @@ static void open_model_bin(Checkpoint *c) {
     if (!c->config) die("%s: no config in __metadata__", c->path);
     c->generation_config = metadata_text(j, "generation_config");
     c->quantization = metadata_text(j, "quantization");
-    const Tensor *tokenizer = checkpoint_find(c, "tokenizer.json");
-    if (tokenizer && tokenizer->dtype != U8) die("%s: tokenizer.json is not U8", c->path);
-    if (tokenizer) c->tokenizer = tokenizer->data, c->tokenizer_bytes = tokenizer->bytes;
+    for (int i = -1; i < N_CHAT_FILES; i++) {
+        const Tensor *t = checkpoint_find(c, i < 0 ? "tokenizer.json" : chat_file_names[i]);
+        if (!t) continue;
+        if (t->dtype != U8) die("%s: %s is not U8", c->path, t->name);
+        if (i < 0) c->tokenizer = t->data, c->tokenizer_bytes = t->bytes;
+        else c->chat_files[i] = text_tensor(t->name, t->data, t->bytes);
+    }
     json_free(j);
 }
 
@@ -2576,7 +2610,7 @@ static void load_tensor(void *to, const Parameter *p) {
     const Loading *loading = to;
     const Tensor *t = need(loading->checkpoint, p);
     bool is_float = p->role == NORM || p->role == WEIGHT;
-    if (is_float) expect_dtype(t, t->dtype != U8, "F32, F16 or BF16");
+    if (is_float) expect_dtype(t, t->dtype <= BF16, "F32, F16 or BF16");
     else if (p->role == S_CHANNEL) expect_dtype(t, t->dtype == F32, "F32");
     else expect_dtype(t, t->dtype == U8, "U8");
     void *data = (void *)t->data; // read-only, as `mapped` says
@@ -2788,13 +2822,166 @@ void linear_shape(const Config *c, int k, int *N, int *K) {
     *K = columns[k];
 }
 
+/* ---- checkpoints of the QQQ repository and of GPTQModel (format "qqq") ----
+ *
+ *   NAME.B         I32 [K/16][2 N]  4-bit codes in the order in which QQQ's kernel reads them
+ *   NAME.s_channel F32 [1][N]       permuted, and divided by 16 per channel
+ *   NAME.s_group   F16 [K/128][N]   permuted; per channel [0]
+ *
+ * The codes as [K][N] are cut into tiles of 16 x 16, those of the same 16 input channels side by
+ * side, each row by row; every 1024 codes (4 tiles) are permuted; eight are a word, the first in
+ * its lowest bits. A code is q + 8 with groups; per channel it is q mod 16, from which the kernel
+ * makes 16 q: hence the 16. Source: https://github.com/HandH1998/QQQ, whose kernel descends from
+ * Marlin (arXiv 2408.11743). */
+
+// Where the i-th of a run comes from.
+typedef struct {
+    int n[1024], k[1024]; // within 64 output and 16 input channels
+    int s_channel[32], s_group[64];
+} QqqOrder;
+
+static QqqOrder qqq_order(bool groups) {
+    static const int nibbles[2][8] = {{4, 0, 5, 1, 6, 2, 7, 3}, {0, 2, 4, 6, 1, 3, 5, 7}};
+    static const int pairs[8] = {0, 1, 8, 9, 16, 17, 24, 25};
+    QqqOrder order;
+    for (int i = 0; i < 1024; i++) { // a thread of a warp has 4 x 2 codes of each tile
+        int from = i / 8 * 8 + nibbles[groups][i % 8];
+        int thread = from / 32, tile = from / 8 % 4, half = from / 4 % 2, r = from % 4;
+        order.n[i] = 16 * tile + 8 * half + thread / 4;
+        order.k[i] = 4 * (thread % 4) + r;
+    }
+    for (int i = 0; i < 32; i++) order.s_channel[i] = 2 * (i / 8) + pairs[i % 8];
+    for (int i = 0; i < 64; i++) order.s_group[i] = i / 8 + 8 * (i % 8);
+    return order;
+}
+
+void qqq_pack(const Linear *l, uint8_t *B, float *s_channel, uint16_t *s_group) {
+    size_t N = l->N, K = l->K;
+    bool groups = l->s_group != NULL;
+    QqqOrder order = qqq_order(groups);
+    memset(B, 0, N * K / 2);
+#pragma omp parallel for
+    for (size_t run = 0; run < N * K / 1024; run++)
+        for (size_t i = 0; i < 1024; i++) {
+            size_t n = run % (N / 64) * 64 + order.n[i], k = run / (N / 64) * 16 + order.k[i];
+            int u = l->qweight[n * (K / 2) + k / 2] >> 4 * (k % 2) & 15;
+            B[run * 512 + i / 2] |= (groups ? u : u ^ 8) << 4 * (i % 2); // (q + 8) ^ 8 = q mod 16
+        }
+    for (size_t i = 0; i < N; i++) {
+        size_t n = i / 32 * 32 + order.s_channel[i % 32];
+        s_channel[i] = groups ? l->s_channel[n] : l->s_channel[n] / 16;
+    }
+    for (size_t i = 0; groups && i < N * K / GROUP; i++) {
+        size_t n = i % N / 64 * 64 + order.s_group[i % 64];
+        s_group[i] = float_to_f16(l->s_group[n * (K / GROUP) + i / N]);
+    }
+}
+
+static Tensor *find_part(const Checkpoint *c, const char *name, const char *suffix, DType dtype,
+                         int rows, int columns) {
+    char *full = format_text("%s%s", name, suffix);
+    const Tensor *t = need(c, &(Parameter){.name = full, .rows = rows, .columns = columns});
+    expect_dtype(t, t->dtype == dtype, dtypes[dtype].name);
+    free(full);
+    return (Tensor *)t;
+}
+
+/* The inverse: B [K/16][2 N] and the scales beside it become the tensors of a model.bin, but for
+ * their names, in memory of their own. */
+static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
+    char *name = format_text("%.*s", (int)strlen(B->name) - 2, B->name);
+    size_t K = 16 * B->shape[0], N = B->shape[1] / 2;
+    if (B->dtype != I32 || B->n_dims != 2 || N % 64 || K % (groups ? GROUP : 64) || N > 1 << 24 ||
+        K > 1 << 24)
+        die("%s: tensor %s is no I32 [K / 16][2 N] with N a multiple of 64, K of %d", B->path,
+            B->name, groups ? GROUP : 64);
+    Tensor *channel = find_part(c, name, ".s_channel", F32, 1, N), *group = NULL;
+    if (groups) group = find_part(c, name, ".s_group", F16, K / GROUP, N);
+    free(name);
+    size_t bytes = N * K / 2 + N * sizeof(float) + (groups ? N * K / GROUP : 0);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) die("out of memory: %zu bytes were asked for", bytes);
+    add_mapping(c, (Mapping){format_text("%s", B->path), memory, bytes});
+    uint8_t *qweight = memory, *s_group = qweight + N * K / 2 + N * sizeof(float);
+    float *s_channel = (float *)(qweight + N * K / 2);
+
+    QqqOrder order = qqq_order(groups);
+    const uint8_t *codes = B->data;
+    int lowest = 15;
+#pragma omp parallel for reduction(min : lowest)
+    for (size_t run = 0; run < N * K / 1024; run++) // no two share a byte of qweight
+        for (size_t i = 0; i < 1024; i++) {
+            size_t n = run % (N / 64) * 64 + order.n[i], k = run / (N / 64) * 16 + order.k[i];
+            int code = codes[run * 512 + i / 2] >> 4 * (i % 2) & 15, u = groups ? code : code ^ 8;
+            qweight[n * (K / 2) + k / 2] |= u << 4 * (k % 2);
+            lowest = u < lowest ? u : lowest;
+        }
+    if (!groups && lowest == 0)
+        die("%s: tensor %s holds the code -8, per channel -7 to 7 are expected", B->path, B->name);
+    for (size_t i = 0; i < N; i++) {
+        float scale;
+        floats(channel->data, F32, i, 1, &scale);
+        s_channel[i / 32 * 32 + order.s_channel[i % 32]] = groups ? scale : scale * 16;
+    }
+    for (size_t i = 0; groups && i < N * K / GROUP; i++) {
+        float scale;
+        floats(group->data, F16, i, 1, &scale);
+        if (!(scale >= 1 && scale <= 15 && scale == rintf(scale)))
+            die("%s: tensor %s holds the scale %g; a model.bin's are whole numbers, 1 to 15",
+                group->path, group->name, scale);
+        size_t n = i % N / 64 * 64 + order.s_group[i % 64];
+        s_group[n * (K / GROUP) + i / N] = scale;
+    }
+    *B = (Tensor){B->name, U8, 2, {N, K / 2}, qweight, N * K / 2, B->path};
+    *channel = (Tensor){channel->name, F32, 1, {N}, s_channel, N * sizeof(float), channel->path};
+    if (groups)
+        *group = (Tensor){group->name, U8, 2, {N, K / GROUP}, s_group, N * K / GROUP, group->path};
+}
+
+/* Makes of an opened directory of this kind what a model.bin would be. */
+static void open_qqq(Checkpoint *c) {
+    char *name = format_text("%s: config.json", c->path);
+    Json *j = json_parse(name, c->config, strlen(c->config));
+    int q = json_get(j, 0, "quantization_config");
+    if (json_is(j, json_get(j, q, "quant_method"), "qqq")) {
+        double bits = 0, group_size = 0;
+        json_number(j, json_get(j, q, json_get(j, q, "bits") < 0 ? "wbits" : "bits"), &bits);
+        json_number(j, json_get(j, q, "group_size"), &group_size);
+        if (bits != 4 || (group_size != -1 && group_size != GROUP))
+            die("%s: bits %g, group_size %g; expected 4 bits, group_size -1 or %d", name, bits,
+                group_size, GROUP);
+        for (int i = 0; i < c->n_tensors; i++) {
+            char *suffix = strrchr(c->tensors[i].name, '.');
+            if (suffix && !strcmp(suffix, ".B")) qqq_unpack(c, &c->tensors[i], group_size > 0);
+        }
+        for (int i = 0; i < c->n_tensors; i++) { // once no name is searched for any more
+            Tensor *t = &c->tensors[i];
+            char *suffix = strrchr(t->name, '.');
+            if (!suffix || strcmp(suffix, ".B")) continue;
+            char *renamed = format_text("%.*s.qweight", (int)(suffix - t->name), t->name);
+            free(t->name);
+            t->name = renamed;
+        }
+        sort_tensors(c);
+        c->quantization =
+            format_text("{\"bits\":4,\"group_size\":%d,\"method\":\"qqq\"}", (int)group_size);
+        char *config = json_without(j, (const char *[]){"quantization_config"}, 1, "");
+        free(c->config);
+        c->config = config;
+    }
+    json_free(j);
+    free(name);
+}
+
 /* ---- the writer ---- */
 
 struct Writer {
-    char *path; // the target; the file being written is `temporary`
-    int fd, n;
+    char *path; // the target; what is being written are `temporaries`
+    int n_files, n;
+    int *fds; // [n_files]
     struct Slot {
         char *name;
+        int file;
         size_t offset, bytes; // in the file
         bool written;
     } * slots; // [n] sorted by name
@@ -2807,10 +2994,31 @@ static int by_slot_name(const void *a, const void *b) {
 
 static void on_signal(int signal_number) {
     static const char line[] = "error: interrupted, nothing was written\n";
-    if (temporary[0]) unlink(temporary);
+    remove_temporaries();
     if (write(STDERR_FILENO, line, sizeof line - 1) < 0) _exit(1);
     signal(signal_number, SIG_DFL);
     raise(signal_number);
+}
+
+char *json_without(const Json *j, const char *const *keys, int n, const char *more) {
+    char *text;
+    size_t bytes;
+    FILE *out = open_memstream(&text, &bytes);
+    if (!out) die("out of memory");
+    const char *separator = "{\n  ";
+    for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
+        int i = 0;
+        while (i < n && !json_is(j, key, keys[i])) i++;
+        if (i < n) continue;
+        const jsmntok_t *name = &j->tokens[key], *value = name + 1;
+        int quotes = value->type == JSMN_STRING;
+        fprintf(out, "%s\"%.*s\": %.*s", separator, name->end - name->start, j->text + name->start,
+                value->end - value->start + 2 * quotes, j->text + value->start - quotes);
+        separator = ",\n  ";
+    }
+    fprintf(out, "%s\n}\n", more);
+    if (ferror(out) || fclose(out) || !text) die("out of memory");
+    return text;
 }
 
 void put_json_string(FILE *out, const char *text) {
@@ -2838,80 +3046,164 @@ static void put_tensor(FILE *out, const Tensor *t, size_t *offset) {
     *offset += t->bytes;
 }
 
-static void write_at(Writer *w, const void *data, size_t bytes, size_t offset) {
+static void write_at(const Writer *w, int file, const void *data, size_t bytes, size_t offset) {
     for (size_t done = 0; done < bytes;) {
-        ssize_t n = pwrite(w->fd, (const char *)data + done, bytes - done, offset + done);
+        ssize_t n = pwrite(w->fds[file], (const char *)data + done, bytes - done, offset + done);
         if (n < 0 && errno == EINTR) continue;
         if (n <= 0) die("%s: cannot be written: %s", w->path, strerror(n ? errno : ENOSPC));
         done += n;
     }
 }
 
-Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
-                    const Tensor *tensors, int n) {
-    // Whole multiples of 256 bytes keep each other aligned; then the small rest, the tokenizer.
-    Tensor *ordered = allocate(n + 1, sizeof *ordered);
-    int m = 0;
-    for (int rest = 0; rest < 2; rest++)
-        for (int i = 0; i < n; i++)
-            if ((tensors[i].bytes % 256 != 0) == rest) ordered[m++] = tensors[i];
-    if (c->tokenizer)
-        ordered[m++] = (Tensor){.name = "tokenizer.json",
-                                .dtype = U8,
-                                .n_dims = 1,
-                                .shape = {c->tokenizer_bytes},
-                                .data = c->tokenizer,
-                                .bytes = c->tokenizer_bytes};
-
-    char *header;
-    size_t length, data_bytes = 0;
-    FILE *out = open_memstream(&header, &length);
-    if (!out) die("out of memory");
-    fprintf(out, "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"1\"");
-    put_metadata(out, "quantization", quantization);
-    put_metadata(out, "config", c->config);
-    put_metadata(out, "generation_config", c->generation_config);
-    fprintf(out, "}");
-    for (int i = 0; i < m; i++) put_tensor(out, &ordered[i], &data_bytes);
-    fprintf(out, "}");
-    while ((8 + ftell(out)) % 4096 && fputc(' ', out) == ' ') {
+/* Creates a file, or the directory, that die() and signals will remove. Takes over `path`. */
+static void create(Writer *w, char *path, bool directory) {
+    if (n_temporaries == sizeof temporaries / sizeof *temporaries)
+        die("%s: more than %d files", w->path, n_temporaries);
+    temporaries[n_temporaries] = path;
+    n_temporaries++; // from now on a signal removes it
+    int fd = directory ? mkdir(path, 0777) : open(path, O_WRONLY | O_CREAT | O_EXCL, 0666);
+    if (fd < 0) {
+        n_temporaries--; // it is somebody else's, or not there
+        die("%s: cannot be written: %s", w->path, strerror(errno));
     }
-    if (ferror(out) || fclose(out) || !header) die("out of memory");
+    if (directory) return;
+    w->fds = realloc(w->fds, (w->n_files + 1) * sizeof *w->fds);
+    if (!w->fds) die("out of memory");
+    w->fds[w->n_files++] = fd;
+}
 
-    Writer *w = allocate(1, sizeof *w);
-    w->path = format_text("%s", path);
-    if (snprintf(temporary, sizeof temporary, "%s.%d.tmp", path, (int)getpid()) >=
-        (int)sizeof temporary) {
-        temporary[0] = 0;
-        die("%s: the name is too long", path);
-    }
+static Writer *writer_new(const char *path, bool directory) {
     signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
     int signals[] = {SIGINT, SIGTERM, SIGHUP};
     for (int i = 0; i < 3; i++)
         if (signal(signals[i], on_signal) == SIG_IGN) signal(signals[i], SIG_IGN); // nohup
-    w->fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);
-    if (w->fd < 0) {
-        temporary[0] = 0;
-        die("%s: cannot be written: %s", path, strerror(errno));
-    }
+    Writer *w = allocate(1, sizeof *w);
+    w->path = format_text("%s", path);
+    create(w, format_text("%s.%d.tmp", path, (int)getpid()), directory);
+    return w;
+}
 
+/* The header of the newest file, and the place in it of each tensor; metadata is a JSON object. */
+static void put_header(Writer *w, const char *metadata, const Tensor *tensors, int n) {
+    char *header;
+    size_t length, data_bytes = 0;
+    FILE *out = open_memstream(&header, &length);
+    if (!out) die("out of memory");
+    fprintf(out, "{\"__metadata__\":%s", metadata);
+    for (int i = 0; i < n; i++) put_tensor(out, &tensors[i], &data_bytes);
+    fprintf(out, "}");
+    while ((8 + ftell(out)) % 4096 && fputc(' ', out) == ' ') {
+    }
+    if (ferror(out) || fclose(out) || !header) die("out of memory");
     uint8_t prefix[8];
     for (int i = 0; i < 8; i++) prefix[i] = (uint64_t)length >> 8 * i;
-    write_at(w, prefix, 8, 0);
-    write_at(w, header, length, 8);
+    write_at(w, w->n_files - 1, prefix, 8, 0);
+    write_at(w, w->n_files - 1, header, length, 8);
     free(header);
-    w->n = m;
-    w->slots = allocate(m, sizeof *w->slots);
-    w->bytes = 8 + length;
-    for (int i = 0; i < m; i++) {
-        w->slots[i] =
-            (struct Slot){format_text("%s", ordered[i].name), w->bytes, ordered[i].bytes, false};
-        w->bytes += ordered[i].bytes;
+    w->slots = realloc(w->slots, (w->n + n + 1) * sizeof *w->slots);
+    if (!w->slots) die("out of memory");
+    size_t offset = 8 + length;
+    for (int i = 0; i < n; i++) {
+        w->slots[w->n++] = (struct Slot){format_text("%s", tensors[i].name), w->n_files - 1, offset,
+                                         tensors[i].bytes, false};
+        offset += tensors[i].bytes;
     }
-    free(ordered);
-    qsort(w->slots, m, sizeof *w->slots, by_slot_name);
-    if (c->tokenizer) writer_put(w, "tokenizer.json", c->tokenizer, c->tokenizer_bytes);
+    w->bytes += offset;
+}
+
+/* Where a tensor stands in its file: whole multiples of 256 bytes first, which keep each other
+ * aligned; then the small rest by size of element, for the same reason; texts last. */
+static int place_of(const Tensor *t) {
+    if (t->dtype == U8 && t->n_dims == 1) return 5;
+    if (t->bytes % 256 == 0) return 0;
+    size_t size = dtype_size(t->dtype);
+    return size == 8 ? 1 : size == 4 ? 2 : size == 2 ? 3 : 4;
+}
+
+static Tensor *in_place(const Tensor *tensors, int n) {
+    Tensor *ordered = allocate(n + 1, sizeof *ordered);
+    for (int place = 0, m = 0; place <= 5; place++)
+        for (int i = 0; i < n; i++)
+            if (place_of(&tensors[i]) == place) ordered[m++] = tensors[i];
+    return ordered;
+}
+
+int checkpoint_texts(const Checkpoint *c, Tensor texts[1 + N_CHAT_FILES]) {
+    int n = 0;
+    if (c->tokenizer) texts[n++] = text_tensor("tokenizer.json", c->tokenizer, c->tokenizer_bytes);
+    for (int i = 0; i < N_CHAT_FILES; i++)
+        if (c->chat_files[i].data) texts[n++] = c->chat_files[i];
+    return n;
+}
+
+Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
+                    const Tensor *tensors, int n) {
+    Tensor texts[1 + N_CHAT_FILES], *all = in_place(tensors, n);
+    int n_texts = checkpoint_texts(c, texts);
+    all = realloc(all, (n + n_texts + 1) * sizeof *all);
+    if (!all) die("out of memory");
+    memcpy(all + n, texts, n_texts * sizeof *all);
+    char *metadata;
+    size_t bytes;
+    FILE *out = open_memstream(&metadata, &bytes);
+    if (!out) die("out of memory");
+    fprintf(out, "{\"format\":\"qqq\",\"version\":\"1\"");
+    put_metadata(out, "quantization", quantization);
+    put_metadata(out, "config", c->config);
+    put_metadata(out, "generation_config", c->generation_config);
+    fprintf(out, "}");
+    if (ferror(out) || fclose(out) || !metadata) die("out of memory");
+
+    Writer *w = writer_new(path, false);
+    put_header(w, metadata, all, n + n_texts);
+    qsort(w->slots, w->n, sizeof *w->slots, by_slot_name);
+    for (int i = 0; i < n_texts; i++) writer_put(w, texts[i].name, texts[i].data, texts[i].bytes);
+    free(metadata);
+    free(all);
     return w;
+}
+
+Writer *writer_open_directory(const char *path, size_t shard_bytes, const Tensor *tensors, int n) {
+    // Shard s has tensors first[s] .. first[s + 1] - 1.
+    int *first = allocate(n + 2, sizeof *first), n_shards = 0;
+    size_t bytes = 0, total = 0;
+    for (int i = 0; i < n; i++) {
+        if (i == 0 || bytes + tensors[i].bytes > shard_bytes) first[n_shards++] = i, bytes = 0;
+        bytes += tensors[i].bytes;
+        total += tensors[i].bytes;
+    }
+    first[n_shards] = n;
+
+    Writer *w = writer_new(path, true);
+    char *index;
+    size_t index_bytes;
+    FILE *out = open_memstream(&index, &index_bytes);
+    if (!out) die("out of memory");
+    fprintf(out, "{\n  \"metadata\": {\"total_size\": %zu},\n  \"weight_map\": {\n", total);
+    for (int s = 0; s < n_shards; s++) {
+        char name[64] = "model.safetensors";
+        if (n_shards > 1)
+            snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", s + 1, n_shards);
+        create(w, format_text("%s/%s", temporaries[0], name), false);
+        Tensor *shard = in_place(tensors + first[s], first[s + 1] - first[s]);
+        put_header(w, "{\"format\":\"pt\"}", shard, first[s + 1] - first[s]);
+        free(shard);
+        for (int i = first[s]; i < first[s + 1]; i++)
+            fprintf(out, "    \"%s\": \"%s\"%s\n", tensors[i].name, name, i < n - 1 ? "," : "");
+    }
+    fprintf(out, "  }\n}\n");
+    if (ferror(out) || fclose(out) || !index) die("out of memory");
+    qsort(w->slots, w->n, sizeof *w->slots, by_slot_name);
+    if (n_shards > 1) writer_text(w, "model.safetensors.index.json", index, index_bytes);
+    free(index);
+    free(first);
+    return w;
+}
+
+void writer_text(Writer *w, const char *name, const char *text, size_t bytes) {
+    create(w, format_text("%s/%s", temporaries[0], name), false);
+    write_at(w, w->n_files - 1, text, bytes, 0);
+    w->bytes += bytes;
 }
 
 void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
@@ -2919,7 +3211,7 @@ void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
     struct Slot *slot = bsearch(&key, w->slots, w->n, sizeof key, by_slot_name);
     if (!slot || slot->written || slot->bytes != bytes)
         die("%s: tensor %s with %zu bytes was not announced", w->path, name, bytes);
-    write_at(w, data, bytes, slot->offset);
+    write_at(w, slot->file, data, bytes, slot->offset);
     slot->written = true;
 }
 
@@ -2928,18 +3220,21 @@ size_t writer_close(Writer *w) {
         if (!w->slots[i].written) die("%s: tensor %s is missing", w->path, w->slots[i].name);
         free(w->slots[i].name);
     }
-    if (fsync(w->fd) || close(w->fd)) die("%s: cannot be written: %s", w->path, strerror(errno));
+    for (int i = 0; i < w->n_files; i++)
+        if (fsync(w->fds[i]) || close(w->fds[i]))
+            die("%s: cannot be written: %s", w->path, strerror(errno));
     sigset_t all, before; // a signal comes before the renaming, with a message, or after it
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, &before);
-    if (rename(temporary, w->path)) die("%s: cannot be written: %s", w->path, strerror(errno));
-    temporary[0] = 0;
+    if (rename(temporaries[0], w->path)) die("%s: cannot be written: %s", w->path, strerror(errno));
+    while (n_temporaries) free(temporaries[--n_temporaries]);
     int signals[] = {SIGINT, SIGTERM, SIGHUP};
     for (int i = 0; i < 3; i++)
         if (signal(signals[i], SIG_DFL) == SIG_IGN) signal(signals[i], SIG_IGN);
     sigprocmask(SIG_SETMASK, &before, NULL);
     size_t bytes = w->bytes;
     free(w->slots);
+    free(w->fds);
     free(w->path);
     free(w);
     return bytes;

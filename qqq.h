@@ -52,7 +52,7 @@ typedef struct {
     int n_eos;
 } Config;
 
-typedef enum { F32, F16, BF16, U8, I8 } DType;
+typedef enum { F32, F16, BF16, U8, I8, I32, I64 } DType;
 
 /* The weights of y = x W^T, W [N][K]: 16 or 32-bit floats in w, or W4A8 in the other three. It owns
  * its arrays, and linear_free() releases them; if `mapped`, all but s_channel are the model file's
@@ -453,6 +453,10 @@ bool json_is(const Json *json, int node, const char *s);
 char *json_string(const Json *json, int node, size_t *bytes);
 bool json_number(const Json *json, int node, double *value);
 
+/* The root object without these keys [n] and with the text `more` before its closing brace: text,
+ * malloc'ed. */
+char *json_without(const Json *json, const char *const *keys, int n, const char *more);
+
 /* Writes `text` as a JSON string, quotes and escapes included. */
 void put_json_string(FILE *out, const char *text);
 
@@ -466,6 +470,11 @@ typedef struct {
     const char *path; // the file it is in, for messages
 } Tensor;
 
+/* What chat needs elsewhere: tokenizer_config.json, chat_template.jinja, special_tokens_map.json.
+ */
+enum { N_CHAT_FILES = 3 };
+extern const char *const chat_file_names[N_CHAT_FILES];
+
 /* A model on disk: a Hugging Face directory or a model.bin, mapped read-only, nothing copied.
  * Format: https://huggingface.co/docs/safetensors. */
 typedef struct Checkpoint {
@@ -477,14 +486,16 @@ typedef struct Checkpoint {
     char *quantization;      // how a model.bin was made, JSON; NULL for an unquantized model
     const char *tokenizer;   // tokenizer.json [tokenizer_bytes], NULL if there is none
     size_t tokenizer_bytes;
-    struct Mapping *maps; // [n_maps] the mapped files
+    Tensor chat_files[N_CHAT_FILES]; // U8 [bytes]; data is NULL if there is none
+    struct Mapping *maps;            // [n_maps] the mapped files
     int n_maps;
     struct Checkpoint *next; // opened before this one
 } Checkpoint;
 
 /* Opens a Hugging Face directory (config.json, tokenizer.json and model.safetensors, or
  * model.safetensors.index.json and its shards) or a model.bin, and checks the headers: offsets
- * inside the file and without overlap, sizes that agree with shapes. */
+ * inside the file and without overlap, sizes that agree with shapes. A directory in the QQQ
+ * repository's format is unpacked into memory and then looks like a model.bin. */
 Checkpoint *checkpoint_open(const char *path);
 void checkpoint_close(Checkpoint *c);
 
@@ -500,6 +511,10 @@ char *read_text(const char *path, size_t *bytes);
 /* Token ids [*n] of a text file by the checkpoint's tokenizer, special tokens parsed; `bos` stands
  * in front unless it is -1. malloc'ed. */
 int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n);
+
+/* A quantized linear as the QQQ repository's kernel reads it: B [K/16][2 N] 32-bit words, s_channel
+ * [N], s_group [K/128][N] halves (untouched per channel). N is a multiple of 64, K of 64 (128). */
+void qqq_pack(const Linear *l, uint8_t *B, float *s_channel, uint16_t *s_group);
 
 /* Reads a config.json (and generation_config.json, or NULL, for its eos_token_id). Refuses by name
  * what is not LLaMA 3.1: another model_type, hidden_act, rope_type, biases, absurd sizes. */
@@ -543,21 +558,31 @@ void describe_model(const Checkpoint *c, const Model *m, const char *where);
 /* Bytes of all weights that one token reads (an embedding row counts as one). */
 size_t model_bytes(const Model *m);
 
-/* A model.bin being written, tensor by tensor, in a temporary file beside its target. */
+/* The files that a model carries along, tokenizer.json first, as U8 tensors; returns how many. */
+int checkpoint_texts(const Checkpoint *c, Tensor texts[1 + N_CHAT_FILES]);
+
+/* A model being written, tensor by tensor: a model.bin, or a directory for other engines. All goes
+ * to a temporary file or directory beside the target. If the program ends before writer_close(),
+ * also by a signal, it is removed and what stood at the target stays. */
 typedef struct Writer Writer;
 
-/* Starts `path` with the header for tensors [n], whose data is not read. In the file those of a
- * multiple of 256 bytes come first, which aligns them, then the small rest, each in the order
- * given. The strings of `c` go to __metadata__ and its tokenizer to the U8 tensor "tokenizer.json";
- * `quantization` may be NULL. If the program ends before writer_close(), also by a signal, the
- * temporary file is removed and what stood at `path` stays. */
+/* Starts the model.bin `path` with the header for tensors [n], whose data is not read. In the file
+ * those of a multiple of 256 bytes come first, which aligns them, then the small rest by size of
+ * element, each in the order given. The strings of `c` go to __metadata__ and its texts to U8
+ * tensors of their names; `quantization` may be NULL. */
 Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
                     const Tensor *tensors, int n);
+
+/* Starts the directory `path`, which must not exist or be empty, with tensors [n] in
+ * model.safetensors; if they have more than shard_bytes, in shards of at most as many with an
+ * index. writer_text() adds a file to it. */
+Writer *writer_open_directory(const char *path, size_t shard_bytes, const Tensor *tensors, int n);
+void writer_text(Writer *w, const char *name, const char *text, size_t bytes);
 
 /* Writes the data [bytes] of one of the tensors; in any order, each exactly once. */
 void writer_put(Writer *w, const char *name, const void *data, size_t bytes);
 
-/* Syncs the file, renames it to its target and frees the writer. Returns its size in bytes. */
+/* Syncs what was written, renames it to its target and frees the writer. Returns its bytes. */
 size_t writer_close(Writer *w);
 
 /* perplexity() of a text file, with its BOS, printed as one line after `label`; length 0: 2048 or

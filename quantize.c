@@ -1,11 +1,12 @@
 /* quantize: a 16-bit LLaMA 3.1 becomes a W4A8 model.bin. Top to bottom:
  *
- *   1 options · 2 what is read: calibration, evaluation · 3 what is written · 4 the loop over the
- *   layers and its report · main
+ *   1 options · 2 what is read: calibration, evaluation · 3 what is written: a model.bin, or a
+ *   directory for other engines · 4 the loop over the layers and its report · main
  *
  * What is done to a layer stands in qqq.c, section 3. The report goes to stdout, progress and
  * errors to stderr. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <limits.h>
 #include <math.h>
@@ -21,9 +22,8 @@
 static const char usage[] =
     "usage: ./quantize MODEL [OUT] [options]\n"
     "\n"
-    "MODEL is a Hugging Face directory or a 16-bit model.bin; OUT is MODEL's name with -w4a8.bin "
-    "if\n"
-    "not given.\n"
+    "MODEL is a Hugging Face directory or a 16-bit model.bin; a W4A8 model.bin with -x. OUT is\n"
+    "MODEL's name with -w4a8.bin, -vllm or -qqq if not given.\n"
     "\n"
     "  -g 128|-1      group size; -1: per channel (128)\n"
     "  -b rtn|gptq    how weights are rounded: to nearest, or with compensation (gptq)\n"
@@ -37,12 +37,20 @@ static const char usage[] =
     "  -s SEED        of the rotation (0)\n"
     "  -e FILE        print the perplexity on a text, before and after, in windows of 2048\n"
     "  -f             convert only: write an unquantized model.bin\n"
+    "  -x vllm|qqq    write a directory for other engines: compressed-tensors, which vLLM, SGLang\n"
+    "                 and transformers read, or the QQQ repository's format, for GPTQModel\n"
     "  -d cpu|cuda    device (cuda, if there is a GPU)\n"
     "  -M GB          GPU memory to use at most (all that is free)\n"
     "  -h             this help\n";
 
+typedef enum { MODEL_BIN, VLLM, QQQ } Format;
+
+static const size_t SHARD_BYTES = 5000000000; // what hubs and loaders are used to
+
 typedef struct {
     char *model, *out;
+    Format format;
+    char quantizes; // an option that says how to quantize, 0: none was given
     Method method;
     bool rotate, convert;
     char *calibration;
@@ -55,12 +63,18 @@ typedef struct {
     char where[300];    // on the GPU or the CPU, and why
 } Options;
 
-/* MODEL without a trailing slash or .bin, and -w4a8.bin, or .bin if it is only converted. */
-static char *default_out(const char *model, bool convert) {
-    size_t n = strlen(model);
-    while (n > 1 && model[n - 1] == '/') n--;
-    if (n > 4 && !strncmp(model + n - 4, ".bin", 4)) n -= 4;
-    return format_text("%.*s%s", (int)n, model, convert ? ".bin" : "-w4a8.bin");
+static int without_slashes(const char *path) {
+    size_t n = strlen(path);
+    while (n > 1 && path[n - 1] == '/') n--;
+    return n;
+}
+
+/* MODEL without a trailing slash or .bin, and an ending that says what is made of it. */
+static char *default_out(const Options *o) {
+    static const char *const endings[] = {"-w4a8.bin", "-vllm", "-qqq"};
+    int n = without_slashes(o->model);
+    if (n > 4 && !strncmp(o->model + n - 4, ".bin", 4)) n -= 4;
+    return format_text("%.*s%s", n, o->model, o->convert ? ".bin" : endings[o->format]);
 }
 
 /* Before a linear is quantized: which one, and when all will be. */
@@ -90,7 +104,7 @@ static Options parse_options(int argc, char **argv) {
             continue;
         }
         char flag = arg[1];
-        if (!flag || arg[2] || !strchr("gbarmocnlsefdMh", flag))
+        if (!flag || arg[2] || !strchr("gbarmocnlsefxdMh", flag))
             die_usage("unknown option %s; ./quantize -h lists them all", arg);
         const char *value = strchr("fh", flag) ? "" : argv[++i];
         if (!value) die_usage("-%c: its value is missing; ./quantize -h says which", flag);
@@ -106,6 +120,8 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 's') o.seed = parse_integer(flag, value, 0, LLONG_MAX);
         if (flag == 'e') o.eval = value;
         if (flag == 'f') o.convert = true;
+        if (strchr("gbarmocnls", flag)) o.quantizes = flag;
+        if (flag == 'x') o.format = parse_choice(flag, value, "vllm", "qqq") ? QQQ : VLLM;
         if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
         if (flag == 'M') o.most_memory = parse_number(flag, value, 0.1, 1e6) * 1e9;
         if (flag == 'h') {
@@ -116,7 +132,10 @@ static Options parse_options(int argc, char **argv) {
     if (!o.model) die_usage("no MODEL; ./quantize -h shows how");
     if (o.device == CUDA && o.method.smooth == 2)
         die_usage("-a 2: the exhaustive search runs on the CPU only (-d cpu)");
-    if (!o.out) o.out = default_out(o.model, o.convert);
+    if (o.format && (o.convert || o.eval))
+        die_usage("-x writes a W4A8 directory: -f and -e are for a model.bin");
+    if (!o.out) o.out = default_out(&o);
+    else if (o.format) o.out[without_slashes(o.out)] = 0;
     if (!o.calibration) o.calibration = beside_program("data/calib.txt");
     return o;
 }
@@ -182,7 +201,14 @@ static void check_out(const Options *o, const Checkpoint *c) {
     struct stat out;
     if (stat(o->out, &out)) return; // a new file
     if (checkpoint_has_file(c, o->out)) die("%s: OUT is MODEL or a file of it", o->out);
-    if (!S_ISREG(out.st_mode)) die("%s: not a regular file", o->out);
+    if (!o->format && !S_ISREG(out.st_mode)) die("%s: not a regular file", o->out);
+    if (!o->format) return;
+    DIR *directory = opendir(o->out);
+    if (!directory) die("%s: %s", o->out, strerror(errno));
+    for (const struct dirent *file; (file = readdir(directory));)
+        if (strcmp(file->d_name, ".") && strcmp(file->d_name, ".."))
+            die("%s: the directory is not empty; -x makes a new one", o->out);
+    closedir(directory);
 }
 
 /* What of a model the method changes, beside the linears of the layers. */
@@ -199,37 +225,201 @@ typedef struct {
     Tensor *list;                 // [n], without data
     int n;
     Writer *writer;
+    size_t n_scales, n_small; // of an export; those that halves hold with fewer digits
 } Out;
 
-static void announce(void *to, const Parameter *p) {
-    Out *out = to;
-    bool codes = p->role == QWEIGHT || p->role == S_GROUP;
-    DType dtype = codes ? U8 : p->role == WEIGHT ? F16 : F32;
-    if (!changes(out->o, p)) dtype = checkpoint_find(out->checkpoint, p->name)->dtype;
+/* Announces the tensor NAME.suffix, or with an empty suffix NAME. */
+static void add(Out *out, const char *name, const char *suffix, DType dtype, int64_t rows,
+                int64_t columns) {
     out->list = realloc(out->list, (out->n + 1) * sizeof *out->list);
     if (!out->list) die("out of memory");
-    out->list[out->n++] =
-        (Tensor){.name = format_text("%s", p->name),
-                 .dtype = dtype,
-                 .n_dims = p->columns ? 2 : 1,
-                 .shape = {p->rows, p->columns},
-                 .bytes = dtype_size(dtype) * p->rows * (p->columns ? p->columns : 1)};
+    out->list[out->n++] = (Tensor){.name = format_text("%s%s", name, suffix),
+                                   .dtype = dtype,
+                                   .n_dims = columns ? 2 : 1,
+                                   .shape = {rows, columns},
+                                   .bytes = dtype_size(dtype) * rows * (columns ? columns : 1)};
 }
 
+/* A half; a number beyond its range ends the program. */
+static uint16_t half_of(float x, const char *name) {
+    if (!(fabsf(x) < 65520)) die("%s: a tensor holds %g, which no half can", name, x);
+    return float_to_f16(x);
+}
+
+/* w [N][K] as halves. */
 static void put_f16(Writer *out, const char *name, const Linear *w) {
     size_t n = (size_t)w->N * w->K;
     uint16_t *half = allocate(n, sizeof *half);
-    for (size_t i = 0; i < n; i++) half[i] = float_to_f16(((const float *)w->w)[i]);
+    float *row = allocate(w->K, sizeof *row);
+    for (size_t i = 0; i < n; i++) {
+        if (i % w->K == 0) floats(w->w, w->dtype, i, w->K, row);
+        half[i] = half_of(row[i % w->K], name);
+    }
     writer_put(out, name, half, n * sizeof *half);
     free(half);
+    free(row);
+}
+
+/* ---- export: a directory for other engines ----
+ *
+ * -x vllm is the format "pack-quantized" of compressed-tensors (https://github.com/vllm-project/
+ * compressed-tensors), which vLLM, SGLang and transformers read. A linear NAME is
+ *   NAME.weight_packed I32 [N][K/8]              the bytes of qweight
+ *   NAME.weight_scale  F16 [N][K/128] or [N][1]  s_channel s_group
+ *   NAME.weight_shape  I64 [2]                   N, K
+ * -x qqq is that of the QQQ repository and of GPTQModel: qqq_pack() says how it looks. In both all
+ * other tensors keep their names and are halves, config.json says what the linears are. ---- */
+
+/* Ends the program if the format cannot hold linears of such shapes. */
+static void check_shapes(const Options *o, const Config *c) {
+    for (int k = 0; k < N_LINEARS; k++) {
+        int N, K;
+        linear_shape(c, k, &N, &K);
+        if (o->format == VLLM && K % 8)
+            die("%s: %s has %d input channels, -x vllm needs a multiple of 8", o->model,
+                linear_names[k], K);
+        if (o->format == QQQ && (K % 128 || N % 64) && (K % 64 || N % 128))
+            die("%s: %s has %d input and %d output channels, -x qqq needs multiples of 128 and 64, "
+                "or of 64 and 128",
+                o->model, linear_names[k], K, N);
+    }
+}
+
+/* "NAME." of the tensor "NAME.qweight", malloc'ed. */
+static char *linear_name(const Parameter *p) {
+    return format_text("%.*s", (int)(strrchr(p->name, '.') + 1 - p->name), p->name);
+}
+
+static void announce_export(Out *out, const Parameter *p) {
+    if (p->role == NORM || p->role == WEIGHT) add(out, p->name, "", F16, p->rows, p->columns);
+    if (p->role != QWEIGHT) return;
+    bool groups = out->o->method.group_size > 0;
+    char *name = linear_name(p);
+    int64_t N = p->linear->N, K = p->linear->K;
+    if (out->o->format == VLLM) {
+        add(out, name, "weight_packed", I32, N, K / 8);
+        add(out, name, "weight_scale", F16, N, groups ? K / GROUP : 1);
+        add(out, name, "weight_shape", I64, 2, 0);
+    } else {
+        add(out, name, "B", I32, K / 16, 2 * N);
+        add(out, name, "s_channel", F32, 1, N);
+        add(out, name, "s_group", F16, groups ? K / GROUP : 0, groups ? N : 0);
+    }
+    free(name);
+}
+
+static void put_part(Out *out, const char *name, const char *suffix, const void *data,
+                     size_t bytes) {
+    char *full = format_text("%s%s", name, suffix);
+    writer_put(out->writer, full, data, bytes);
+    free(full);
+}
+
+static void put_vllm(Out *out, const char *name, const Linear *l) {
+    size_t N = l->N, K = l->K, n = N * (l->s_group ? K / GROUP : 1);
+    uint16_t *scales = allocate(n, sizeof *scales);
+    for (size_t i = 0; i < n; i++) {
+        float scale = l->s_channel[i / (n / N)] * (l->s_group ? l->s_group[i] : 1);
+        scales[i] = half_of(scale, name);
+        out->n_small += fabsf(scale) < 0x1p-14f;
+    }
+    out->n_scales += n;
+    put_part(out, name, "weight_packed", l->qweight, N * K / 2);
+    put_part(out, name, "weight_scale", scales, n * sizeof *scales);
+    put_part(out, name, "weight_shape", (int64_t[]){N, K}, 2 * sizeof(int64_t));
+    free(scales);
+}
+
+static void put_qqq(Out *out, const char *name, const Linear *l) {
+    size_t N = l->N, K = l->K, n = l->s_group ? N * K / GROUP : 0;
+    uint8_t *B = allocate(N, K / 2);
+    float *s_channel = allocate(N, sizeof *s_channel);
+    uint16_t *s_group = allocate(n, sizeof *s_group);
+    qqq_pack(l, B, s_channel, s_group);
+    put_part(out, name, "B", B, N * K / 2);
+    put_part(out, name, "s_channel", s_channel, N * sizeof *s_channel);
+    put_part(out, name, "s_group", s_group, n * sizeof *s_group);
+    free(B);
+    free(s_channel);
+    free(s_group);
+}
+
+static void put_export(Out *out, const Parameter *p) {
+    if (p->role == NORM)
+        put_f16(out->writer, p->name, &(Linear){.N = 1, .K = p->rows, .w = *p->norm});
+    if (p->role == WEIGHT) put_f16(out->writer, p->name, p->linear);
+    if (p->role != QWEIGHT) return;
+    char *name = linear_name(p);
+    if (out->o->format == VLLM) put_vllm(out, name, p->linear);
+    else put_qqq(out, name, p->linear);
+    free(name);
+}
+
+/* config.json and the files beside it. */
+static void put_files(Out *out, const Config *config) {
+    const Checkpoint *c = out->checkpoint;
+    static const char *const replaced[] = {"dtype", "torch_dtype", "tie_word_embeddings",
+                                           "quantization_config"};
+    bool groups = out->o->method.group_size > 0;
+    char *how;
+    if (out->o->format == VLLM)
+        how = format_text(
+            "{\"quant_method\":\"compressed-tensors\",\"format\":\"pack-quantized\","
+            "\"quantization_status\":\"compressed\",\"ignore\":[\"lm_head\"],"
+            "\"config_groups\":{\"group_0\":{\"targets\":[\"Linear\"],\"format\":\"pack-"
+            "quantized\","
+            "\"weights\":{\"num_bits\":4,\"type\":\"int\",\"symmetric\":true,%s,\"dynamic\":false},"
+            "\"input_activations\":{\"num_bits\":8,\"type\":\"int\",\"symmetric\":true,"
+            "\"strategy\":\"token\",\"dynamic\":true}}}}",
+            groups ? "\"strategy\":\"group\",\"group_size\":128" : "\"strategy\":\"channel\"");
+    else
+        how = format_text("{\"quant_method\":\"qqq\",\"checkpoint_format\":\"qqq\","
+                          "\"method\":\"qqq\",\"format\":\"qqq\",\"bits\":4,\"group_size\":%d,"
+                          "\"sym\":true,\"desc_act\":false,\"lm_head\":false,"
+                          "\"pack_dtype\":\"int32\"}",
+                          out->o->method.group_size);
+    // float16, as the scales are: bfloat16 would round them by up to 0.4 %.
+    char *more = format_text(",\n  \"dtype\": \"float16\",\n  \"torch_dtype\": \"float16\",\n"
+                             "  \"tie_word_embeddings\": %s,\n  \"quantization_config\": %s",
+                             config->tied ? "true" : "false", how);
+    Json *j = json_parse(c->path, c->config, strlen(c->config));
+    char *text = json_without(j, replaced, 4, more);
+    writer_text(out->writer, "config.json", text, strlen(text));
+    if (out->o->format == QQQ) writer_text(out->writer, "quantize_config.json", how, strlen(how));
+    if (c->generation_config)
+        writer_text(out->writer, "generation_config.json", c->generation_config,
+                    strlen(c->generation_config));
+    Tensor texts[1 + N_CHAT_FILES];
+    int n = checkpoint_texts(c, texts);
+    for (int i = 0; i < n; i++)
+        writer_text(out->writer, texts[i].name, texts[i].data, texts[i].bytes);
+    json_free(j);
+    free(text);
+    free(more);
+    free(how);
+}
+
+/* ---- every tensor, in either ---- */
+
+static void announce(void *to, const Parameter *p) {
+    Out *out = to;
+    if (out->o->format) {
+        announce_export(out, p);
+        return;
+    }
+    bool codes = p->role == QWEIGHT || p->role == S_GROUP;
+    DType dtype = codes ? U8 : p->role == WEIGHT ? F16 : F32;
+    if (!changes(out->o, p)) dtype = checkpoint_find(out->checkpoint, p->name)->dtype;
+    add(out, p->name, "", dtype, p->rows, p->columns);
 }
 
 static void put(void *to, const Parameter *p) {
-    const Out *out = to;
+    Out *out = to;
     Writer *w = out->writer;
     size_t n = (size_t)p->rows * (p->columns ? p->columns : 1);
     const Tensor *t = checkpoint_find(out->checkpoint, p->name);
-    if (!changes(out->o, p)) writer_put(w, p->name, t->data, t->bytes);
+    if (out->o->format) put_export(out, p);
+    else if (!changes(out->o, p)) writer_put(w, p->name, t->data, t->bytes);
     else if (p->role == NORM) writer_put(w, p->name, *p->norm, n * sizeof(float));
     else if (p->role == WEIGHT) put_f16(w, p->name, p->linear);
     else if (p->role == QWEIGHT) writer_put(w, p->name, p->linear->qweight, n);
@@ -237,12 +427,63 @@ static void put(void *to, const Parameter *p) {
     else writer_put(w, p->name, p->linear->s_channel, n * sizeof(float));
 }
 
+/* Starts the file or directory for the tensors of m. */
+static void open_out(Out *out, Model *m, const char *quantization) {
+    const Options *o = out->o;
+    if (o->format) check_shapes(o, &m->config);
+    for_each_tensor(m, -1, m->config.n_layers, announce, out);
+    out->writer = o->format ? writer_open_directory(o->out, SHARD_BYTES, out->list, out->n)
+                            : writer_open(o->out, out->checkpoint, quantization, out->list, out->n);
+}
+
+static size_t file_bytes(const Checkpoint *c) {
+    size_t bytes = 0;
+    for (int i = 0; i < c->n_tensors; i++) bytes += c->tensors[i].bytes;
+    return bytes;
+}
+
+/* Finishes it, and says how much smaller the model is. */
+static void close_out(Out *out, const Model *m) {
+    const Options *o = out->o;
+    size_t codes = 0, packed = 0;
+    if (o->format) put_files(out, &m->config);
+    printf("%s: %.1f MB -> %s: %.1f MB", o->model, file_bytes(out->checkpoint) / 1e6, o->out,
+           writer_close(out->writer) / 1e6);
+    for (int i = 0; i < out->n; i++) {
+        const char *suffix = strrchr(out->list[i].name, '.');
+        bool is_code = !strcmp(suffix, ".qweight");
+        if (is_code) codes += 2 * out->list[i].bytes;
+        if (is_code || !strncmp(suffix, ".s_", 3)) packed += out->list[i].bytes;
+        free(out->list[i].name);
+    }
+    if (!o->format) printf(", %.3f bits per weight of the quantized linears", 8.0 * packed / codes);
+    printf("\n");
+    if (out->n_small)
+        printf("%zu of %zu scales are below 6.1e-5, where halves have fewer digits\n", out->n_small,
+               out->n_scales);
+    free(out->list);
+}
+
+/* A model that is W4A8 already, in another format: a model.bin as a directory, or QQQ's as either.
+ */
+static void transcribe(Options *o, const Checkpoint *c, Model *m) {
+    if (!o->format && checkpoint_has_file(c, o->model))
+        die("%s: it is quantized already: %s", o->model, c->quantization);
+    if (o->quantizes) die_usage("-%c: %s is quantized already", o->quantizes, o->model);
+    o->method = (Method){.group_size = m->group_size}; // nothing changes
+    Out out = {.o = o, .checkpoint = c};
+    open_out(&out, m, c->quantization);
+    describe_model(c, m, NULL);
+    for_each_tensor(m, -1, m->config.n_layers, put, &out);
+    close_out(&out, m);
+}
+
 static void convert(const Options *o, const Checkpoint *c) {
     if (c->quantization) die("%s: it is quantized already: %s", o->model, c->quantization);
     Tensor *list = allocate(c->n_tensors, sizeof *list);
     int n = 0;
-    for (int i = 0; i < c->n_tensors; i++)
-        if (strcmp(c->tensors[i].name, "tokenizer.json")) list[n++] = c->tensors[i];
+    for (int i = 0; i < c->n_tensors; i++) // but the texts, which writer_open() adds
+        if (c->tensors[i].dtype != U8) list[n++] = c->tensors[i];
     Writer *out = writer_open(o->out, c, NULL, list, n);
     for (int i = 0; i < n; i++) writer_put(out, list[i].name, list[i].data, list[i].bytes);
     printf("%s: %.1f MB\n", o->out, writer_close(out) / 1e6);
@@ -297,12 +538,6 @@ static double quantize_layers(const Options *o, const Model *m, Model *made, con
     return xx > 0 ? xf / xx : 1;
 }
 
-static size_t file_bytes(const Checkpoint *c) {
-    size_t bytes = 0;
-    for (int i = 0; i < c->n_tensors; i++) bytes += c->tensors[i].bytes;
-    return bytes;
-}
-
 /* The model that is made of m, its layers still empty: rotation changes its ends. */
 static Model *new_model(const Options *o, const Model *m) {
     const Config *c = &m->config;
@@ -319,22 +554,14 @@ static Model *new_model(const Options *o, const Model *m) {
     return made;
 }
 
-static void report(const Options *o, const Checkpoint *c, const Out *out, size_t bytes) {
-    size_t codes = 0, packed = 0;
-    for (int i = 0; i < out->n; i++) {
-        const char *suffix = strrchr(out->list[i].name, '.');
-        bool is_code = !strcmp(suffix, ".qweight");
-        if (is_code) codes += 2 * out->list[i].bytes;
-        if (is_code || !strncmp(suffix, ".s_", 3)) packed += out->list[i].bytes;
-    }
-    printf("%s: %.1f MB -> %s: %.1f MB, %.3f bits per weight of the quantized linears\n", o->model,
-           file_bytes(c) / 1e6, o->out, bytes / 1e6, 8.0 * packed / codes);
-}
-
 static void quantize(Options *o, const Checkpoint *c) {
     Model *m = model_load(c);
     const Config *config = &m->config;
-    if (m->group_size) die("%s: it is quantized already: %s", o->model, c->quantization);
+    if (m->group_size) {
+        transcribe(o, c, m);
+        model_free(m);
+        return;
+    }
     if (o->rotate) check_rotation(config);
     check_group_size(o->model, config, o->method.group_size);
     // The exhaustive search has no GPU version.
@@ -351,17 +578,14 @@ static void quantize(Options *o, const Checkpoint *c) {
     int n_windows, *tokens = calibration_tokens(o, c, config, &n_windows);
     char *quantization = describe(o, n_windows);
     Out out = {.o = o, .checkpoint = c};
-    for_each_tensor(made, -1, config->n_layers, announce, &out);
-    out.writer = writer_open(o->out, c, quantization, out.list, out.n);
+    open_out(&out, made, quantization);
     describe_model(c, m, NULL);
     double scale = quantize_layers(o, m, made, tokens, n_windows, &out);
     for (int i = 0; i < config->dim; i++) made->norm[i] *= scale; // step 6
     if (o->method.gptq) printf("final norm times %.4f\n", scale);
     for_each_tensor(made, -1, -1, put, &out);
     for_each_tensor(made, config->n_layers, config->n_layers, put, &out);
-    report(o, c, &out, writer_close(out.writer));
-    for (int i = 0; i < out.n; i++) free(out.list[i].name);
-    free(out.list);
+    close_out(&out, made);
     free(quantization);
     free(tokens);
     free(signs);

@@ -181,6 +181,7 @@ int main(int argc, char **argv) {
                   {"files", test_files, true},
                   {"forward", test_forward, true},
                   {"quantize", test_quantize, true},
+                  {"export", test_export, true},
                   {"run", test_run, true},
                   {"neighbours", test_neighbours, true},
                   {"faults", test_faults, false},

@@ -54,6 +54,7 @@ void test_tokenizer(void);
 void test_files(void);
 void test_forward(void);
 void test_quantize(void);
+void test_export(void);
 void test_run(void);
 void test_neighbours(void);
 void test_faults(void);

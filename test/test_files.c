@@ -753,7 +753,7 @@ static const struct {
     {"a number for a key", "{1:2}", "not valid JSON"},
     {"a colon in an array", "[\"a\":1]", "not valid JSON"},
     {"a bad escape", "{\"a\\q\":1}", "not valid JSON"},
-    {"dtype I64", ENTRY("\"I64\"", "[8]", "[0,64]"), "tensor weight_a"},
+    {"dtype I16", ENTRY("\"I16\"", "[8]", "[0,64]"), "tensor weight_a"},
     {"dtype of a long name", ENTRY("\"F32F32\"", "[8]", "[0,64]"), "tensor weight_a"},
     {"dtype that is a number", ENTRY("4", "[16]", "[0,64]"), "tensor weight_a"},
     {"no dtype", "{\"weight_a\":{\"shape\":[16],\"data_offsets\":[0,64]}}", "tensor weight_a"},
