@@ -259,9 +259,12 @@ static void test_merging(void) {
     free(merges);
 }
 
-/* Words of letters are numbers of 26 digits; those of 1 to 3 letters are tokens in this order. */
+enum { LETTERS = 52, COLLIDING = 200000 };
+
+/* Words of letters are numbers of 52 digits; those of 1 to 3 letters are tokens in this order. */
 static int word_id(int word, int letters) {
-    return letters == 1 ? 'a' + word : letters == 2 ? 256 + word : 256 + 26 * 26 + word;
+    if (letters == 1) return word < 26 ? 'a' + word : 'A' + word - 26;
+    return letters == 2 ? 256 + word : 256 + LETTERS * LETTERS + word;
 }
 
 /* word's letters, in one of four places that take turns. */
@@ -270,28 +273,26 @@ static const char *word_text(int word, int letters) {
     static int turn;
     char *t = text[turn++ % 4];
     t[letters] = 0;
-    for (int i = letters - 1; i >= 0; i--, word /= 26) t[i] = (char)('a' + word % 26);
+    for (int i = letters - 1; i >= 0; i--, word /= LETTERS) t[i] = (char)word_id(word % LETTERS, 1);
     return t;
 }
 
-enum { COLLIDING = 200000 };
-
 /* Merges of 1 + 3, 2 + 2 and 3 + 1 letters whose pairs of ids, hashed by a product that everybody
- * knows, all fall into one seventh of a table of half a million slots, one behind the other. */
+ * knows, all fall into one hundredth of a table of half a million slots, one behind the other. */
 static char *colliding_json(void) {
-    enum { THREE = 26 * 26 * 26, FOUR = 26 * THREE };
+    enum { TWO = LETTERS * LETTERS, THREE = LETTERS * TWO, FOUR = LETTERS * THREE };
     char *vocab = NULL, *merges = NULL, *made = allocate(FOUR, 1);
     size_t unused;
     FILE *v = open_memstream(&vocab, &unused), *m = open_memstream(&merges, &unused);
     for (int letters = 2; letters <= 3; letters++)
-        for (int w = 0; w < (letters == 2 ? 26 * 26 : THREE); w++)
+        for (int w = 0; w < (letters == 2 ? TWO : THREE); w++)
             fprintf(v, ",\"%s\":%d", word_text(w, letters), word_id(w, letters));
     int n = 0, id = word_id(THREE, 3);
-    for (int letters = 1, right = THREE; letters <= 3; letters++, right /= 26) // in `left`
+    for (int letters = 1, right = THREE; letters <= 3; letters++, right /= LETTERS) // in `left`
         for (int w = 0; w < FOUR && n < COLLIDING; w++) {
             uint64_t pair = (uint64_t)word_id(w / right, letters) << 32 |
                             (uint64_t)word_id(w % right, 4 - letters);
-            if ((pair * 0x9e3779b97f4a7c15 >> 32) % (1 << 19) >= (1 << 19) / 6) continue;
+            if ((pair * 0x9e3779b97f4a7c15 >> 32) % (1 << 19) >= (1 << 19) / 100) continue;
             fprintf(m, n++ ? ",\"%s %s\"" : "\"%s %s\"", word_text(w / right, letters),
                     word_text(w % right, 4 - letters));
             if (!made[w]) fprintf(v, ",\"%s\":%d", word_text(w, 4), id++);
