@@ -1,7 +1,7 @@
 /* run: a LLaMA 3.1 model at work, 16-bit or W4A8. Top to bottom:
  *
- *   1 options · 2 sampling · 3 the model and its tokens · 4 generate · 5 chat · 6 token ids ·
- *   7 benchmark · main
+ *   1 options · 2 sampling · 3 the model and its tokens · 4 generate · 5 chat · 6 zero-shot ·
+ *   7 token ids · 8 benchmark · main
  *
  * Text goes to stdout, everything else to stderr. */
 #define _POSIX_C_SOURCE 200809L
@@ -27,7 +27,9 @@ static const char usage[] =
     "MODEL is a Hugging Face directory or a model.bin; without it, the embedded data/tiny runs.\n"
     "\n"
     "generate and chat\n"
-    "  -i TEXT            prompt, or the first message of a chat\n"
+    "  -i TEXT            prompt, or the first message of a chat; @FILE: what is in FILE, -: "
+    "stdin,\n"
+    "                     both without the newline at the end\n"
     "  -n TOKENS          to generate after the prompt (256; in a chat 0);\n"
     "                     0: until an end token or the end of the context\n"
     "  -t TEMPERATURE     0: always the likeliest token (1.0)\n"
@@ -38,6 +40,9 @@ static const char usage[] =
     "\n"
     "instead of them\n"
     "  -e FILE            perplexity of a text\n"
+    "  -z FILE            zero-shot accuracy on the items of FILE, one a line:\n"
+    "                     {\"context\": TEXT, \"choices\": [TEXT, ..], \"gold\": 0}\n"
+    "  -o FILE            what -z found for each item, as JSON lines\n"
     "  -x FILE            token ids of a text; MODEL may be a directory with only tokenizer.json\n"
     "  -b                 benchmark: speed, and its share of the memory's bandwidth\n"
     "\n"
@@ -46,7 +51,7 @@ static const char usage[] =
     "  -k 16|8|4          bits of the KV cache (16)\n"
     "  -h                 this help\n";
 
-typedef enum { GENERATE, CHAT, PERPLEXITY, TOKEN_IDS, BENCHMARK } Task;
+typedef enum { GENERATE, CHAT, PERPLEXITY, ZERO_SHOT, TOKEN_IDS, BENCHMARK } Task;
 
 typedef struct {
     char *model;
@@ -57,10 +62,23 @@ typedef struct {
     int n_tokens;       // to generate; 0: no limit
     int length;         // -l; 0: not given
     int kv_bits;        // of the KV cache
-    const char *prompt; // NULL: none
+    char *prompt;       // NULL: none
     const char *system; // NULL: none
-    const char *file;   // of -e or -x
+    const char *file;   // of -e, -x or -z
+    const char *items;  // -o; NULL: not given
 } Options;
+
+/* What -i says: the text itself, @FILE or - for stdin. malloc'ed. */
+static char *read_prompt(const char *value) {
+    if (strcmp(value, "-") && *value != '@') return format_text("%s", value);
+    char *text = NULL;
+    size_t bytes = 0;
+    if (*value == '@') text = read_text(value + 1, &bytes);
+    else if (getdelim(&text, &bytes, 0, stdin) < 0) die("-i -: stdin is empty");
+    bytes = strlen(text);
+    if (bytes && text[bytes - 1] == '\n') text[bytes - 1] = 0;
+    return text;
+}
 
 static Options parse_options(int argc, char **argv) {
     Options o = {
@@ -77,13 +95,16 @@ static Options parse_options(int argc, char **argv) {
             continue;
         }
         char flag = arg[1];
-        if (!flag || arg[2] || !strchr("tpsnimyelxbdkh", flag))
+        if (!flag || arg[2] || !strchr("tpsnimyelxzobdkh", flag))
             die_usage("unknown option %s; ./run -h lists them all", arg);
         const char *value = strchr("bh", flag) ? "" : argv[++i];
         if (!value) die_usage("-%c: its value is missing; ./run -h says which", flag);
-        if (strchr("exb", flag)) {
-            if (o.task != GENERATE) die_usage("-%c: one of -e, -x and -b at a time", flag);
-            o.task = flag == 'e' ? PERPLEXITY : flag == 'x' ? TOKEN_IDS : BENCHMARK;
+        if (strchr("ezxb", flag)) {
+            if (o.task != GENERATE) die_usage("-%c: one of -e, -z, -x and -b at a time", flag);
+            o.task = flag == 'e'   ? PERPLEXITY
+                     : flag == 'z' ? ZERO_SHOT
+                     : flag == 'x' ? TOKEN_IDS
+                                   : BENCHMARK;
             o.file = value;
         }
         if (flag == 't') o.temperature = parse_number(flag, value, 0, 100);
@@ -92,7 +113,11 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'n') o.n_tokens = parse_integer(flag, value, 0, INT_MAX);
         if (flag == 'l') o.length = parse_integer(flag, value, 2, INT_MAX);
         if (flag == 'k') o.kv_bits = parse_integer(flag, value, 4, 16);
-        if (flag == 'i') o.prompt = value;
+        if (flag == 'o') o.items = value;
+        if (flag == 'i') {
+            free(o.prompt);
+            o.prompt = read_prompt(value);
+        }
         if (flag == 'y') o.system = value;
         if (flag == 'm') chat = parse_choice(flag, value, "generate", "chat");
         if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
@@ -101,7 +126,10 @@ static Options parse_options(int argc, char **argv) {
             exit(0);
         }
     }
-    if (chat && o.task != GENERATE) die_usage("-m chat: not together with -e, -x or -b");
+    if (chat && o.task != GENERATE) die_usage("-m chat: not together with -e, -z, -x or -b");
+    if (o.items && o.task != ZERO_SHOT) die_usage("-o: only with -z");
+    if (o.kv_bits != 16 && o.kv_bits != 8 && o.kv_bits != 4)
+        die_usage("-k %d: expected 16, 8 or 4", o.kv_bits);
     if (o.system && !chat) die_usage("-y: a system prompt needs -m chat");
     if (chat) o.task = CHAT;
     if (o.n_tokens < 0) o.n_tokens = chat ? 0 : 256;
@@ -439,7 +467,302 @@ static void chat(Session *s, const Options *o) {
     print_speed(&s->speed);
 }
 
-/* ---- 6: token ids -------------------------------------------------------------------------- */
+/* ---- 6: zero-shot -------------------------------------------------------------------------- */
+
+/* Multiple choice without examples, as lm_eval counts it (https://github.com/EleutherAI/
+ * lm-evaluation-harness): of an item's choices the model takes the one of largest
+ *
+ *     ll = sum over the choice's tokens of log p(token | context, tokens before it),
+ *
+ * for acc_norm ll / characters of the choice. An item is a line of JSON, of one of these kinds: */
+typedef enum {
+    CHOICE,   // {"context": S, "choices": [S, ..], "gold": N}: acc and acc_norm
+    CONTEXT,  // {"context": [S, ..], "choices": [S], "gold": N}: which context fits, acc
+    LAST,     // {"context": S, "choices": [S]}: LAMBADA's last word: was it the likeliest?
+    WEIGHTED, // gold [0 or 1, ..], one for each choice: the probability of the right ones, MC2
+} Kind;
+
+typedef struct {
+    const char *where; // "FILE, line 3", for messages
+    Kind kind;
+    char **contexts, **choices; // [n] either repeats its one text
+    bool *right;                // [n] by gold
+    int n;
+} Item;
+
+/* The model with one sequence, and what is known of it. */
+typedef struct {
+    Session *s;
+    int max_length; // tokens that it can look at
+    Tokens fed;     // in the KV cache
+    float *logits;  // [vocab_size] after the first logits_at tokens of it
+    int logits_at;
+} Scorer;
+
+/* Strings of an array, or of one string; malloc'ed [*n]. */
+static char **item_texts(const Json *json, const char *key, const char *where, int *n) {
+    int node = json_get(json, 0, key), count = 0;
+    bool array = json_type(json, node) == '[';
+    for (int i = json_first(json, node); array && i >= 0; i = json_next(json, node, i)) count++;
+    char **texts = allocate(array ? count : 1, sizeof *texts);
+    *n = 0;
+    for (int i = array ? json_first(json, node) : node; *n < (array ? count : 1);
+         i = array ? json_next(json, node, i) : i) {
+        size_t bytes;
+        if (json_type(json, i) != '"')
+            die("%s: \"%s\" is no string or array of strings", where, key);
+        texts[(*n)++] = json_string(json, i, &bytes);
+        if (strlen(texts[*n - 1]) < bytes) die("%s: a NUL in \"%s\"", where, key);
+    }
+    return texts;
+}
+
+/* Sets item->right by gold: the index of the right one, or 0 or 1 for each. */
+static void item_gold(const Json *json, int gold, Item *item) {
+    double value;
+    int i = 0, n_right = 0;
+    for (int node = json_first(json, gold); node >= 0; node = json_next(json, gold, node), i++) {
+        bool good = json_number(json, node, &value) && (value == 0 || value == 1);
+        if (!good || i >= item->n)
+            die("%s: \"gold\" is not %d times 0 or 1, one for each choice", item->where, item->n);
+        item->right[i] = value == 1;
+        n_right += value == 1;
+    }
+    if (json_type(json, gold) == '[') {
+        if (i != item->n || n_right == 0)
+            die("%s: \"gold\" has %d entries, %d of them 1, for %d choices", item->where, i,
+                n_right, item->n);
+    } else {
+        if (!json_number(json, gold, &value) || !(value >= 0 && value < item->n) ||
+            value != (int)value)
+            die("%s: \"gold\" is no integer in 0..%d", item->where, item->n - 1);
+        item->right[(int)value] = true;
+    }
+}
+
+static Item parse_item(const char *line, size_t bytes, const char *where) {
+    Json *json = json_parse(where, line, bytes);
+    if (json_type(json, 0) != '{') die("%s: not a JSON object", where);
+    int n_contexts, n_choices, gold = json_get(json, 0, "gold");
+    Item item = {.where = where};
+    item.contexts = item_texts(json, "context", where, &n_contexts);
+    item.choices = item_texts(json, "choices", where, &n_choices);
+    if (n_choices == 0 || n_contexts == 0) die("%s: there is nothing to choose from", where);
+    if (n_contexts > 1 && n_choices > 1)
+        die("%s: several contexts with several choices, expected one of either", where);
+    for (int i = 0; i < n_choices; i++)
+        if (!*item.choices[i]) die("%s: choice %d is empty", where, i);
+    item.n = n_contexts > n_choices ? n_contexts : n_choices;
+    item.contexts = realloc(item.contexts, item.n * sizeof *item.contexts);
+    item.choices = realloc(item.choices, item.n * sizeof *item.choices);
+    if (!item.contexts || !item.choices) die("out of memory");
+    for (int i = n_contexts; i < item.n; i++) item.contexts[i] = item.contexts[0];
+    for (int i = n_choices; i < item.n; i++) item.choices[i] = item.choices[0];
+    item.right = allocate(item.n, sizeof *item.right);
+    item.kind = gold < 0                       ? LAST
+                : json_type(json, gold) == '[' ? WEIGHTED
+                : n_contexts > 1               ? CONTEXT
+                                               : CHOICE;
+    if (gold >= 0) item_gold(json, gold, &item);
+    else if (item.n > 1) die("%s: %d choices and no \"gold\"", where, item.n);
+    json_free(json);
+    return item;
+}
+
+static void free_item(Item *item) {
+    for (int i = 0; i < item->n; i++) {
+        if (i == 0 || item->contexts[i] != item->contexts[0]) free(item->contexts[i]);
+        if (i == 0 || item->choices[i] != item->choices[0]) free(item->choices[i]);
+    }
+    free(item->contexts);
+    free(item->choices);
+    free(item->right);
+    free((void *)item->where);
+}
+
+/* The length of text [n] without white space at its end, what Python's rstrip() takes for such. */
+static size_t stripped_length(const char *text, size_t n) {
+    static const char *const spaces[] = {
+        "\x1c",   "\x1d",   "\x1e",     "\x1f",   " ",      "\t",     "\n",     "\v",
+        "\f",     "\r",     "\xc2\x85", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002",
+        "\u2003", "\u2004", "\u2005",   "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
+        "\u2028", "\u2029", "\u202f",   "\u205f", "\u3000"};
+    for (size_t i = 0; i < sizeof spaces / sizeof *spaces; i++) {
+        size_t bytes = strlen(spaces[i]);
+        if (n >= bytes && !memcmp(text + n - bytes, spaces[i], bytes)) n -= bytes, i = -1;
+    }
+    return n;
+}
+
+static int characters(const char *text) {
+    int n = 0;
+    for (; *text; text++) n += ((uint8_t)*text & 0xc0) != 0x80;
+    return n;
+}
+
+/* BOS, unless the text begins with it, and the text. */
+static void push_with_bos(Tokens *t, const Session *s, const char *text, size_t bytes) {
+    int bos = s->model->config.bos;
+    t->n = 0;
+    push_text(t, s->tokenizer, text, bytes, true);
+    if (bos < 0 || (t->n && t->ids[0] == bos)) return;
+    push(t, &bos, 1);
+    memmove(t->ids + 1, t->ids, (t->n - 1) * sizeof *t->ids);
+    t->ids[0] = bos;
+}
+
+/* Feeds ids [n], of which the cache may hold a part. Leaves their logits in z->logits. */
+static void feed_context(Scorer *z, const int *ids, int n) {
+    Engine *e = z->s->engine;
+    int known = 0;
+    while (known < n && known < z->fed.n && z->fed.ids[known] == ids[known]) known++;
+    if (known == n && z->logits_at == n) return;
+    if (known == n) known--;
+    e->feed(e, 0, ids + known, n - known, known);
+    memcpy(z->logits, e->logits(e), z->s->model->config.vocab_size * sizeof(float));
+    z->logits_at = n;
+    z->fed.n = 0;
+    push(&z->fed, ids, n);
+}
+
+/* ll of " choice" after the context. *greedy: each of its tokens is the likeliest. */
+static double log_likelihood(Scorer *z, const char *where, const char *context, const char *choice,
+                             bool *greedy) {
+    Engine *e = z->s->engine;
+    // White space at the context's end belongs to the choice: its tokens start with spaces.
+    size_t stripped = stripped_length(context, strlen(context));
+    char *text = format_text("%s %s", context, choice);
+    Tokens whole = {0}, head = {0};
+    push_with_bos(&whole, z->s, text, strlen(text));
+    push_with_bos(&head, z->s, context, stripped);
+    free(text);
+    int n = whole.n, length = n - head.n; // of the choice
+    if (head.n == 0) die("%s: no context, and the model has no BOS", where);
+    if (length < 1 || length > z->max_length)
+        die("%s: a choice of %d tokens, expected 1 to %d", where, length, z->max_length);
+    const int *ids = whole.ids; // the last token is only a target, so there may be one more
+    if (n > z->max_length + 1) ids += n - (z->max_length + 1), n = z->max_length + 1;
+    if (n > e->context) { // none yet, or too short: as long as this needs, or twice what it was
+        int context_length = n > 2 * e->context ? n : 2 * e->context;
+        e->start(e, 1, context_length < z->max_length ? context_length : z->max_length);
+        z->fed.n = 0;
+    }
+    Score *scores = allocate(length, sizeof *scores);
+    feed_context(z, ids, n - length);
+    scores[0] = score(z->logits, z->s->model->config.vocab_size, ids[n - length]);
+    if (length > 1) {
+        e->score(e, 0, ids + n - length, length, n - length, scores + 1);
+        z->fed.n = n - length;
+        push(&z->fed, ids + n - length, length - 1);
+    }
+    double ll = 0;
+    *greedy = true;
+    for (int t = 0; t < length; t++) {
+        ll -= scores[t].nll;
+        *greedy = *greedy && scores[t].likeliest;
+    }
+    if (!isfinite(ll)) die("%s: a logit is NaN or infinite: the weights are damaged", z->s->path);
+    free(scores);
+    free(whole.ids);
+    free(head.ids);
+    return ll;
+}
+
+/* Mean and its standard error of x over n items. */
+static void print_mean(const char *name, double sum, double squares, int n) {
+    double mean = sum / n;
+    printf("%s %.4f (%d items)", name, mean, n);
+    if (n > 1) printf(", standard error %.4f", sqrt(fmax(0, squares / n - mean * mean) / (n - 1)));
+    putchar('\n');
+}
+
+/* Which of x [n] is largest, the first of equals, is right. */
+static bool picks_right(const Item *item, const double *x) {
+    int best = 0;
+    for (int i = 1; i < item->n; i++)
+        if (x[i] > x[best]) best = i;
+    return item->right[best];
+}
+
+/* The items of a file [*n], each a line; all of a kind. */
+static Item *read_items(const char *path, int *n) {
+    size_t bytes;
+    char *text = read_text(path, &bytes), *end = text + bytes;
+    Item *items = NULL;
+    int number = 1;
+    *n = 0;
+    for (char *line = text, *next; line < end; line = next + 1, number++) {
+        next = memchr(line, '\n', end - line);
+        if (!next) next = end;
+        if (stripped_length(line, next - line) == 0) continue;
+        items = realloc(items, (*n + 1) * sizeof *items);
+        if (!items) die("out of memory");
+        Item *item = &items[(*n)++];
+        *item = parse_item(line, next - line, format_text("%s, line %d", path, number));
+        if (item->kind != items[0].kind)
+            die("%s: \"context\" and \"gold\" are of another kind than in the first item",
+                item->where);
+    }
+    free(text);
+    if (*n == 0) die("%s: it holds no items", path);
+    return items;
+}
+
+static void zero_shot(Session *s, const Options *o) {
+    int n;
+    Item *items = read_items(o->file, &n);
+    FILE *out = o->items ? fopen(o->items, "w") : NULL;
+    if (o->items && !out) die("%s: %s", o->items, strerror(errno));
+    print_model(s);
+    Scorer z = {.s = s,
+                .max_length = o->length ? o->length : s->model->config.max_context,
+                .logits = allocate(s->model->config.vocab_size, sizeof(float))};
+    double acc = 0, norm = 0, mass = 0, squares = 0, sum = 0, start = seconds();
+    for (int i = 0; i < n; i++) {
+        Item *item = &items[i];
+        double *ll = allocate(item->n, sizeof *ll), *ll_norm = allocate(item->n, sizeof *ll);
+        double all = 0, right = 0;
+        bool greedy = false;
+        for (int k = 0; k < item->n; k++) {
+            ll[k] = log_likelihood(&z, item->where, item->contexts[k], item->choices[k], &greedy);
+            ll_norm[k] = ll[k] / characters(item->choices[k]);
+            if (out) fprintf(out, k ? ", %.5f" : "{\"loglikelihoods\": [%.5f", ll[k]);
+        }
+        if (out)
+            fprintf(out, item->kind == LAST ? "], \"greedy\": %s}\n" : "]}\n",
+                    greedy ? "true" : "false");
+        double most = ll[0];
+        for (int k = 1; k < item->n; k++) most = fmax(most, ll[k]);
+        for (int k = 0; k < item->n; k++) {
+            all += exp(ll[k] - most);
+            right += item->right[k] ? exp(ll[k] - most) : 0;
+        }
+        acc += item->kind == LAST ? greedy : picks_right(item, ll);
+        norm += picks_right(item, ll_norm);
+        mass += right / all;
+        sum += ll[0];
+        squares += item->kind == LAST ? ll[0] * ll[0] : right / all * (right / all);
+        show_progress("items", i + 1, n, (seconds() - start) * (n - i - 1) / (i + 1));
+        free(ll);
+        free(ll_norm);
+    }
+    if (out && (ferror(out) | fclose(out))) die("%s: %s", o->items, strerror(errno));
+    if (items[0].kind == WEIGHTED) print_mean("mc2", mass, squares, n);
+    else print_mean("acc", acc, acc, n); // 0 and 1 are their own squares
+    if (items[0].kind == CHOICE) print_mean("acc_norm", norm, norm, n);
+    if (items[0].kind == LAST) {
+        double mean = sum / n, spread = sqrt(fmax(0, squares / n - mean * mean) / (n - 1));
+        printf("perplexity %.4f (%d items)", exp(-mean), n);
+        if (n > 1) printf(", standard error %.4f", exp(-mean) * spread);
+        putchar('\n');
+    }
+    for (int i = 0; i < n; i++) free_item(&items[i]);
+    free(items);
+    free(z.fed.ids);
+    free(z.logits);
+}
+
+/* ---- 7: token ids -------------------------------------------------------------------------- */
 
 static void print_token_ids(const Options *o) {
     Tokenizer *tokenizer;
@@ -468,7 +791,7 @@ static void print_token_ids(const Options *o) {
     tokenizer_free(tokenizer);
 }
 
-/* ---- 7: benchmark -------------------------------------------------------------------------- */
+/* ---- 8: benchmark -------------------------------------------------------------------------- */
 
 /* Runs `steps` tokens more of each sequence, or as many as 10 s allow. Returns how many. */
 static int decode(Session *s, int steps, double *time) {
@@ -566,10 +889,12 @@ int main(int argc, char **argv) {
         if (o.task == CHAT) chat(&s, &o);
         if (o.task == PERPLEXITY)
             print_perplexity(s.checkpoint, s.engine, s.where, "", o.file, o.length);
+        if (o.task == ZERO_SHOT) zero_shot(&s, &o);
         if (o.task == BENCHMARK) benchmark(&s, &o);
         close_session(&s);
     }
     free(o.model);
+    free(o.prompt);
     if (fflush(stdout) || ferror(stdout)) die("stdout: %s", strerror(errno));
     return 0;
 }

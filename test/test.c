@@ -183,10 +183,12 @@ int main(int argc, char **argv) {
                   {"quantize", test_quantize, true},
                   {"export", test_export, true},
                   {"run", test_run, true},
+                  {"zeroshot", test_zeroshot, true},
                   {"neighbours", test_neighbours, true},
                   {"faults", test_faults, false},
                   {"slow", test_slow, false},
                   {"slow", test_quantize_slow, false},
+                  {"slow", test_zeroshot_slow, false},
                   {"gpu", test_gpu, false},
                   {"gpu-quantize", test_gpu_quantize, false}};
     if (system("mkdir -p build/test")) die("build/test: cannot be made");

@@ -57,6 +57,8 @@ void test_quantize(void);
 void test_export(void);
 void test_run(void);
 void test_neighbours(void);
+void test_zeroshot(void);
+void test_zeroshot_slow(void);
 void test_faults(void);
 void test_slow(void);
 void test_quantize_slow(void);
