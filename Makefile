@@ -17,7 +17,7 @@ TESTS = $(patsubst %.c,$(BUILD)/%.o,$(sort $(wildcard test/test*.c)))
 SOURCES = $(wildcard *.h *.c *.cu test/*.h test/*.c test/*.cu)
 
 .PHONY: all demo test test-san test-faults test-valgrind test-tsan test-slow test-gpu coverage bench ladder \
-	compare lint format fuzz clean help
+	compare plots lint format fuzz clean help
 .DELETE_ON_ERROR:
 
 all: $(BIN)/run $(BIN)/quantize
@@ -34,6 +34,7 @@ help:
 	@echo 'make bench      speed of the kernels against cuBLAS (needs nvcc and a GPU)'
 	@echo 'make ladder     the GEMM in eight steps, from naive to wgmma, each with its time'
 	@echo 'make compare    QQQ beside other methods: perplexity of COMPARE (data/tiny), a CSV'
+	@echo 'make plots      of PLOTS (data/tiny), and of what make bench found: SVG in $(BUILD)'
 	@echo 'make lint       clang-format, gcc, clang, gcc -fanalyzer, clang-tidy, cppcheck: no findings'
 	@echo 'make format     clang-format everything'
 	@echo 'make fuzz       libFuzzer on files, texts and command lines, FUZZ_SECONDS (10) each'
@@ -62,6 +63,10 @@ $(BUILD)/synthetic: $(BUILD)/test/synthetic.o $(OBJECTS)
 $(BUILD)/neighbours: $(BUILD)/test/neighbours.o $(BUILD)/test/variant.o $(OBJECTS)
 	$(CC) $(FLAGS) $^ -o $@ $(LIBS)
 
+$(BUILD)/plots: test/plots.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $< -o $@ -lm
+
 $(BUILD)/fault.so: test/fault.c Makefile
 	@mkdir -p $(@D)
 	$(CC) -std=c11 -O1 -Wall -Wextra -Wmissing-prototypes $(WERROR) -shared -fPIC $< -o $@ -ldl
@@ -72,12 +77,19 @@ demo: all
 	./run $(DEMO) -s 1 -n 120 -i 'Once upon a time there lived a king who'
 
 # Without it idle threads spin, which slows everything down where cores are shared.
-compare demo test test-san test-faults test-tsan test-slow coverage: export OMP_WAIT_POLICY = passive
+compare plots demo test test-san test-faults test-tsan test-slow coverage: export OMP_WAIT_POLICY = passive
 
 # About a quarter of an hour. COMPARE_OPTIONS='-a' adds the rows left out for time, -h lists more.
 COMPARE ?= data/tiny
 compare: all $(BUILD)/neighbours
 	$(BUILD)/neighbours $(COMPARE) $(COMPARE_OPTIONS) | tee $(BUILD)/compare.csv
+
+# Minutes: it quantizes the model first.
+PLOTS ?= data/tiny
+plots: all $(BUILD)/neighbours $(BUILD)/plots
+	$(BUILD)/neighbours $(PLOTS) -n 1 -v $(BUILD)/analysis -r 'qqq W4A8 g128 to nearest' \
+		-r 'qqq W4A8 g128 +GPTQ +ranges +smoothing'
+	$(BUILD)/plots $(BUILD)
 
 test: all $(BUILD)/tests $(BUILD)/synthetic
 	$(BUILD)/tests
