@@ -195,6 +195,7 @@ struct GpuState {
     void *cublas_workspace;
     float *host_logits; // [n_sequences][vocab_size] pinned
     int *host_chosen;   // [n_sequences]
+    int *ends;          // [n_sequences] how many tokens have been fed
     int rows;           // of logits, by the last call
 };
 
@@ -268,6 +269,16 @@ static int chunk_tokens(const GpuState *s, int pos, int left) {
     return into && s->cache.bits == 4 ? min(most, RECENT - into) : most;
 }
 
+/* A sequence goes on at `pos` with T tokens. To an earlier position a cache in 4 bits can go back
+ * only while what is recent there has not been overwritten. */
+static void go_on(GpuState *s, int sequence, int pos, int T) {
+    int *end = &s->ends[sequence];
+    if (s->cache.bits == 4 && pos % RECENT && pos / RECENT < (*end - 1) / RECENT)
+        die("-k 4: from position %d the KV cache cannot go back to %d, only to a multiple of %d",
+            *end, pos, RECENT);
+    *end = pos + T;
+}
+
 /* Up to max_T tokens through all layers. */
 static void forward_chunk(GpuState *s, int sequence, const int *tokens, int T, int pos) {
     upload(s, s->tokens, tokens, T * sizeof *tokens);
@@ -278,6 +289,7 @@ static void forward_chunk(GpuState *s, int sequence, const int *tokens, int T, i
 /* Runs T tokens of one sequence, at positions pos .. pos + T - 1, in chunks. */
 static void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int pos) {
     check_tokens(s, tokens, T, pos);
+    go_on(s, sequence, pos, T);
     int done = 0, n = 0;
     for (; done < T; done += n) {
         n = chunk_tokens(s, pos + done, T - done);
@@ -295,8 +307,13 @@ static void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int
  * the likeliest token after the call before, at the position after its. One graph launch; it
  * returns before the GPU has finished. */
 static void gpu_decode(GpuState *s, const int *tokens, const int *positions) {
-    for (int i = 0; tokens && i < s->n_sequences; i++) {
+    for (int i = 0; i < s->n_sequences; i++) {
+        if (!tokens) {
+            s->ends[i]++;
+            continue;
+        }
         check_tokens(s, tokens + i, 1, positions[i]);
+        go_on(s, i, positions[i], 1);
         const Choice given = (uint32_t)~tokens[i];
         upload(s, s->chosen + i, &given, sizeof given);
         upload(s, s->positions + i, positions + i, sizeof *positions);
@@ -1859,8 +1876,6 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
                         }
                     }
                 }
-            }
-            for (int c = 0; c < 2; c++) { // both halves of a line of memory at once
                 load_weights(w[a][c], k + HEAD_AHEAD * HEAD_CHUNK + c * 64);
             }
         }
@@ -4475,6 +4490,7 @@ static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, 
     cuda_check(cudaMallocHost(&s->host_logits, (size_t)n_sequences * c->vocab_size * sizeof(float)),
                "pinned memory");
     s->host_chosen = (int *)allocate(n_sequences, sizeof *s->host_chosen);
+    s->ends = (int *)allocate(n_sequences, sizeof *s->ends);
     cuda_check(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), "cudaStreamCreate");
     cublas_check(cublasCreate(&s->cublas));
     cublas_check(cublasSetStream(s->cublas, s->stream));
@@ -4491,6 +4507,7 @@ static void gpu_state_free(GpuState *s) {
     cuda_check(cudaFree(s->gemm_workspace), "cudaFree");
     cuda_check(cudaFree(s->memory), "cudaFree");
     free(s->host_chosen);
+    free(s->ends);
     free(s);
 }
 
@@ -4535,6 +4552,7 @@ static void engine_score(Engine *e, int sequence, const int *tokens, int n, int 
                          Score *scores) {
     GpuState *s = state_of(e);
     check_tokens(s, tokens, n, pos);
+    go_on(s, sequence, pos, n - 1);
     for (int done = 0, T = 0; done < n - 1; done += T) { // the last token is only a target
         T = chunk_tokens(s, pos + done, n - 1 - done);
         forward_chunk(s, sequence, tokens + done, T, pos + done);
