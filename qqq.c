@@ -3073,6 +3073,8 @@ static void create(Writer *w, char *path, bool directory) {
 }
 
 static Writer *writer_new(const char *path, bool directory) {
+    static bool registered;
+    if (!registered) registered = !atexit(remove_temporaries); // libgomp exits without memory
     signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
     int signals[] = {SIGINT, SIGTERM, SIGHUP};
     for (int i = 0; i < 3; i++)

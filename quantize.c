@@ -246,16 +246,19 @@ static uint16_t half_of(float x, const char *name) {
     return float_to_f16(x);
 }
 
-/* w [N][K] as halves. */
+/* w [N][K], floats or an lm_head in 8 bits, as halves. */
 static void put_f16(Writer *out, const char *name, const Linear *w) {
-    size_t n = (size_t)w->N * w->K;
-    uint16_t *half = allocate(n, sizeof *half);
-    float *row = allocate(w->K, sizeof *row);
-    for (size_t i = 0; i < n; i++) {
-        if (i % w->K == 0) floats(w->w, w->dtype, i, w->K, row);
-        half[i] = half_of(row[i % w->K], name);
+    size_t N = w->N, K = w->K;
+    uint16_t *half = allocate(N * K, sizeof *half);
+    float *row = allocate(K, sizeof *row);
+    for (size_t n = 0; n < N; n++) {
+        if (w->dtype != I8) floats(w->w, w->dtype, n * K, K, row);
+        for (size_t k = 0; k < K; k++) {
+            if (w->dtype == I8) row[k] = ((const int8_t *)w->w)[n * K + k] * w->s_channel[n];
+            half[n * K + k] = half_of(row[k], name);
+        }
     }
-    writer_put(out, name, half, n * sizeof *half);
+    writer_put(out, name, half, N * K * sizeof *half);
     free(half);
     free(row);
 }

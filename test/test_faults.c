@@ -16,6 +16,8 @@
 #define SCRATCH "build/test/faults"
 #define OUT SCRATCH "/out/model.bin"
 #define TOY SCRATCH "/toy"
+#define BLOCKS SCRATCH "/blocks" // of shapes that -x qqq can have
+#define QQQ SCRATCH "/qqq"       // made of it
 
 /* The number of errors in `output`, of the program or of libgomp. */
 static int count_errors(void) {
@@ -25,27 +27,30 @@ static int count_errors(void) {
     return n;
 }
 
-/* OUT holds the text of `expected`, or is absent if that is NULL, and nothing is beside it. */
+/* OUT is what `expected` is, a file or directory, or absent if that is NULL; nothing is beside it.
+ */
 static bool out_is(const char *expected) {
     if (!expected) return shell("test -z \"$(ls " SCRATCH "/out)\"") == 0;
-    return shell("cmp " OUT " %s && test \"$(ls " SCRATCH "/out)\" = model.bin", expected) == 0;
+    return shell("diff -r " OUT " %s && test \"$(ls " SCRATCH "/out)\" = model.bin", expected) == 0;
 }
 
-/* Runs the command, which writes OUT unless it says otherwise, with each call in turn failing. */
-static void each_fault(const char *name, const char *kind, const char *command, bool writes) {
+typedef enum { NOTHING, A_FILE, A_DIRECTORY } Target;
+
+/* Runs the command, which makes of OUT what it says, with each call in turn failing. */
+static void each_fault(const char *name, const char *kind, const char *command, Target writes) {
     test_begin(name);
     shell("rm -rf " SCRATCH "/out && mkdir -p " SCRATCH "/out");
     const char *fault = "OMP_NUM_THREADS=1 FAULT_KIND=%s FAULT_COUNT=" SCRATCH
                         "/count FAULT_AT=%d LD_PRELOAD=build/fault.so %s";
     if (!check(shell(fault, kind, 0, command) == 0, "%s: %s", command, output)) return;
-    if (writes) shell("mv " OUT " " SCRATCH "/good.bin");
+    if (writes) shell("rm -rf " SCRATCH "/good.bin && mv " OUT " " SCRATCH "/good.bin");
     size_t bytes;
     char *text = read_file(SCRATCH "/count", &bytes);
     int n = text ? atoi(text) : 0, refused = 0;
     free(text);
     check(n > 2, "only %d calls", n);
     for (int i = 1; i <= n; i++) {
-        bool old = writes && i % 2;
+        bool old = writes == A_FILE && i % 2;
         if (old) shell("cp " SCRATCH "/old " OUT);
         int status = shell(fault, kind, i, command), errors = count_errors();
         bool clean = status == 1 ? errors == 1 : status == 0 && errors == 0;
@@ -56,7 +61,7 @@ static void each_fault(const char *name, const char *kind, const char *command, 
             check(good || (status && out_is(old ? SCRATCH "/old" : NULL)),
                   "%s, call %d of %d, status %d: OUT is not as it should be: %s", command, i, n,
                   status, output);
-            shell("rm -f " SCRATCH "/out/*");
+            shell("rm -rf " SCRATCH "/out/*");
         }
     }
     printf("     %d calls, %d of them ended the program, %d it could do without\n", n, refused,
@@ -66,27 +71,37 @@ static void each_fault(const char *name, const char *kind, const char *command, 
 
 #define GPTQ "./quantize " TOY " " OUT " -g -1 -c " SCRATCH "/text -n 2 -l 16"
 
+#define EXPORT "./quantize " BLOCKS " " OUT " -g -1 -b rtn -a 0 -m 0 -x "
+
 static void test_memory(void) {
     each_fault("out of memory at each allocation: run", "memory",
-               "./run " TOY " -i 'a b c' -n 3 -s 1 >/dev/null", false);
+               "./run " TOY " -i 'a b c' -n 3 -s 1 >/dev/null", NOTHING);
     each_fault("out of memory at each allocation: run, a chat", "memory",
-               "./run " TOY " -m chat -i 'a b c' -n 3 -s 1 >/dev/null", false);
+               "./run " TOY " -m chat -i 'a b c' -n 3 -s 1 >/dev/null", NOTHING);
     each_fault("out of memory at each allocation: run -e", "memory",
-               "./run " TOY " -l 16 -e " SCRATCH "/text >/dev/null", false);
+               "./run " TOY " -l 16 -e " SCRATCH "/text >/dev/null", NOTHING);
     each_fault("out of memory at each allocation: run -x", "memory",
-               "./run " TOY " -x " SCRATCH "/text >/dev/null", false);
-    each_fault("out of memory at each allocation: quantize", "memory", GPTQ, true);
+               "./run " TOY " -x " SCRATCH "/text >/dev/null", NOTHING);
+    each_fault("out of memory at each allocation: quantize", "memory", GPTQ, A_FILE);
     each_fault("out of memory at each allocation: quantize -r 1 -b rtn -e", "memory",
-               GPTQ " -r 1 -b rtn -e " SCRATCH "/text", true);
-    each_fault("out of memory at each allocation: quantize -a 2", "memory", GPTQ " -a 2", true);
+               GPTQ " -r 1 -b rtn -e " SCRATCH "/text", A_FILE);
+    each_fault("out of memory at each allocation: quantize -a 2", "memory", GPTQ " -a 2", A_FILE);
     each_fault("out of memory at each allocation: quantize -f", "memory",
-               "./quantize -f " TOY " " OUT, true);
+               "./quantize -f " TOY " " OUT, A_FILE);
+    each_fault("out of memory at each allocation: quantize -x vllm", "memory", EXPORT "vllm",
+               A_DIRECTORY);
+    each_fault("out of memory at each allocation: quantize -x qqq", "memory", EXPORT "qqq",
+               A_DIRECTORY);
+    each_fault("out of memory at each allocation: quantize, of a QQQ directory", "memory",
+               "./quantize " QQQ " " OUT, A_FILE);
 }
 
 static void test_disk(void) {
-    each_fault("a full disk at each write: quantize", "disk", GPTQ, true);
+    each_fault("a full disk at each write: quantize", "disk", GPTQ, A_FILE);
     each_fault("a full disk at each write: quantize -f", "disk", "./quantize -f " TOY " " OUT,
-               true);
+               A_FILE);
+    each_fault("a full disk at each write: quantize -x qqq", "disk", EXPORT "qqq", A_DIRECTORY);
+    shell("rm -rf " QQQ " && cp -r " SCRATCH "/good.bin " QQQ);
     test_begin("quantize: a full disk behind stdout");
     check(shell(GPTQ " >/dev/full") == 1 && count_errors() == 1 &&
               strstr(output, "error: stdout: No space left on device"),
@@ -159,6 +174,9 @@ void test_faults(void) {
               "--vocab 266 --tokenizer test/corpus/tokenizer/chat"))
         die("no model to test with: %s", output);
     shell("sed -i s/131072/64/ " TOY "/config.json"); // short windows for -e
+    if (shell("build/synthetic " BLOCKS " --dim 128 --hidden 128 --layers 1 --heads 1 --kv-heads 1 "
+              "--vocab 266 --tokenizer test/corpus/tokenizer/chat"))
+        die("no model to test with: %s", output);
     test_signals(SIGINT, "quantize: SIGINT at random moments");
     test_signals(SIGKILL, "quantize: SIGKILL at random moments");
     test_disk();

@@ -1791,7 +1791,7 @@ static void test_bad_texts(void) {
     expect_error(MADE " -c " SCRATCH, 1, SCRATCH, false);
     expect_error(MADE " -c data/calib.txt -e " SCRATCH "/nowhere.txt", 1, SCRATCH "/nowhere.txt",
                  false);
-    expect_error(MADE " -c data/calib.txt -e " SCRATCH "/short.txt", 1, "give no window of 2048",
+    expect_error(MADE " -c data/calib.txt -e " SCRATCH "/short.txt", 1, "a window needs 2048",
                  false);
     // Exactly as many windows as asked, and all there are if none are asked.
     if (quantize(SCRATCH "/made.bin " OUT " -b rtn -a 0 -c " SCRATCH "/short.txt -l %d -n 1",

@@ -32,6 +32,11 @@ try_quantize toy -g -1 -a 2 -e "$text"
 try_quantize toy -g -1 -r 1
 try_quantize toy -g -1
 try_quantize groups -b rtn -a 0 -m 0
+for format in vllm qqq; do
+    rm -rf "$bin/groups-$format"
+    try $tool "$bin/quantize" "$bin/groups.bin" "$bin/groups-$format" -x $format
+done
+try $tool "$bin/quantize" "$bin/groups-qqq" "$bin/groups.bin"
 for model in toy toy-f.bin toy.bin groups.bin; do
     try $tool "$bin/run" "$bin/$model" -i 'a b c' -n 9 -s 1
     try $tool "$bin/run" "$bin/$model" -m chat -i 'a' -n 5 -s 1
