@@ -11,8 +11,10 @@
 #include "qqq.h"
 
 #include <cublas_v2.h>
+#include <cudaTypedefs.h>
 #include <cuda_bf16.h>
 #include <stdlib.h>
+#include <type_traits>
 
 static void cuda_check(cudaError_t status, const char *what) {
     if (status != cudaSuccess) die("%s: %s", what, cudaGetErrorString(status));
@@ -43,15 +45,24 @@ static int multiprocessors() {
 
 __global__ void empty_kernel() {}
 
-/* Whether the kernels may use what came with Hopper (sm_90): what counts is the code that was
- * compiled. A GPU that is newer than all of it runs that of sm_80. */
-static bool hopper_code() {
+/* What the kernels may use depends on the code that was compiled. A GPU that is newer than all of
+ * it runs that of sm_80. */
+static int code_version() {
     static const int version = [] {
         cudaFuncAttributes attributes;
         cuda_check(cudaFuncGetAttributes(&attributes, empty_kernel), "cudaFuncGetAttributes");
         return attributes.ptxVersion;
     }();
-    return version >= 90;
+    return version;
+}
+
+/* What came with Hopper and stayed; wgmma did not. */
+static bool hopper_code() {
+    return code_version() >= 90;
+}
+
+static bool wgmma_code() {
+    return code_version() == 90;
 }
 
 constexpr int MAX_CLUSTER = 8; // blocks: as many as every Hopper GPU allows
@@ -646,62 +657,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return *(uint32_t *)&pair;
 }
 
-/* ---- Hopper's own: wgmma, only in code for sm_90a ---------------------------------------------
- *
- * mma.sync reaches 65% of what Hopper's tensor cores can do. wgmma reaches the rest: four warps
- * issue it together, it runs in the background and reads its right operand from shared memory by
- * itself. Its left operand may be registers, and their layout is, warp for warp, that of mma.sync;
- * so is that of its sums. So the same kernel, with the inner product exchanged, does. */
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool HAVE_WGMMA = true;
-#else
-constexpr bool HAVE_WGMMA = false;
-#endif
-
-/* Registers that other instructions wrote may be read by the wgmma that follow. */
-__device__ __forceinline__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
-}
-
-/* What was issued since the last commit becomes a group. */
-__device__ __forceinline__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
-}
-
-/* Until at most PENDING groups still run. */
-template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
-}
-
-/* What this thread wrote to shared memory can be seen by wgmma, after the next barrier. */
-__device__ __forceinline__ void wgmma_fence_shared() {
-    asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-}
-
-/* Rows of 128 bytes in shared memory, 8 of them (1024 bytes) a block, swizzled as
- * activation_place() does it: the descriptor of such a matrix. */
-__device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address) {
-    const uint64_t swizzle_128_bytes = 1, block_stride = 1024 >> 4, unused_stride = 1;
-    return swizzle_128_bytes << 62 | block_stride << 32 | unused_stride << 16 | address >> 4;
-}
-
-/* c [64][128] += a [64][32] . b [128][32] over four warps, each with 16 of the 64 rows. */
-__device__ __forceinline__ void wgmma(int (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
-#define SUMS(j) "+r"(c[j][0]), "+r"(c[j][1]), "+r"(c[j][2]), "+r"(c[j][3])
-    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "{%64, %65, %66, %67}, %68, add; }\n"
-                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
-                   SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#undef SUMS
-}
-
 /* ---- who does what: tiles, and shares of tiles ----------------------------------------------- */
 
 /* TOKENS of a tile and TEAMS of a block decide the rest. */
@@ -714,11 +669,7 @@ template <int TOKENS, int TEAMS> struct Shape {
     static constexpr int STAGE =
         TOKENS * CHUNK_UNITS * UNIT;                         // bytes: a team's part of a chunk of a
     static constexpr int TEAM_SUMS = (TEAMS - 1) * TILE * 4; // bytes: for adding up the teams
-    // How blocks share the K of a tile, if they do: as a cluster, write_shared_tile(); or any
-    // blocks whose shares meet there, add_blocks().
-    static constexpr bool CLUSTERS = TOKENS == 64 && TEAMS == 1;
-    static constexpr bool SHARES = TOKENS > 16 && !CLUSTERS;
-    static constexpr int BLOCK_SUMS = CLUSTERS ? 2 * TILE * 4 : 0; // bytes: for adding those up
+    static constexpr bool SHARES = TOKENS > 16; // blocks may share the K of a tile: add_blocks()
 };
 
 struct GemmArgs {
@@ -835,6 +786,11 @@ __device__ __forceinline__ void load_activations(const GemmArgs &p, const Work &
     }
 }
 
+/* Waits for `threads` threads that name the same barrier; __syncthreads() is barrier 0. */
+__device__ __forceinline__ void named_barrier(int name, int threads) {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(name), "r"(threads) : "memory");
+}
+
 /* Waits for the warps of a team; the teams need not wait for each other. */
 template <int TEAM_WARPS> __device__ __forceinline__ void team_barrier(int team) {
     if (TEAM_WARPS == 1) {
@@ -842,7 +798,7 @@ template <int TEAM_WARPS> __device__ __forceinline__ void team_barrier(int team)
     } else if (TEAM_WARPS == WARPS) {
         __syncthreads();
     } else {
-        asm volatile("bar.sync %0, %1;\n" ::"r"(team + 1), "n"(TEAM_WARPS * 32) : "memory");
+        named_barrier(team + 1, TEAM_WARPS * 32);
     }
 }
 
@@ -973,48 +929,56 @@ __device__ __forceinline__ bool add_blocks(const GemmArgs &p, int (&acc)[2][TOKE
     return true;
 }
 
-/* What a lane needs to turn the sums of 32 channels from n0 and 8 tokens from m0 into outputs. */
-struct Scales {
-    float s_channel[4]; // of (m16 tile, half) 0,0 0,1 1,0 1,1
+/* What a lane needs to turn the sums of M_TILES m16 tiles and 8 tokens into outputs. Both tiles of
+ * a strip, from its first channel n0: a lane has 8 consecutive channels of a token. One of them,
+ * from n0 or n0 + 4: it has 4 of 8. */
+template <int M_TILES> struct Scales {
+    float s_channel[2 * M_TILES]; // of each tile's halves
     float s_a[2];
-    float4 x[2]; // the residual stream so far
+    float4 x[M_TILES]; // the residual stream so far
 };
 
-__device__ __forceinline__ void load_channel_scales(const GemmArgs &p, int n0, Scales &s) {
+template <int M_TILES>
+__device__ __forceinline__ void load_channel_scales(const GemmArgs &p, int n0, Scales<M_TILES> &s) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 2 * M_TILES; i++) {
         s.s_channel[i] = p.s_channel[n0 + lane / 8 * 8 + 2 * i + lane / 4 % 2];
     }
 }
 
-__device__ __forceinline__ void load_token_scales(const GemmArgs &p, int m0, int n0, Scales &s) {
+/* s_a: those of the tokens from m0. */
+template <int M_TILES>
+__device__ __forceinline__ void load_token_scales(const GemmArgs &p, const float *s_a, int m0,
+                                                  int n0, Scales<M_TILES> &s) {
     const int lane = threadIdx.x % 32;
-    const int token = m0 + lane % 4 * 2, row = m0 + lane / 4;
-    for (int i = 0; i < 2; i++) s.s_a[i] = token + i < p.M ? p.s_a[token + i] : 0;
+    const int token = lane % 4 * 2, row = m0 + lane / 4;
+    for (int i = 0; i < 2; i++) s.s_a[i] = m0 + token + i < p.M ? s_a[token + i] : 0;
     const float4 *x = (const float4 *)(p.residual + (size_t)row * p.N + n0 + lane % 4 * 8);
     bool valid = p.residual && row < p.M;
-    for (int i = 0; i < 2; i++) s.x[i] = valid ? x[i] : make_float4(0, 0, 0, 0);
+    for (int i = 0; i < M_TILES; i++) s.x[i] = valid ? x[i] : make_float4(0, 0, 0, 0);
 }
 
-__device__ __forceinline__ void load_scales(const GemmArgs &p, int m0, int n0, Scales &s) {
+template <int M_TILES>
+__device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_a, int m0, int n0,
+                                            Scales<M_TILES> &s) {
     load_channel_scales(p, n0, s);
-    load_token_scales(p, m0, n0, s);
+    load_token_scales(p, s_a, m0, n0, s);
 }
 
-/* Scales a warp's sums, 32 channels from n0 and TOKENS tokens from m0, and writes them to y or adds
- * them to the residual stream: they are y^T in the registers, so 8x8 matrices are transposed, after
- * which (channel_place()) a lane has 8 consecutive channels of one token. s holds the scales of the
- * channels and those of the first 8 tokens. */
-template <int N_TILES, bool GROUPS>
-__device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2][N_TILES][4],
-                                           Scales s, int m0, int n0) {
+/* Scales a warp's sums, M_TILES m16 tiles from n0 and 8 N_TILES tokens from m0, and writes them to
+ * y or adds them to the residual stream: they are y^T in the registers, so 8x8 matrices are
+ * transposed, after which (channel_place()) a lane has consecutive channels of one token. s holds
+ * the scales of the channels and those of the first 8 tokens. */
+template <int M_TILES, int N_TILES, bool GROUPS>
+__device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[M_TILES][N_TILES][4],
+                                           Scales<M_TILES> s, const float *s_a, int m0, int n0) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < N_TILES; j++) {
         const int token = m0 + j * 8 + lane % 4 * 2, row = m0 + j * 8 + lane / 4;
         const size_t at = (size_t)row * p.N + n0 + lane % 4 * 8;
-        if (j > 0) load_token_scales(p, m0 + j * 8, n0, s);
+        if (j > 0) load_token_scales(p, s_a + j * 8, m0 + j * 8, n0, s);
         auto scaled = [&](int i, int t) {
             int sum = acc[i / 2][j][i % 2 * 2 + t];
             return __fmul_rn(__fmul_rn((float)sum, s.s_a[t]), s.s_channel[i]);
@@ -1022,7 +986,7 @@ __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2
         if (p.residual) {
             float4 *x = (float4 *)(p.residual + at);
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
+            for (int i = 0; i < M_TILES; i++) {
                 float4 to = s.x[i];
                 float2 a = transpose_8x8(scaled(2 * i, 0), scaled(2 * i, 1));
                 float2 b = transpose_8x8(scaled(2 * i + 1, 0), scaled(2 * i + 1, 1));
@@ -1031,15 +995,19 @@ __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2
                 if (row < p.M) x[i] = to;
             }
         } else {
-            uint32_t out[4];
+            uint2 out[M_TILES];
 #pragma unroll
-            for (int i = 0; i < 4; i++) out[i] = transpose_8x8(pack(scaled(i, 0), scaled(i, 1)));
-            if (row < p.M) *(uint4 *)(p.y + at) = make_uint4(out[0], out[1], out[2], out[3]);
+            for (int i = 0; i < M_TILES; i++) {
+                out[i].x = transpose_8x8(pack(scaled(2 * i, 0), scaled(2 * i, 1)));
+                out[i].y = transpose_8x8(pack(scaled(2 * i + 1, 0), scaled(2 * i + 1, 1)));
+            }
+            using Row = std::conditional_t<M_TILES == 2, uint4, uint2>;
+            if (row < p.M) *(Row *)(p.y + at) = *(const Row *)out;
         }
         if (p.acc) {
             int *to = p.acc + (size_t)token * p.N + n0 + lane / 8 * 8 + lane / 4 % 2;
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
+            for (int i = 0; i < 4 * M_TILES; i++) {
                 int sum = acc[i / 4][j][i % 4];
                 if (token + i % 2 < p.M) to[i % 2 * p.N + i / 2 * 2] = GROUPS ? sum : sum / 16;
             }
@@ -1047,107 +1015,23 @@ __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[2
     }
 }
 
-/* The blocks of a cluster see each other's shared memory (Hopper), once all have started. What was
- * written before cluster_barrier() is seen behind it. */
-__device__ __forceinline__ void cluster_started() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
-#endif
-    cluster_wait();
-}
-
-/* The address of a variable of this block in another block of the cluster. */
-__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int block) {
-#if __CUDA_ARCH__ >= 900
-    asm("mapa.shared::cluster.u32 %0, %0, %1;\n" : "+r"(address) : "r"(block));
-#endif
-    return address;
-}
-
-__device__ __forceinline__ void cluster_store(uint32_t to, uint32_t x) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("st.shared::cluster.u32 [%0], %1;\n" ::"r"(to), "r"(x) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_store(uint32_t to, int4 x) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(x.x),
-                 "r"(x.y), "r"(x.z), "r"(x.w)
-                 : "memory");
-#endif
-}
-
-/* For a tile that a cluster shares, each block with the sums of its part of K: a block receives
- * from all of them the sums of its share of the tokens, adds them up and writes the output.
- * sums [blocks][n8 tiles of a share][2][THREADS]. */
-template <int TOKENS, bool GROUPS>
-__device__ __forceinline__ void write_shared_tile(const GemmArgs &p,
-                                                  const int (&acc)[2][TOKENS / 8][4], int4 *sums,
-                                                  int m0, int n0) {
-    const int blocks = gridDim.y, share = (TOKENS / 8 + blocks - 1) / blocks;
-    auto place = [&](int block, int j, int i) {
-        return ((block * share + j) * 2 + i) * THREADS + threadIdx.x;
-    };
-    const uint32_t address = (uint32_t)__cvta_generic_to_shared(sums);
-    cluster_wait();
-    int to_block = 0, to_j = 0;
-#pragma unroll
-    for (int j = 0; j < TOKENS / 8; j++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint32_t to = address + place(blockIdx.y, to_j, i) * sizeof(int4);
-            cluster_store(cluster_address(to, to_block), as_int4(acc[i][j]));
-        }
-        if (++to_j == share) to_j = 0, to_block++;
-    }
-    Scales s;
-    if (n0 < p.N) load_scales(p, m0 + blockIdx.y * share * 8, n0, s);
-    cluster_barrier();
-    if (n0 >= p.N) return;
-    for (int j = 0; j < share && blockIdx.y * share + j < TOKENS / 8; j++) {
-        int sum[2][1][4] = {};
-        for (int block = 0; block < blocks; block++) {
-            for (int i = 0; i < 2; i++) add(sum[i][0], sums[place(block, j, i)]);
-        }
-        const int m = m0 + (blockIdx.y * share + j) * 8;
-        if (j > 0) load_token_scales(p, m, n0, s);
-        write_tile<1, GROUPS>(p, sum, s, m, n0);
-    }
-}
-
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
 /* Up to 32 tokens two blocks fit on a multiprocessor: while one waits, the other reads, and the
  * next kernel's blocks find room before this one's are gone. */
-template <int TOKENS, int TEAMS, bool GROUPS, bool HOPPER>
+template <int TOKENS, int TEAMS, bool GROUPS>
 __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     gemm_w4a8_kernel(const __grid_constant__ GemmArgs p) {
     using S = Shape<TOKENS, TEAMS>;
-    constexpr bool WGMMA = HOPPER && HAVE_WGMMA;
-    // wgmma still reads the chunk before when the copy of the next one starts, hence a third stage.
-    constexpr int STAGES = HOPPER ? 3 : 2;
     // A weight is to be dequantized before its registers are loaded anew: left to itself the
     // compiler may do it afterwards, from a copy. Only mma.sync with 128 tokens is faster that way.
-    constexpr bool ORDERED = TOKENS <= 64 || HOPPER;
-    extern __shared__ __align__(1024) uint8_t shared[]; // [TEAMS][STAGES][STAGE], team sums
+    constexpr bool ORDERED = TOKENS <= 64;
+    extern __shared__ __align__(1024) uint8_t shared[]; // [TEAMS][2][STAGE], team sums
 
     const int lane = threadIdx.x % 32;
     const int team = threadIdx.x / S::TEAM_THREADS;
     const int warp = threadIdx.x / 32 % S::TEAM_WARPS; // of the team
-    const uint32_t stages = (uint32_t)__cvta_generic_to_shared(shared) + team * STAGES * S::STAGE;
+    const uint32_t stages = (uint32_t)__cvta_generic_to_shared(shared) + team * 2 * S::STAGE;
     // A lane's row for ldmatrix: n8 tile lane / 16 of two, token lane % 8, 16-byte column lane / 8
     // % 2. A step's column is then a matter of one XOR.
     const uint32_t b_row = lane / 16 * 8 * 128 + activation_place<TOKENS>(lane % 8, lane / 8 % 2);
@@ -1183,11 +1067,6 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
     // Weights are nobody's output: they may be read while the kernel before is still at work.
     Work next = first_work(p);
-    if (S::CLUSTERS) { // the tile's K is shared out among the blocks of a cluster
-        if (gridDim.y > 1) cluster_started();
-        next.chunk = blockIdx.y * p.chunks / gridDim.y;
-        next.end = (blockIdx.y + 1) * p.chunks / gridDim.y;
-    }
     aim(next);
 #pragma unroll
     for (int u = 0; u < CHUNK_UNITS; u++) load_weights(u);
@@ -1201,25 +1080,23 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     while (next.tile < p.tiles) {
         Work now = next; // this block's part of one tile
         int acc[2][TOKENS / 8][4] = {};
-        uint32_t a[2][2][4]; // [step, for wgmma][m16 tile][register]
         for (int chunk = now.chunk; chunk < now.end; chunk++) {
             next_work(next, p);
             aim(next);
             copy_async_wait();
-            if constexpr (WGMMA) wgmma_fence_shared();
             team_barrier<S::TEAM_WARPS>(team); // all copies are there, and the next stage is free
             // From here to the end of the chunk there is no branch and no barrier, so that the
             // compiler can start loads and dequantize under the products before them.
             const uint32_t current = filling;
             filling += S::STAGE;
-            if (filling == stages + STAGES * S::STAGE) filling = stages;
+            if (filling == stages + 2 * S::STAGE) filling = stages;
 
 #pragma unroll
             for (int u = 0; u < CHUNK_UNITS; u++) {
-                if (!WGMMA && u < 2) load_activations<TOKENS, TEAMS>(p, next, team, filling, u);
+                if (u < 2) load_activations<TOKENS, TEAMS>(p, next, team, filling, u);
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
-                    uint32_t(&left)[2][4] = a[WGMMA ? step : 0];
+                    uint32_t left[2][4]; // [m16 tile][register]
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         const uint32_t words[4] = {w[u][i].x, w[u][i].y, w[u][i].z, w[u][i].w};
@@ -1234,27 +1111,16 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
                     if (step == 1) load_weights(u);
                     const uint32_t panel = current + u / 2 * TOKENS * 128;
                     const int column = (u % 2 * 2 + step) * 32; // bytes
-                    if constexpr (WGMMA) {
-                        wgmma_fence();
-                        wgmma(acc[0], left[0], wgmma_matrix(panel + column));
-                        wgmma(acc[1], left[1], wgmma_matrix(panel + column));
-                        wgmma_commit();
-                        if (step == 0 && u < 2) {
-                            load_activations<TOKENS, TEAMS>(p, next, team, filling, u);
-                        }
-                        wgmma_wait<1>(); // the step before is through: its `left` is free
-                    } else {
-                        multiply_step<TOKENS / 8>(acc, left, panel + (b_row ^ column));
-                    }
+                    multiply_step<TOKENS / 8>(acc, left, panel + (b_row ^ column));
                 }
             }
         }
-        if constexpr (WGMMA) wgmma_wait<0>();
 
-        int4 *sums = (int4 *)(shared + TEAMS * STAGES * S::STAGE);
-        Scales s;
+        int4 *sums = (int4 *)(shared + TEAMS * 2 * S::STAGE);
+        Scales<2> s;
         if (TOKENS == 8) { // so early, as there are registers, and every microsecond counts
-            load_scales(p, now.m * TOKENS, (now.n * S::TEAM_WARPS + warp) * STRIP, s);
+            load_scales(p, p.s_a + now.m * TOKENS, now.m * TOKENS,
+                        (now.n * S::TEAM_WARPS + warp) * STRIP, s);
         }
         if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
         if constexpr (S::SHARES) {
@@ -1263,15 +1129,311 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
         }
         place_tile(now, p); // again, rather than keep it in registers
         const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
-        if constexpr (S::CLUSTERS) {
-            if (gridDim.y > 1) {
-                write_shared_tile<TOKENS, GROUPS>(p, acc, sums, m0, n0);
-                continue;
+        if (team == 0 && n0 < p.N) {
+            if (TOKENS > 8) load_scales(p, p.s_a + m0, m0, n0, s);
+            write_tile<2, TOKENS / 8, GROUPS>(p, acc, s, p.s_a + m0, m0, n0);
+        }
+    }
+}
+
+/* ---- the same for Hopper: wgmma, fed by the TMA ------------------------------------------------
+ *
+ * mma.sync reaches 65% of what Hopper's tensor cores can do; wgmma reaches the rest. Four warps, a
+ * warpgroup, issue it together; it runs in the background and reads its right operand from shared
+ * memory by itself. Its left operand may be registers, whose layout is, warp for warp, that of
+ * mma.sync; so is that of its sums. So weights are laid out and dequantized as above.
+ *
+ * To keep it fed everything goes through shared memory, several stages ahead. The TMA copies boxes
+ * of matrices there in the background: of a third warpgroup, one thread asks for the activations,
+ * one for the weights and one for the scales of groups. Two warpgroups multiply,
+ *
+ *     CHANNELS  256: each 128 of a tile, as two products side by side
+ *               128: each  64
+ *                64: both the same, teams that take turns at stages and add their sums at the end.
+ */
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool HAVE_WGMMA = true;
+#else
+constexpr bool HAVE_WGMMA = false;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "Hopper's own instructions are those of sm_90a, not sm_90"
+#endif
+#endif
+
+/* Registers that other instructions wrote may be read by the wgmma that follow. */
+__device__ __forceinline__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+
+/* What was issued since the last commit becomes a group. */
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+
+/* Until at most PENDING groups still run. */
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
+}
+
+/* Rows of 128 bytes in shared memory, 8 of them (1024 bytes) a block, 16-byte pieces XORed with the
+ * row as activation_place() does it: the descriptor of such a matrix. */
+__device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address) {
+    const uint64_t swizzle_128_bytes = 1, block_stride = 1024 >> 4, unused_stride = 1;
+    return swizzle_128_bytes << 62 | block_stride << 32 | unused_stride << 16 | address >> 4;
+}
+
+/* c [64][N] += a [64][32] . b [N][32] over four warps, each with 16 of the 64 rows; N = 64, 128. */
+#define SUMS(j) "+r"(c[j][0]), "+r"(c[j][1]), "+r"(c[j][2]), "+r"(c[j][3])
+__device__ __forceinline__ void wgmma(int (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, add; }\n"
+                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void wgmma(int (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, add; }\n"
+                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
+                   SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#undef SUMS
+
+/* A phase of an mbarrier is over when `count` threads have arrived and as many bytes as they have
+ * announced. A thread waits for the end of the phase of a parity; that before the first has 1. */
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t *barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_and_expect(uint64_t *barrier, int bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity) {
+    asm volatile("{ .reg .pred over;\n"
+                 "again_%=: mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n"
+                 "@!over bra again_%=; }\n" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* Copies the map's box at (x, y), x in eight bytes, to shared memory, and counts its bytes there.
+ */
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int x, int y,
+                                         uint64_t *barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(to),
+                 "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_shared_16(uint32_t (&to)[4], uint32_t from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
+}
+
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t from) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(from));
+    return x;
+}
+
+constexpr int WARPGROUP = 128; // threads
+
+enum GemmInput { ACTIVATIONS, WEIGHTS, GROUP_SCALES, N_GEMM_INPUTS };
+
+struct TensorMaps {
+    CUtensorMap of[N_GEMM_INPUTS];
+};
+
+struct Box {
+    int rows, row_bytes; // of a matrix
+    int at;              // in a panel
+};
+
+/* A panel is 128 k of a tile's inputs: activations [TOKENS][128], swizzled; weights
+ * [strips][2 units][2 m16 tiles][32 lanes][16]; scales of groups [strips][32]. */
+template <int CHANNELS, int TOKENS, bool GROUPS> struct HopperShape {
+    static constexpr int M_TILES = CHANNELS == 256 ? 2 : 1; // m64 tiles of a warpgroup
+    static constexpr int TEAMS = CHANNELS == 64 ? 2 : 1;
+    static constexpr int STRIPS = CHANNELS / STRIP;
+    static constexpr int INPUTS = GROUPS ? N_GEMM_INPUTS : N_GEMM_INPUTS - 1;
+    static constexpr Box ACTIVATION_BOX = {TOKENS, GROUP, 0};
+    static constexpr Box WEIGHT_BOX = {STRIPS, 2 * 1024, TOKENS *GROUP};
+    static constexpr Box SCALE_BOX = {STRIPS, 32, TOKENS *GROUP + STRIPS * 2 * 1024};
+    static constexpr int PANEL = SCALE_BOX.at + (GROUPS ? 1024 : 0); // a multiple of 1024
+    static constexpr int PANELS = 2 / M_TILES;                       // of a stage
+    static constexpr int STAGE = PANELS * PANEL;
+    static constexpr int SUMS = (TEAMS - 1) * CHANNELS * TOKENS * 4; // bytes
+    static constexpr int STAGES = (224 * 1024 - SUMS) / STAGE;
+};
+
+/* Stage i of all of a block's stages, of all its tiles, is in place i % STAGES; `full` when its
+ * data has come, `empty` when the warps that used it are through. */
+template <typename T> struct Stages { __align__(8) uint64_t full[T::STAGES], empty[T::STAGES]; };
+
+/* Has one input copied, stage after stage. */
+template <typename T, GemmInput INPUT>
+__device__ __forceinline__ void feed(const GemmArgs &p, const TensorMaps &maps, uint32_t shared,
+                                     Stages<T> &stages) {
+    constexpr Box box = INPUT == ACTIVATIONS ? T::ACTIVATION_BOX
+                        : INPUT == WEIGHTS   ? T::WEIGHT_BOX
+                                             : T::SCALE_BOX;
+    if (INPUT == ACTIVATIONS) wait_for_previous_kernel(); // weights are nobody's output
+    int i = 0;
+    for (Work work = {(int)blockIdx.x}; work.tile < p.tiles; work.tile += gridDim.x) {
+        place_tile(work, p);
+        const int row = (INPUT == ACTIVATIONS ? work.m : work.n) * box.rows;
+        for (int panel = 0; panel < p.chunks * T::PANELS; i++) {
+            const int stage = i % T::STAGES;
+            barrier_wait(&stages.empty[stage], i / T::STAGES % 2 ^ 1);
+            barrier_arrive_and_expect(&stages.full[stage], T::PANELS * box.rows * box.row_bytes);
+#pragma unroll
+            for (int j = 0; j < T::PANELS; j++, panel++) {
+                copy_box(shared + stage * T::STAGE + j * T::PANEL + box.at, &maps.of[INPUT],
+                         panel * (box.row_bytes / 8), row, &stages.full[stage]);
             }
         }
-        if (team == 0 && n0 < p.N) {
-            if (TOKENS > 8) load_scales(p, m0, n0, s);
-            write_tile<TOKENS / 8, GROUPS>(p, acc, s, m0, n0);
+    }
+}
+
+/* Each tile [CHANNELS][TOKENS] is one block's. p.chunks: stages of K. */
+template <int CHANNELS, int TOKENS, bool GROUPS>
+__global__ void __launch_bounds__(3 * WARPGROUP, 1)
+    gemm_w4a8_hopper_kernel(const __grid_constant__ GemmArgs p,
+                            const __grid_constant__ TensorMaps maps) {
+    if constexpr (HAVE_WGMMA) {
+        using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
+        extern __shared__ __align__(1024) uint8_t shared[]; // [STAGES][STAGE], sums of a team
+        __shared__ Stages<T> stages;
+        __shared__ float scales[2][TOKENS]; // s_a, a copy for each warpgroup
+        const uint32_t at_shared = shared_address(shared);
+        const int warpgroup = threadIdx.x / WARPGROUP, warp = threadIdx.x / 32 % 4;
+        const int lane = threadIdx.x % 32;
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < T::STAGES; i++) {
+                barrier_init(&stages.full[i], T::INPUTS);
+                barrier_init(&stages.empty[i], 8 / T::TEAMS); // warps
+            }
+            asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+        }
+        __syncthreads();
+        launch_dependents();
+        if (warpgroup == 2) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n"); // registers, to the others
+            if (lane > 0) return;
+            if (warp == 0) feed<T, ACTIVATIONS>(p, maps, at_shared, stages);
+            if (warp == 1) feed<T, WEIGHTS>(p, maps, at_shared, stages);
+            if (warp == 2 && GROUPS) feed<T, GROUP_SCALES>(p, maps, at_shared, stages);
+            return;
+        }
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
+        const int team = T::TEAMS > 1 ? warpgroup : 0;
+        // A warp's 16 channels of an m64 tile: one m16 tile of a strip, or both with two m64 tiles.
+        const int first = T::M_TILES * (T::TEAMS > 1 ? warp : warpgroup * 4 + warp);
+        const int strip = first / 2, tile = first % 2;
+        constexpr int AT_WEIGHTS = T::WEIGHT_BOX.at, AT_SCALES = T::SCALE_BOX.at;
+        const uint32_t at_w = AT_WEIGHTS + strip * 2048 + tile * 512 + lane * 16;
+        const uint32_t at_s = AT_SCALES + strip * 32 + lane / 4 * 4;
+        constexpr int UNITS = 2 / T::M_TILES; // of a group of four wgmma
+
+        wait_for_previous_kernel();
+        int i0 = 0; // the tile's first stage
+        for (Work work = {(int)blockIdx.x}; work.tile < p.tiles;
+             work.tile += gridDim.x, i0 += p.chunks) {
+            place_tile(work, p);
+            const int m0 = work.m * TOKENS, n0 = (work.n * T::STRIPS + strip) * STRIP + tile * 4;
+            float *s_a = scales[warpgroup];
+            named_barrier(1 + warpgroup, WARPGROUP); // those of the tile before are read
+            for (int t = threadIdx.x % WARPGROUP; t < TOKENS; t += WARPGROUP) {
+                s_a[t] = m0 + t < p.M ? p.s_a[m0 + t] : 0;
+            }
+            int acc[T::M_TILES][TOKENS / 8][4] = {};
+            uint32_t left[2][UNITS][2][T::M_TILES][4]; // one half is read by wgmma, one is made
+            int used = -1;                             // the stage before
+            for (int i = i0 + team; i < i0 + p.chunks; i += T::TEAMS) {
+                const int stage = i % T::STAGES;
+                const uint32_t panels = at_shared + stage * T::STAGE;
+                uint32_t s_group = 0;
+                barrier_wait(&stages.full[stage], i / T::STAGES % 2);
+#pragma unroll
+                for (int group = 0; group < 2; group++) {
+#pragma unroll
+                    for (int u = group * UNITS; u < (group + 1) * UNITS; u++) {
+                        const uint32_t panel = panels + u / 2 * T::PANEL;
+                        uint32_t words[T::M_TILES][4];
+#pragma unroll
+                        for (int j = 0; j < T::M_TILES; j++) {
+                            load_shared_16(words[j], panel + at_w + u % 2 * 1024 + j * 512);
+                        }
+                        if (GROUPS && u % 2 == 0) s_group = load_shared_4(panel + at_s);
+#pragma unroll
+                        for (int n = 0; n < 8 * T::M_TILES; n++) {
+                            const int step = n / (4 * T::M_TILES), j = n / 4 % T::M_TILES,
+                                      r = n % 4;
+                            uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * (tile + j) + r % 2);
+                            left[group][u % UNITS][step][j][r] =
+                                dequantize<GROUPS>(words[j][r], step, s);
+                        }
+                    }
+                    wgmma_fence();
+#pragma unroll
+                    for (int step = group * 2 * UNITS; step < (group + 1) * 2 * UNITS; step++) {
+                        const uint32_t right = panels + step / 4 * T::PANEL + step % 4 * 32;
+#pragma unroll
+                        for (int j = 0; j < T::M_TILES; j++) {
+                            wgmma(acc[j], left[group][step / 2 % UNITS][step % 2][j],
+                                  wgmma_matrix(right));
+                        }
+                    }
+                    wgmma_commit();
+                    wgmma_wait<1>(); // the four before are through
+                    if (group == 0 && used >= 0 && lane == 0) barrier_arrive(&stages.empty[used]);
+                }
+                used = stage;
+            }
+            wgmma_wait<0>();
+            if (used >= 0 && lane == 0) barrier_arrive(&stages.empty[used]);
+
+            if constexpr (T::TEAMS > 1) {
+                int4 *sums = (int4 *)(shared + T::STAGES * T::STAGE) + threadIdx.x % WARPGROUP;
+                named_barrier(3, 2 * WARPGROUP); // those of the tile before are added
+                for (int j = 0; j < TOKENS / 8 && team == 1; j++) {
+                    sums[j * WARPGROUP] = as_int4(acc[0][j]);
+                }
+                named_barrier(3, 2 * WARPGROUP);
+                if (team == 1) continue;
+#pragma unroll
+                for (int j = 0; j < TOKENS / 8; j++) add(acc[0][j], sums[j * WARPGROUP]);
+            }
+            named_barrier(1 + warpgroup, WARPGROUP); // s_a is there
+            if (n0 >= p.N) continue;
+            Scales<T::M_TILES> s;
+            load_scales(p, s_a, m0, n0, s);
+            write_tile<T::M_TILES, TOKENS / 8, GROUPS>(p, acc, s, s_a, m0, n0);
         }
     }
 }
@@ -1295,37 +1457,9 @@ int *gpu_gemm_workspace(void) {
     return workspace;
 }
 
-/* Of how many blocks the clusters should be that share a tile's chunks of K: as few as leave the
- * fewest chunks to each, of so many that all clusters run at once. */
-template <void (*KERNEL)(GemmArgs)>
-static int choose_cluster(int tiles, int chunks, size_t shared) {
-    static int at_once[MAX_CLUSTER + 1]; // [blocks] clusters of this kernel
-    int best = 1;
-    for (int blocks = 2; blocks <= MAX_CLUSTER && hopper_code(); blocks++) {
-        if (!at_once[blocks]) {
-            cudaLaunchAttribute cluster = {};
-            cluster.id = cudaLaunchAttributeClusterDimension;
-            cluster.val.clusterDim = {1, (unsigned)blocks, 1};
-            cudaLaunchConfig_t config = {};
-            config.gridDim = dim3(1, blocks);
-            config.blockDim = dim3(THREADS);
-            config.dynamicSmemBytes = shared;
-            config.attrs = &cluster;
-            config.numAttrs = 1;
-            cuda_check(cudaOccupancyMaxActiveClusters(&at_once[blocks], KERNEL, &config),
-                       "cudaOccupancyMaxActiveClusters");
-        }
-        auto each = [&](int n) { return (chunks + n - 1) / n; };
-        if (tiles <= at_once[blocks] && blocks <= chunks && each(blocks) < each(best)) {
-            best = blocks;
-        }
-    }
-    return best;
-}
-
-/* Shares the work out among `blocks` blocks. Unless SHARES, every tile is one block's, or one
- * cluster's, and each block gets the same number of tiles. */
-template <int TOKENS, int TEAMS, bool GROUPS, bool HOPPER = false>
+/* Shares the work out among the blocks. Unless SHARES, every tile is one block's, and each block
+ * gets the same number of tiles. */
+template <int TOKENS, int TEAMS, bool GROUPS>
 static void launch_gemm(GemmArgs p, cudaStream_t stream) {
     using S = Shape<TOKENS, TEAMS>;
     int blocks = multiprocessors() * (TOKENS <= 32 ? 2 : 1);
@@ -1334,12 +1468,11 @@ static void launch_gemm(GemmArgs p, cudaStream_t stream) {
     p.tiles = p.tiles_m * p.tiles_n;
     p.units = p.K / UNIT;
     p.chunks = (p.units + S::CHUNK - 1) / S::CHUNK;
-    constexpr auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS, HOPPER>;
-    constexpr int shared = TEAMS * (HOPPER ? 3 : 2) * S::STAGE + S::TEAM_SUMS + S::BLOCK_SUMS;
+    constexpr auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS>;
+    constexpr int shared = TEAMS * 2 * S::STAGE + S::TEAM_SUMS;
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     cuda_check(allowed, "shared memory");
-    const int cluster = S::CLUSTERS ? choose_cluster<kernel>(p.tiles, p.chunks, shared) : 1;
     if (S::SHARES) {
         // Whole tiles, if that keeps the blocks busy for 13/14 of the time. Else the tiles of the
         // last, incomplete round are split. Very few would be split very finely, with more to add
@@ -1357,23 +1490,95 @@ static void launch_gemm(GemmArgs p, cudaStream_t stream) {
     p.share = p.split_tiles * p.chunks / blocks;
     p.longer = p.split_tiles * p.chunks % blocks;
 
-    launch(kernel, {dim3(blocks, cluster), THREADS, shared, cluster}, stream, p);
+    launch(kernel, {dim3(blocks), THREADS, shared}, stream, p);
 }
+
+/* [rows][bytes] at `at` for the TMA, to be copied in boxes. What a box has beyond the matrix is
+ * zero: products with it vanish, and outputs from it are not written. */
+static CUtensorMap tensor_map(const void *at, size_t rows, size_t bytes, Box box,
+                              CUtensorMapSwizzle swizzle) {
+    static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
+        void *f = NULL;
+        cudaDriverEntryPointQueryResult found;
+        cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
+                                                    cudaEnableDefault, &found),
+                   "cuTensorMapEncodeTiled");
+        return (PFN_cuTensorMapEncodeTiled_v12000)f;
+    }();
+    const cuuint64_t size[2] = {bytes / 8, rows}, stride[1] = {bytes};
+    const cuuint32_t copied[2] = {box.row_bytes / 8u, (cuuint32_t)box.rows}, step[2] = {1, 1};
+    CUtensorMap map;
+    CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 2, (void *)at, size, stride,
+                             copied, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) die("cuTensorMapEncodeTiled: error %d", result);
+    return map;
+}
+
+template <int CHANNELS, int TOKENS, bool GROUPS>
+static void launch_hopper_gemm(GemmArgs p, cudaStream_t stream) {
+    using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
+    if (!wgmma_code()) return launch_gemm<128, 1, GROUPS>(p, stream); // stands in for it
+    p.tiles_m = (p.M + TOKENS - 1) / TOKENS;
+    p.tiles_n = (p.N + CHANNELS - 1) / CHANNELS;
+    p.tiles = p.tiles_m * p.tiles_n;
+    p.chunks = (p.K + T::PANELS * GROUP - 1) / (T::PANELS * GROUP);
+    const size_t strips = p.N / STRIP, K = p.K;
+    TensorMaps maps = {};
+    maps.of[ACTIVATIONS] = tensor_map(p.a, p.M, K, T::ACTIVATION_BOX, CU_TENSOR_MAP_SWIZZLE_128B);
+    maps.of[WEIGHTS] =
+        tensor_map(p.w, strips, K * STRIP / 2, T::WEIGHT_BOX, CU_TENSOR_MAP_SWIZZLE_NONE);
+    if (GROUPS) {
+        maps.of[GROUP_SCALES] = tensor_map(p.s_group, strips, K / GROUP * STRIP, T::SCALE_BOX,
+                                           CU_TENSOR_MAP_SWIZZLE_NONE);
+    }
+    constexpr auto kernel = gemm_w4a8_hopper_kernel<CHANNELS, TOKENS, GROUPS>;
+    constexpr int shared = T::STAGES * T::STAGE + T::SUMS;
+    static const cudaError_t allowed =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    cuda_check(allowed, "shared memory");
+    const int rounds = (p.tiles + multiprocessors() - 1) / multiprocessors();
+    const int blocks = (p.tiles + rounds - 1) / rounds;
+    launch(kernel, {dim3(blocks), 3 * WARPGROUP, shared}, stream, p, maps);
+}
+
+/* What a round of tiles, one on each multiprocessor, takes a wgmma kernel: microseconds for 1024 k
+ * and those on top, per channel and with groups; and how many times as much if the last tile of
+ * tokens is not full, as the TMA is slow with rows that are not there. Measured on an H100. */
+static const struct HopperCost {
+    GemmKernel kernel;
+    int channels, tokens;
+    float round[2], round_per_1024[2], not_full;
+} hopper_costs[] = {
+    {GEMM_HOPPER_64X64, 64, 64, {2.5f, 3.2f}, {1.04f, 1.13f}, 1.4f},
+    {GEMM_HOPPER_64X128, 64, 128, {2.5f, 2.6f}, {2.28f, 2.35f}, 1.4f},
+    {GEMM_HOPPER_128X128, 128, 128, {3.5f, 3.2f}, {2.50f, 3.03f}, 1.1f},
+    {GEMM_HOPPER_256X128, 256, 128, {3.8f, 3.2f}, {4.95f, 5.55f}, 1.0f},
+};
 
 /* Measured, not derived: build and run `make bench` before changing a number. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     static const int largest_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    const bool wgmma = hopper_code() && !portable;
     const int sms = multiprocessors();
     auto tiles = [](int x, int tile) { return (x + tile - 1) / tile; };
     if (M <= 8) return GEMM_8X8;
     if (M <= 16) return GEMM_16X8;
     if (M <= 32) return GEMM_32X4;
-    // Short sums are added up fastest by a cluster; long ones better keep all multiprocessors busy.
-    if (M <= 64 && l->K <= 8192 && hopper_code() && tiles(l->N, 256) <= sms) return GEMM_64;
+    if (wgmma_code() && !portable) {
+        GemmKernel best = GEMM_HOPPER_256X128;
+        float least = INFINITY;
+        for (const HopperCost &c : hopper_costs) {
+            bool groups = l->s_group != NULL;
+            int rounds = tiles(tiles(l->N, c.channels) * tiles(M, c.tokens), sms);
+            float cost = rounds * (c.round[groups] + c.round_per_1024[groups] * l->K / 1024);
+            if (M % c.tokens) cost *= c.not_full;
+            if (cost < least) least = cost, best = c.kernel;
+        }
+        return best;
+    }
     // Large tiles pay if a block gets some chunks for each time that it adds up with others.
     int chunks = tiles(M, 128) * tiles(l->N, 256) * tiles(l->K, CHUNK_UNITS * UNIT);
-    if (M > 64 && chunks >= 7 * sms) return wgmma ? GEMM_WGMMA : GEMM_128;
+    if (M > 64 && chunks >= 7 * sms) return GEMM_128;
     bool fits = largest_shared >= 8 * Shape<64, 4>::STAGE + Shape<64, 4>::TEAM_SUMS;
     return fits && tiles(M, 64) * tiles(l->N, 64) <= sms ? GEMM_64X4 : GEMM_64X2;
 }
@@ -1381,9 +1586,17 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
 /* In the order of GemmKernel. */
 template <bool GROUPS>
 static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
-    launch_gemm<8, 8, GROUPS>,   launch_gemm<16, 8, GROUPS>,       launch_gemm<32, 4, GROUPS>,
-    launch_gemm<64, 4, GROUPS>,  launch_gemm<64, 2, GROUPS>,       launch_gemm<64, 1, GROUPS>,
-    launch_gemm<128, 1, GROUPS>, launch_gemm<128, 1, GROUPS, true>};
+    launch_gemm<8, 8, GROUPS>,
+    launch_gemm<16, 8, GROUPS>,
+    launch_gemm<32, 4, GROUPS>,
+    launch_gemm<64, 4, GROUPS>,
+    launch_gemm<64, 2, GROUPS>,
+    launch_gemm<128, 1, GROUPS>,
+    launch_hopper_gemm<64, 64, GROUPS>,
+    launch_hopper_gemm<64, 128, GROUPS>,
+    launch_hopper_gemm<128, 128, GROUPS>,
+    launch_hopper_gemm<256, 128, GROUPS>,
+};
 
 void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
                   half *y, float *residual, int *acc, int *workspace, cudaStream_t stream) {
@@ -1528,6 +1741,41 @@ struct Slice {
 __device__ __forceinline__ Slice my_slice(int K) {
     int eights = K / 8, each = (eights + gridDim.y - 1) / gridDim.y;
     return {(int)blockIdx.y * each, min(eights, ((int)blockIdx.y + 1) * each)};
+}
+
+/* The blocks of a cluster see each other's shared memory (Hopper), once all have started. What was
+ * written before cluster_barrier() is seen behind it. */
+__device__ __forceinline__ void cluster_started() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+#endif
+    cluster_wait();
+}
+
+/* The address of a variable of this block in another block of the cluster. */
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int block) {
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.shared::cluster.u32 %0, %0, %1;\n" : "+r"(address) : "r"(block));
+#endif
+    return address;
+}
+
+__device__ __forceinline__ void cluster_store(uint32_t to, uint32_t x) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.shared::cluster.u32 [%0], %1;\n" ::"r"(to), "r"(x) : "memory");
+#endif
 }
 
 /* The maximum over the blocks of a cluster, each of which has called cluster_started(): a block

@@ -655,18 +655,20 @@ int *gpu_gemm_workspace(void);
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
                    float *residual, int *workspace, cudaStream_t stream);
 
-/* The kernels that it chooses from: tokens of a tile, and how many teams of warps share K. Each is
- * right for every shape. In GEMM_64 a cluster of blocks shares K, on Hopper; GEMM_WGMMA is GEMM_128
- * with wgmma, where the program was built for sm_90a. */
+/* The kernels that it chooses from, each right for every shape: of mma.sync, by the tokens of a
+ * tile and how many teams of warps share K; of wgmma (where the program was built for sm_90a;
+ * elsewhere GEMM_128 stands in), by the channels and the tokens of a tile. */
 typedef enum {
     GEMM_8X8,
     GEMM_16X8,
     GEMM_32X4,
     GEMM_64X4,
     GEMM_64X2,
-    GEMM_64,
     GEMM_128,
-    GEMM_WGMMA,
+    GEMM_HOPPER_64X64,
+    GEMM_HOPPER_64X128,
+    GEMM_HOPPER_128X128,
+    GEMM_HOPPER_256X128,
     N_GEMM_KERNELS
 } GemmKernel;
 

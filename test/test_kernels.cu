@@ -333,9 +333,11 @@ static void test_stacked(bool groups) {
 }
 
 static void test_shape(int N, int K, bool groups, Kind kind, bool every_kernel) {
-    Case c = make_case(make_weights(N, K, groups, kind), 1000, kind);
+    Case c = make_case(make_weights(N, K, groups, kind), every_kernel ? 3000 : 1000, kind);
     for (int M = 1; M <= 40; M++) run_case(c, M, every_kernel);
-    for (int M : {63, 64, 65, 127, 128, 129, 256, 1000}) run_case(c, M, true);
+    for (int M : {48, 63, 64, 65, 96, 127, 128, 129, 200, 256, 384, 768, 1000, 1536, 3000}) {
+        if (M <= c.max_M) run_case(c, M, true);
+    }
     free_case(c);
 }
 
