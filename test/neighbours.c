@@ -25,9 +25,8 @@ typedef struct {
     const char *path, *calibration, *eval_path;
     const Model *m;
     State *s;                 // one layer of LENGTH tokens
-    int *calib;               // [WINDOWS][LENGTH]
-    int *eval, n_eval;        // the evaluation text
-    int max_windows;          // of it to use, 0: all
+    int *calib, *eval;        // [WINDOWS][LENGTH], [windows][LENGTH]
+    int windows;              // of the evaluation text
     uint64_t perturb;         // a seed; 0: weights as they are
     float *input_max;         // [n_layers][2][dim] SmoothQuant's; NULL until asked for
     struct Sample *kv;        // [n_layers][2] KVQuant's
@@ -40,25 +39,18 @@ typedef struct Row Row;
 struct Row {
     const char *method, *setting;
     void (*apply)(Bench *b, const Row *row, Variant *v);
-    int w, ffn_w;        // bits of weights; of gate, up and down, 0: the same
-    int x;               // bits of activations, 0: float
-    int group;           // of weights, 0: a row; of the KV cache
-    bool attention;      // its products are quantized too
-    double alpha;        // SmoothQuant
-    int rounds;          // LUT-GEMM
-    bool offset;         //
-    bool no_order;       // GPTQ
-    bool fixed_groups;   //
-    double threshold;    // SpQR
-    bool stream;         // KIVI
-    bool no_fisher;      // KVQuant
-    bool no_outliers;    //
-    bool uniform;        //
-    int steps;           // LKD
-    double rate;         //
-    bool all_layers;     //
-    const char *options; // of ./quantize
-    bool more;           // only with -a
+    int w, ffn_w;                         // bits of weights; of gate, up and down, 0: the same
+    int x;                                // bits of activations, 0: float
+    int group;                            // of weights, 0: a row; of the KV cache
+    bool attention;                       // its products are quantized too
+    double alpha, threshold, rate;        // SmoothQuant, SpQR, LKD
+    int rounds, steps;                    // LUT-GEMM, LKD
+    bool offset, all_layers;              // LUT-GEMM, LKD
+    bool no_order, fixed_groups;          // GPTQ
+    bool stream;                          // KIVI
+    bool no_fisher, no_outliers, uniform; // KVQuant
+    const char *options;                  // of ./quantize
+    bool more;                            // only with -a
 };
 
 /* Mean bits of a weight: `attention` for q, k, v and o, `ffn` for the rest, and `extra` bits for
@@ -73,37 +65,6 @@ static double mean_bits(const Config *c, double attention, double ffn, double ex
         count += n;
     }
     return bits / count;
-}
-
-static float clamp(float x, float low, float high) {
-    return x < low ? low : x > high ? high : x;
-}
-
-/* The asymmetric quantizer of all methods that name no other one:
- *     lo = min(0, min x), hi = max(0, max x), s = (hi - lo) / (2^b - 1), z = rint(-lo / s),
- *     u = clamp(rint(x / s) + z, 0, 2^b - 1),  x^ = s (u - z) */
-typedef struct {
-    float scale, zero;
-} Range;
-
-static Range range_of(const float *x, int n, int bits) {
-    float low = 0, high = 0;
-    for (int i = 0; i < n; i++) {
-        low = x[i] < low ? x[i] : low;
-        high = x[i] > high ? x[i] : high;
-    }
-    if (low == 0 && high == 0) low = -1, high = 1;
-    float scale = (high - low) / ((1 << bits) - 1);
-    return (Range){scale, rintf(-low / scale)};
-}
-
-static float round_in(Range r, float x, int bits) {
-    return r.scale * (clamp(rintf(x / r.scale) + r.zero, 0, (1 << bits) - 1) - r.zero);
-}
-
-static void round_asymmetric(float *x, int n, int bits) {
-    Range r = range_of(x, n, bits);
-    for (int i = 0; i < n; i++) x[i] = round_in(r, x[i], bits);
 }
 
 static float max_magnitude(const float *x, int n) {
@@ -956,7 +917,7 @@ static void lkd(Bench *b, const Row *row, Variant *v) {
 static void qqq(Bench *b, const Row *row, Variant *v) {
     char *command;
     if (asprintf(&command,
-                 "./quantize %s build/compare.bin -d cpu -c %s -n %d %s >build/compare.txt",
+                 "./quantize '%s' build/compare.bin -d cpu -c '%s' -n %d %s >build/compare.txt",
                  b->path, b->calibration, WINDOWS, row->options) < 0)
         die("out of memory");
     if (system(command)) die("it failed: %s", command);
@@ -970,16 +931,12 @@ static void qqq(Bench *b, const Row *row, Variant *v) {
     v->bits = group > 0 ? per_row + mean_bits(&v->m.config, 0, 0, 8, group) : per_row;
 }
 
-/* ---- 10: the table -----------------------------------------------------------------------------
+/* ---- 10: the table ----------------------------------------------------------------------------
  */
-
-static void float_model(Bench *b, const Row *row, Variant *v) {
-    (void)b, (void)row, (void)v;
-}
 
 // clang-format off
 static const Row rows[] = {
-    {"fp32", "-", float_model, .w = 32},
+    {"fp32", "-", NULL, .w = 32},
     {"rtn", "W8A8 asym linears+attention", rtn, .w = 8, .x = 8, .attention = true},
     {"rtn", "W6A6 asym linears+attention", rtn, .w = 6, .x = 6, .attention = true},
     {"rtn", "W4A16 asym channel", rtn, .w = 4},
@@ -1044,13 +1001,11 @@ static const Row rows[] = {
 
 static const char usage[] =
     "usage: neighbours [MODEL] [options], from the repository's root; a CSV to stdout\n"
-    "\n"
     "  -a         all rows, also those that `make compare` leaves out for time\n"
     "  -r TEXT    of them, those whose \"method setting\" contains TEXT; may be repeated\n"
     "  -n N       evaluate on N windows of 2048 only (0: all)\n"
     "  -p SEED    perturb each weight by up to one in a million, to see what a row's digits mean\n"
-    "  -c FILE    calibration text (data/calib.txt)\n"
-    "  -e FILE    evaluation text (data/eval.txt)\n"
+    "  -c FILE, -e FILE  calibration and evaluation text (data/calib.txt, data/eval.txt)\n"
     "  -v PREFIX  also PREFIX-linears.csv and PREFIX-channels.csv: every linear, what changed\n";
 
 static FILE *analysis_file(const char *prefix, const char *name, const char *columns) {
@@ -1066,14 +1021,11 @@ static FILE *analysis_file(const char *prefix, const char *name, const char *col
 static void run_row(Bench *b, const Row *row) {
     double start = seconds();
     Variant v = variant_new(b->m, b->perturb);
-    row->apply(b, row, &v);
-    int windows = b->n_eval / LENGTH;
-    if (b->max_windows > 0 && windows > b->max_windows) windows = b->max_windows;
+    if (row->apply) row->apply(b, row, &v);
     double loss = 0;
-    for (int w = 0; w < windows; w++)
-        loss += variant_loss(&v, b->s, b->eval + (size_t)w * LENGTH, LENGTH);
-    double ppl = exp(loss / windows);
-    double bits = v.tables ? kvquant_bits(&v) : v.bits;
+    for (int w = 0; w < b->windows; w++)
+        loss += variant_loss(&v, b->s, b->eval + (size_t)w * LENGTH, LENGTH) / b->windows;
+    double ppl = exp(loss), bits = v.tables ? kvquant_bits(&v) : v.bits;
     printf("%s,%s,%.3f,%.4f,%.1f\n", row->method, row->setting, bits, ppl, seconds() - start);
     fflush(stdout);
     if (b->linears) {
@@ -1091,7 +1043,7 @@ static void run_row(Bench *b, const Row *row) {
 int main(int argc, char **argv) {
     Bench b = {.path = "data/tiny", .calibration = "data/calib.txt", .eval_path = "data/eval.txt"};
     const char *wanted[64], *prefix = NULL;
-    int n_wanted = 0;
+    int n_wanted = 0, max_windows = 0, n;
     bool all = false;
     for (int i = 1; i < argc; i++) {
         if (argv[i][0] != '-') {
@@ -1104,7 +1056,7 @@ int main(int argc, char **argv) {
             return fputs(usage, stderr), 2;
         if (flag == 'a') all = true;
         if (flag == 'r') wanted[n_wanted++] = value;
-        if (flag == 'n') b.max_windows = parse_integer(flag, value, 0, 1 << 20);
+        if (flag == 'n') max_windows = parse_integer(flag, value, 0, 1 << 20);
         if (flag == 'p') b.perturb = parse_integer(flag, value, 0, 1 << 30);
         if (flag == 'c') b.calibration = value;
         if (flag == 'e') b.eval_path = value;
@@ -1113,12 +1065,12 @@ int main(int argc, char **argv) {
     Checkpoint *file = checkpoint_open(b.path);
     Model *m = model_load(file);
     if (m->group_size) die("%s: it is quantized already", b.path);
-    int n;
     b.m = m;
     b.calib = text_tokens(file, m->config.bos, b.calibration, &n);
     if (n < WINDOWS * LENGTH) die("%s: not %d windows of %d", b.calibration, WINDOWS, LENGTH);
-    b.eval = text_tokens(file, m->config.bos, b.eval_path, &b.n_eval);
-    if (b.n_eval < LENGTH) die("%s: no window of %d", b.eval_path, LENGTH);
+    b.eval = text_tokens(file, m->config.bos, b.eval_path, &n);
+    if (n < LENGTH) die("%s: no window of %d", b.eval_path, LENGTH);
+    b.windows = max_windows && max_windows < n / LENGTH ? max_windows : n / LENGTH;
     Config one_layer = m->config;
     one_layer.n_layers = 1;
     b.s = state_new(&one_layer, LENGTH, LENGTH);
@@ -1139,8 +1091,7 @@ int main(int argc, char **argv) {
         if (run) run_row(&b, &rows[i]);
     }
     if (prefix && (fclose(b.linears) || fclose(b.channels))) die("%s: not written", prefix);
-    if (b.kv)
-        for (int i = 0; i < 2 * m->config.n_layers; i++) free(b.kv[i].x), free(b.kv[i].fisher);
+    for (int i = 0; i < 2 * m->config.n_layers && b.kv; i++) free(b.kv[i].x), free(b.kv[i].fisher);
     free(b.kv), free(b.input_max), free(b.calib), free(b.eval);
     state_free(b.s);
     model_free(m);

@@ -51,6 +51,30 @@ void variant_free(Variant *v) {
     free(v->m.layers);
 }
 
+float clamp(float x, float low, float high) {
+    return x < low ? low : x > high ? high : x;
+}
+
+Range range_of(const float *x, int n, int bits) {
+    float low = 0, high = 0;
+    for (int i = 0; i < n; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+    }
+    if (low == 0 && high == 0) low = -1, high = 1;
+    float scale = (high - low) / ((1 << bits) - 1);
+    return (Range){scale, rintf(-low / scale)};
+}
+
+float round_in(Range r, float x, int bits) {
+    return r.scale * (clamp(rintf(x / r.scale) + r.zero, 0, (1 << bits) - 1) - r.zero);
+}
+
+void round_asymmetric(float *x, int n, int bits) {
+    Range r = range_of(x, n, bits);
+    for (int i = 0; i < n; i++) x[i] = round_in(r, x[i], bits);
+}
+
 void round_rows(RoundRow *round, float *x, size_t n_rows, int n, int bits) {
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < n_rows; i++) round(x + i * n, n, bits);

@@ -33,6 +33,19 @@ float *weights_of(const Linear *l);
 Variant variant_new(const Model *m, uint64_t seed);
 void variant_free(Variant *v);
 
+float clamp(float x, float low, float high);
+
+/* The asymmetric quantizer of all methods that name no other one:
+ *     lo = min(0, min x), hi = max(0, max x), s = (hi - lo) / (2^b - 1), z = rint(-lo / s),
+ *     u = clamp(rint(x / s) + z, 0, 2^b - 1),  x^ = s (u - z) */
+typedef struct {
+    float scale, zero;
+} Range;
+
+Range range_of(const float *x, int n, int bits);
+float round_in(Range r, float x, int bits);
+void round_asymmetric(float *x, int n, int bits);
+
 /* Each of the rows [n_rows][n] by itself. */
 void round_rows(RoundRow *round, float *x, size_t n_rows, int n, int bits);
 
