@@ -1,5 +1,6 @@
-/* The parts of kernels.cu 5, quantization, against their twins in qqq.c, on the same inputs. They
- * are no public functions: hence the #include. Prints as test_kernels does. */
+/* The parts of kernels.cu 5, quantization, against their twins in qqq.c, on the same inputs; and
+ * lm_head in 8 bits and attention, with its cache in 16, 8 and 4, against sums in double. They are
+ * no public functions: hence the #include. Prints as test_kernels does. */
 #include "../kernels.cu"
 
 #include <stdarg.h>
