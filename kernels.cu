@@ -4036,13 +4036,14 @@ static double relative_error(GpuQuantizer *q, const float *w, double total, int 
 
 /* ---- smoothing ------------------------------------------------------------------------------- */
 
-/* most [K] = max|x| of each column of x [T][K], as bits. */
-__global__ void column_max_kernel(const float *x, int T, int K, uint32_t *most) {
+/* most [K] = max|x| of each column of x [T][K], windows of `length` but for their first token, as
+ * bits. */
+__global__ void column_max_kernel(const float *x, int T, int K, int length, uint32_t *most) {
     int k = blockIdx.x * THREADS + threadIdx.x;
     if (k >= K) return;
     uint32_t m = 0;
     for (int t = blockIdx.y; t < T; t += gridDim.y)
-        m = max(m, __float_as_uint(fabsf(x[(size_t)t * K + k])));
+        if (t % length > 0) m = max(m, __float_as_uint(fabsf(x[(size_t)t * K + k])));
     atomicMax(most + k, m);
 }
 
@@ -4108,24 +4109,26 @@ static float search_smoothing(GpuQuantizer *q, int first, int n, GpuLinear *cand
     return best_t;
 }
 
-/* Every `stride`-th of the tokens first .. first + T - 1, x [T][K], into its row of sample. */
-__global__ void sample_kernel(const float *x, int first, int T, int K, int stride, int rows,
-                              float *sample) {
-    int token = first + blockIdx.x;
-    if (token % stride || token / stride >= rows) return;
-    for (int k = threadIdx.x; k < K; k += THREADS)
-        sample[(size_t)(token / stride) * K + k] = x[(size_t)blockIdx.x * K + k];
-}
-
-/* The sample that the search looks at: every stride-th token of the first windows. */
+/* The sample that the search looks at: of the first windows, each without its first token, every
+ * stride-th token. */
 struct Sample {
     int windows, stride, T;
 };
 
 static Sample sample_of(const GpuQuantizer *q) {
-    const int windows = min(q->n, SEARCH_WINDOWS), tokens = windows * q->length;
-    const int stride = max(1, tokens / SEARCH_TOKENS);
+    const int windows = min(q->n, SEARCH_WINDOWS), tokens = windows * (q->length - 1);
+    const int stride = (tokens - 1) / SEARCH_TOKENS + 1;
     return {windows, stride, tokens / stride};
+}
+
+/* Those of the tokens first .. first + gridDim.x - 1, x [gridDim.x][K], into their rows of sample.
+ */
+__global__ void sample_kernel(const float *x, int first, int K, int length, Sample s,
+                              float *sample) {
+    const int token = first + blockIdx.x, i = token - token / length - 1;
+    if (token % length == 0 || i % s.stride || i / s.stride >= s.T) return;
+    for (int k = threadIdx.x; k < K; k += THREADS)
+        sample[(size_t)(i / s.stride) * K + k] = x[(size_t)blockIdx.x * K + k];
 }
 
 /* Finds the thresholds and folds their scales into the layer; norms [2][dim] in host memory.
@@ -4140,9 +4143,9 @@ static void smooth(GpuQuantizer *q, int l, float *norms, Smoothing *found) {
     zero(q, q->most, (2 * dim + c->hidden_dim) * sizeof *q->most);
     auto record = [&](int i, Chunk chunk) {
         dim3 grid((K[i] + THREADS - 1) / THREADS, 64);
-        column_max_kernel<<<grid, THREADS, 0, q->stream>>>(q->f, chunk.T, K[i], most[i]);
-        sample_kernel<<<chunk.T, THREADS, 0, q->stream>>>(q->f, chunk.first, chunk.T, K[i],
-                                                          sample.stride, sample.T, q->sample[i]);
+        column_max_kernel<<<grid, THREADS, 0, q->stream>>>(q->f, chunk.T, K[i], q->length, most[i]);
+        sample_kernel<<<chunk.T, THREADS, 0, q->stream>>>(q->f, chunk.first, K[i], q->length,
+                                                          sample, q->sample[i]);
         cuda_check(cudaGetLastError(), "record inputs");
     };
     const GpuHalf attention = half_of(q, false), ffn = half_of(q, true);

@@ -819,9 +819,12 @@ static void record_inputs(const Quantizer *q, const Layer *layer, int windows, f
     }
 }
 
-/* Finds the thresholds and folds their scales into the layer. */
+/* Finds the thresholds and folds their scales into the layer. The search leaves out the first token
+ * of each window: attention sinks there, on massive activations in channels that no other token
+ * drives (arXiv 2402.17762), and s would serve that one token at the cost of all weights. */
 static void smooth(const Quantizer *q, int l, Layer *layer, Smoothing found[3]) {
     int windows = q->n < SEARCH_WINDOWS ? q->n : SEARCH_WINDOWS, total = windows * q->length;
+    bool published = q->method.smooth == 2;
     float *inputs[3], *scales[3];
     for (int i = 0; i < 3; i++)
         inputs[i] = allocate((size_t)total * layer->linears[smoothed[i].first].K, sizeof(float));
@@ -836,15 +839,19 @@ static void smooth(const Quantizer *q, int l, Layer *layer, Smoothing found[3]) 
             float magnitude = fabsf(inputs[i][j]);
             if (!(magnitude < INFINITY))
                 die("layer %d: the input of %s holds NaN or infinity", l, linear_names[first]);
-            max[j % K] = magnitude > max[j % K] ? magnitude : max[j % K];
+            bool is_sink = j / K % q->length == 0 && !published;
+            max[j % K] = magnitude > max[j % K] && !is_sink ? magnitude : max[j % K];
         }
-        if (q->method.smooth == 2) {
+        if (published) {
             found[i].t = search_smoothing_published(&q->config, layer, q->s_float, i, inputs[i],
                                                     windows, q->length, max, group_size, scales[i]);
         } else { // a sample spread evenly over the windows
-            int stride = total > SEARCH_TOKENS ? total / SEARCH_TOKENS : 1, T = total / stride;
-            for (int t = 0; t < T; t++)
-                memmove(inputs[i] + t * K, inputs[i] + (size_t)t * stride * K, K * sizeof(float));
+            int rest = q->length - 1, T = windows * rest, stride = (T - 1) / SEARCH_TOKENS + 1;
+            T /= stride;
+            for (size_t t = 0; t < (size_t)T; t++) {
+                size_t token = t * stride + t * stride / rest + 1;
+                memmove(inputs[i] + t * K, inputs[i] + token * K, K * sizeof(float));
+            }
             found[i].t =
                 search_smoothing(w, smoothed[i].count, inputs[i], T, max, group_size, scales[i]);
         }
