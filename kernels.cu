@@ -3407,15 +3407,19 @@ static double dot(GpuQuantizer *q, const float *x, const float *y, size_t n) {
 
 /* ---- rotation -------------------------------------------------------------------------------- */
 
-/* Vectors of n numbers, `stride` apart, each x <- x diag(signs) H_n / sqrt(n) by the fast Hadamard
- * transform in double. One block a vector; with a stride they are the columns of [n][stride]
- * matrices. Twin: rotate_vector(). */
+/* Vectors of n = m 2^k numbers, m odd, `stride` apart, each x <- x diag(signs) H_n / sqrt(n) by the
+ * fast Hadamard transform in double, and Hartley's of m. One block a vector; with a stride they are
+ * the columns of [n][stride] matrices. Twin: rotate_vector(). */
 __global__ void rotate_kernel(float *w, int n, int stride, const int8_t *signs) {
-    extern __shared__ double rotated[];
+    extern __shared__ double rotated[]; // [n], and [m] cosines plus sines
+    const int m = n / (n & -n);
+    double *cas = rotated + n;
     w += (size_t)(blockIdx.x / stride) * n * stride + blockIdx.x % stride;
     for (int i = threadIdx.x; i < n; i += blockDim.x)
         rotated[i] = (signs ? signs[i] : 1) * (double)w[(size_t)i * stride];
-    for (int span = 1; span < n; span *= 2) {
+    for (int i = threadIdx.x; i < m; i += blockDim.x)
+        cas[i] = cospi(2.0 * i / m) + sinpi(2.0 * i / m);
+    for (int span = m; span < n; span *= 2) {
         __syncthreads();
         for (int pair = threadIdx.x; pair < n / 2; pair += blockDim.x) {
             int i = pair / span * 2 * span + pair % span;
@@ -3426,15 +3430,21 @@ __global__ void rotate_kernel(float *w, int n, int stride, const int8_t *signs) 
     }
     __syncthreads();
     const double scale = 1 / sqrt((double)n);
-    for (int i = threadIdx.x; i < n; i += blockDim.x) w[(size_t)i * stride] = rotated[i] * scale;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        double sum = 0;
+        for (int j = 0; j < m; j++) sum += rotated[i - i % m + j] * cas[i % m * j % m];
+        w[(size_t)i * stride] = sum * scale;
+    }
 }
 
 static void rotate_inputs(GpuQuantizer *q, float *w, int N, int K, int n, const int8_t *signs) {
-    for_rows(q, (size_t)N * K / n, n * sizeof(double), rotate_kernel, w, n, 1, signs);
+    for_rows(q, (size_t)N * K / n, (n + n / (n & -n)) * sizeof(double), rotate_kernel, w, n, 1,
+             signs);
 }
 
 static void rotate_outputs(GpuQuantizer *q, float *w, int N, int K, int n, const int8_t *signs) {
-    for_rows(q, (size_t)N * K / n, n * sizeof(double), rotate_kernel, w, n, K, signs);
+    for_rows(q, (size_t)N * K / n, (n + n / (n & -n)) * sizeof(double), rotate_kernel, w, n, K,
+             signs);
 }
 
 /* w [N][K] diag(columns), then each row divided by rows [N], unless NULL. */

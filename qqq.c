@@ -572,20 +572,30 @@ Layer layer_float_copy(const Config *c, const Layer *layer, int index) {
  *   E <- E R,   W <- W diag(norm) R for q, k, v, gate, up and lm_head,  norm <- 1,
  *   W <- R^T W for o and down,   W_v,h <- H_d^T W_v,h,   W_o,h <- W_o,h H_d
  *
- * The residual stream is x R instead of x. R is orthogonal, so RMSNorm without its weights commutes
- * with it, and the model computes the same; but an outlying channel is now spread over all.
- * QuaRot, arXiv 2404.00456. ---- */
+ * For n = m 2^k, m odd, H_n is the Hadamard matrix of 2^k times (Kronecker) the Hartley matrix of
+ * m, cos(2 pi ij / m) + sin(2 pi ij / m): so n may be 576 or 3072. Both are symmetric and, over
+ * their roots, orthogonal. The residual stream is x R instead of x. R is orthogonal, so RMSNorm
+ * without its weights commutes with it, and the model computes the same; but an outlying channel is
+ * now spread over all. QuaRot, arXiv 2404.00456. ---- */
 
 void hadamard(double *x, int n) {
-    for (int half = 1; half < n; half *= 2)
+    int m = n / (n & -n); // n = m 2^k, m odd
+    for (int half = m; half < n; half *= 2)
         for (int i = 0; i < n; i += 2 * half)
             for (int j = i; j < i + half; j++) {
                 double a = x[j], b = x[j + half];
                 x[j] = a + b;
                 x[j + half] = a - b;
             }
-    double scale = 1 / sqrt(n);
-    for (int i = 0; i < n; i++) x[i] *= scale;
+    double *cas = allocate(2 * (size_t)m, sizeof *cas), *y = cas + m, scale = 1 / sqrt(n);
+    for (int i = 0; i < m; i++) cas[i] = cos(2 * M_PI * i / m) + sin(2 * M_PI * i / m);
+    for (; n > 0; n -= m, x += m) {
+        memset(y, 0, m * sizeof *y);
+        for (size_t i = 0; i < (size_t)m; i++)
+            for (size_t j = 0; j < (size_t)m; j++) y[i] += x[j] * cas[i * j % m];
+        for (int i = 0; i < m; i++) x[i] = y[i] * scale;
+    }
+    free(cas);
 }
 
 void random_signs(uint64_t seed, int n, int8_t *signs) {
@@ -626,13 +636,6 @@ void rotate_outputs(float *w, int N, int K, int n, const int8_t *signs) {
                 rotate_vector(w + row * K + k, K, n, signs, buffer);
         free(buffer);
     }
-}
-
-void check_rotation(const Config *c) {
-    if ((c->dim & (c->dim - 1)) || (c->head_dim & (c->head_dim - 1)))
-        die("rotation needs powers of two, but hidden_size is %d and head_dim %d (-r 0 leaves it "
-            "out)",
-            c->dim, c->head_dim);
 }
 
 void scale_inputs(float *w, int N, int K, const float *s) {

@@ -302,7 +302,8 @@ Linear float_copy(const Linear *l, const char *name);
 Layer layer_float_copy(const Config *c, const Layer *layer, int index);
 void layer_free(Layer *layer);
 
-/* x [n] <- x H_n / sqrt(n), the Hadamard transform, n a power of two; signs [n], +1 and -1. */
+/* x [n] <- x H_n / sqrt(n), the Hadamard transform (for any n: what n has of odd factors is a
+ * Hartley transform); signs [n], +1 and -1. */
 void hadamard(double *x, int n);
 void random_signs(uint64_t seed, int n, int8_t *signs);
 
@@ -317,9 +318,6 @@ void scale_inputs(float *w, int N, int K, const float *s);
  * its parts are rotated. */
 void rotate_layer(const Config *c, Layer *l, const int8_t *signs);
 void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs);
-
-/* Ends the program if dim or head_dim is no power of two. */
-void check_rotation(const Config *c);
 
 /* s_k = max(1, max_k / t), all [K]; smooth_layer() folds such scales into a layer_float_copy(),
  * which computes the same: norms and rows of up are divided, columns multiplied. */

@@ -565,7 +565,6 @@ static void quantize(Options *o, const Checkpoint *c) {
         model_free(m);
         return;
     }
-    if (o->rotate) check_rotation(config);
     check_group_size(o->model, config, o->method.group_size);
     // The exhaustive search has no GPU version.
     o->gpu = choose_gpu(o->method.smooth == 2 ? CPU : o->device, config, true, o->where,
