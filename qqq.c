@@ -1579,13 +1579,16 @@ static void invert(const double *V, size_t K, double *U) {
     }
 }
 
-/* ---- floats of 16 bits ---- */
+/* ---- floats of 16 bits, and what else a file may hold ---- */
 
 static const struct {
     const char *name;
     size_t size;
 } dtypes[] = {[F32] = {"F32", 4}, [F16] = {"F16", 2}, [BF16] = {"BF16", 2}, [U8] = {"U8", 1},
-              [I8] = {"I8", 1},   [I32] = {"I32", 4}, [I64] = {"I64", 8}};
+              [I8] = {"I8", 1},   [I32] = {"I32", 4}, [I64] = {"I64", 8},   {"I16", 2},
+              {"U16", 2},         {"U32", 4},         {"U64", 8},           {"F64", 8},
+              {"BOOL", 1},        {"C64", 8},         {"F8_E4M3", 1},       {"F8_E5M2", 1},
+              {"F8_E8M0", 1},     {"F8_E4M3FNUZ", 1}, {"F8_E5M2FNUZ", 1}};
 
 enum { N_DTYPES = sizeof dtypes / sizeof *dtypes };
 
@@ -1640,11 +1643,8 @@ void floats(const void *data, DType dtype, size_t first, size_t n, float *out) {
         for (size_t i = 0; i < n; i++)
             out[i] = bits_to_float((uint32_t)(memcpy(&h, p + 2 * i, 2), h) << 16);
         break;
-    case U8:
-    case I8:
-    case I32:
-    case I64:
-        die("a tensor of integers was read as floats");
+    default:
+        die("a %s tensor was read as floats", dtype_name(dtype));
     }
 }
 
@@ -1727,6 +1727,18 @@ char *format_text(const char *format, ...) {
     if (vasprintf(&text, format, args) < 0) die("out of memory");
     va_end(args);
     return text;
+}
+
+void open_standard_streams(void) {
+    int fd;
+    while ((fd = open("/dev/null", O_RDWR)) >= 0 && fd <= STDERR_FILENO) {
+    }
+    if (fd < 0) die("/dev/null: %s", strerror(errno));
+    close(fd);
+}
+
+void flush_output(void) {
+    if (fflush(stdout) || ferror(stdout)) die("stdout: %s", strerror(errno));
 }
 
 double seconds(void) {
@@ -1941,36 +1953,117 @@ struct Json {
     int n;
 };
 
-/* jsmn is lenient: it takes keys without values and several values in a row. JSON does not. */
-static bool well_formed(const Json *j, int i) {
-    const jsmntok_t *t = &j->tokens[i];
-    if (t->parent < 0) return i == 0 && (t->type != JSMN_STRING || t->size == 0);
-    const jsmntok_t *parent = &j->tokens[t->parent];
-    if (parent->type == JSMN_OBJECT) return t->type == JSMN_STRING && t->size == 1;
-    bool holds_values = t->type == JSMN_OBJECT || t->type == JSMN_ARRAY;
-    bool in_key = parent->type == JSMN_STRING && parent->parent >= 0 &&
-                  j->tokens[parent->parent].type == JSMN_OBJECT;
-    return (parent->type == JSMN_ARRAY || in_key) && (holds_values || t->size == 0);
+enum { MAX_JSON = 100000000, MAX_DEPTH = 127 }; // the safetensors library's limits
+
+/* jsmn is lenient; what it splits is held to RFC 8259 first, as strictly as the safetensors library
+ * does: strings are UTF-8 without half surrogate pairs, nesting is limited. */
+typedef struct {
+    const char *at, *end; // `at` moves on to what is wrong
+} Cursor;
+
+static char next_char(Cursor *c) {
+    while (c->at < c->end && *c->at && strchr(" \t\n\r", *c->at)) c->at++;
+    return c->at < c->end ? *c->at : 0;
 }
 
-/* Whether brackets nest deeper than any file at hand needs: jsmn's time grows with the square. */
-static bool too_deep(const char *text, size_t bytes) {
-    int depth = 0;
-    bool in_string = false;
-    for (size_t i = 0; i < bytes && depth <= 128; i++) {
-        char c = text[i];
-        if (c == '"') in_string = !in_string;
-        if (in_string && c == '\\') i++;
-        if (!in_string) depth += (c == '[' || c == '{') - (c == ']' || c == '}');
+/* The bytes of the UTF-8 character at s, 0 if it is none. */
+static int utf8_bytes(const char *s, const char *end) {
+    const unsigned char *u = (const unsigned char *)s;
+    int n = *u < 0x80 ? 1 : *u < 0xc2 ? 0 : *u < 0xe0 ? 2 : *u < 0xf0 ? 3 : *u < 0xf5 ? 4 : 0;
+    if (n > end - s) return 0;
+    for (int i = 1; i < n; i++)
+        if ((u[i] & 0xc0) != 0x80) return 0;
+    bool overlong = (*u == 0xe0 && u[1] < 0xa0) || (*u == 0xf0 && u[1] < 0x90);
+    bool surrogate = *u == 0xed && u[1] > 0x9f, too_large = *u == 0xf4 && u[1] > 0x8f;
+    return overlong || surrogate || too_large ? 0 : n;
+}
+
+/* The code unit of the escape \uXXXX at s, -1 if there is none. */
+static int unicode_escape(const char *s, const char *end) {
+    char digits[5] = {0};
+    if (end - s < 6 || s[0] != '\\' || s[1] != 'u') return -1;
+    memcpy(digits, s + 2, 4);
+    bool hexadecimal = strspn(digits, "0123456789abcdefABCDEF") == 4;
+    return hexadecimal ? (int)strtol(digits, NULL, 16) : -1;
+}
+
+static bool valid_string(Cursor *c) {
+    if (next_char(c) != '"') return false;
+    for (c->at++; c->at < c->end && *c->at != '"';) {
+        const char *s = c->at;
+        int bytes = utf8_bytes(s, c->end), unit = unicode_escape(s, c->end);
+        bool high = unit >= 0xd800 && unit < 0xdc00, low = unit >= 0xdc00 && unit < 0xe000;
+        int second = high ? unicode_escape(s + 6, c->end) : -1;
+        if (!bytes || (unsigned char)*s < ' ' || low) return false;
+        if (high && (second < 0xdc00 || second >= 0xe000)) return false;
+        if (*s == '\\' && unit < 0 && (c->end - s < 2 || !strchr("\"\\/bfnrt", s[1]) || !s[1]))
+            return false;
+        c->at += *s != '\\' ? bytes : unit < 0 ? 2 : high ? 12 : 6;
     }
-    return depth > 128;
+    return c->at < c->end && c->at++;
 }
 
-enum { MAX_JSON = 100000000 }; // what the safetensors library allows a header
+static bool valid_digits(Cursor *c) {
+    const char *first = c->at;
+    while (c->at < c->end && *c->at >= '0' && *c->at <= '9') c->at++;
+    return c->at > first;
+}
+
+static bool valid_number(Cursor *c) {
+    c->at += *c->at == '-';
+    const char *first = c->at;
+    if (!valid_digits(c) || (*first == '0' && c->at - first > 1)) return false;
+    if (c->at < c->end && *c->at == '.' && (c->at++, !valid_digits(c))) return false;
+    if (c->at == c->end || (*c->at | 32) != 'e') return true;
+    c->at++;
+    c->at += c->at < c->end && (*c->at == '+' || *c->at == '-');
+    return valid_digits(c);
+}
+
+static bool valid_value(Cursor *c, int depth) {
+    static const char *const literals[] = {"true", "false", "null"};
+    char open = next_char(c), close = open == '{' ? '}' : ']';
+    if (open == '"') return valid_string(c);
+    for (int i = 0; i < 3; i++) {
+        size_t n = strlen(literals[i]);
+        if ((size_t)(c->end - c->at) >= n && !memcmp(c->at, literals[i], n)) return c->at += n;
+    }
+    if (open != '{' && open != '[') return open && valid_number(c);
+    if (depth == MAX_DEPTH) return false;
+    c->at++;
+    if (next_char(c) == close) return c->at++;
+    for (;; c->at++) {
+        if (open == '{' && (!valid_string(c) || next_char(c) != ':' || !c->at++)) return false;
+        if (!valid_value(c, depth + 1)) return false;
+        if (next_char(c) == close) return c->at++;
+        if (next_char(c) != ',') return false;
+    }
+}
+
+/* What a file that is no JSON, or no safetensors, is instead; NULL: not known. */
+static const char *known_format(const char *data, size_t bytes) {
+    static const struct {
+        const char *start, *name;
+    } formats[] = {{"version https://git-lfs", "a Git LFS pointer: the real file was not fetched"},
+                   {"GGUF", "a GGUF file; a Hugging Face model is needed"},
+                   {"PK\3\4", "a PyTorch file (.pth, .bin); a safetensors file is needed"},
+                   {"\x80\x02", "a Python pickle (.pth, .bin); a safetensors file is needed"}};
+    for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) {
+        size_t n = strlen(formats[i].start);
+        if (bytes >= n && !memcmp(data, formats[i].start, n)) return formats[i].name;
+    }
+    return NULL;
+}
 
 Json *json_parse(const char *name, const char *text, size_t bytes) {
     if (bytes > MAX_JSON) die("%s: %zu bytes of JSON, expected at most %d", name, bytes, MAX_JSON);
-    if (too_deep(text, bytes)) die("%s: JSON nested more than 128 deep", name);
+    Cursor c = {text, text + bytes};
+    if (!valid_value(&c, 0) || next_char(&c) || c.at < c.end) {
+        const char *format = known_format(text, bytes);
+        if (format) die("%s: it is %s", name, format);
+        die("%s: not valid JSON, or nested more than %d deep (near byte %td)", name, MAX_DEPTH,
+            c.at - text);
+    }
     jsmn_parser parser;
     jsmn_init(&parser);
     int n = jsmn_parse(&parser, text, bytes, NULL, 0);
@@ -1978,9 +2071,7 @@ Json *json_parse(const char *name, const char *text, size_t bytes) {
     Json *j = allocate(1, sizeof *j);
     *j = (Json){name, text, allocate(n, sizeof *j->tokens), n};
     jsmn_init(&parser);
-    if (jsmn_parse(&parser, text, bytes, j->tokens, n) != n) die("%s: not valid JSON", name);
-    for (int i = 0; i < n; i++)
-        if (!well_formed(j, i)) die("%s: not valid JSON (near byte %d)", name, j->tokens[i].start);
+    jsmn_parse(&parser, text, bytes, j->tokens, n);
     return j;
 }
 
@@ -2035,15 +2126,6 @@ bool json_is(const Json *j, int node, const char *s) {
     return same;
 }
 
-static int hex4(const char *s) {
-    int value = 0;
-    for (int i = 0; i < 4; i++) {
-        int c = s[i] | 32; // jsmn has checked that these are hexadecimal digits
-        value = value * 16 + (c <= '9' ? c - '0' : c - 'a' + 10);
-    }
-    return value;
-}
-
 static int put_utf8(uint32_t c, char *out) {
     if (c < 0x80) return out[0] = c, 1;
     int n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
@@ -2065,15 +2147,13 @@ char *json_string(const Json *j, int node, size_t *bytes) {
             *o++ = found ? to[found - from] : s[1];
             s += 2;
         } else {
-            uint32_t c = hex4(s + 2);
+            uint32_t c = unicode_escape(s, end);
             s += 6;
-            if (c >= 0xd800 && c < 0xdc00 && end - s >= 6 && s[0] == '\\' && s[1] == 'u' &&
-                hex4(s + 2) >= 0xdc00 && hex4(s + 2) < 0xe000) {
-                c = 0x10000 + ((c - 0xd800) << 10) + (hex4(s + 2) - 0xdc00);
+            if (c >= 0xd800 && c < 0xdc00) { // a pair, as json_parse() has seen
+                c = 0x10000 + ((c - 0xd800) << 10) + (unicode_escape(s, end) - 0xdc00);
                 s += 6;
             }
-            bool lone_surrogate = c >= 0xd800 && c < 0xe000;
-            o += put_utf8(lone_surrogate ? 0xfffd : c, o);
+            o += put_utf8(c, o);
         }
     }
     *o = 0;
@@ -2197,7 +2277,20 @@ int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n) {
 /* A whole number in [0, max] or -1. */
 static int64_t json_integer(const Json *j, int node, double max) {
     double x;
-    return json_number(j, node, &x) && x >= 0 && x <= max && x == floor(x) ? (int64_t)x : -1;
+    if (!json_number(j, node, &x) || x < 0 || x > max) return -1;
+    const jsmntok_t *t = &j->tokens[node];
+    for (int i = t->start; i < t->end; i++)
+        if (j->text[i] < '0' || j->text[i] > '9') return -1; // 1.0, 1e3, -0
+    return (int64_t)x;
+}
+
+/* The node as it stands in the file, at most 40 bytes of it, for messages. */
+static const char *shown(const Json *j, int node) {
+    static char text[41];
+    if (node < 0) return "missing";
+    int bytes = j->tokens[node].end - j->tokens[node].start;
+    snprintf(text, sizeof text, "%.*s", bytes < 40 ? bytes : 40, j->text + j->tokens[node].start);
+    return text;
 }
 
 /* One entry of a safetensors header; data [bytes] is all that stands behind the header. */
@@ -2210,9 +2303,7 @@ static Tensor parse_tensor(const Json *j, int key, const char *path, const char 
 
     int dtype = json_get(j, key + 1, "dtype"), d = 0;
     while (d < N_DTYPES && !json_is(j, dtype, dtypes[d].name)) d++;
-    if (d == N_DTYPES)
-        die("%s: tensor %s has a dtype other than F32, F16, BF16, U8, I8, I32 and I64", path,
-            t.name);
+    if (d == N_DTYPES) die("%s: tensor %s has an unknown dtype: %s", path, t.name, shown(j, dtype));
     t.dtype = d;
 
     int shape = json_get(j, key + 1, "shape");
@@ -2241,6 +2332,10 @@ static Tensor parse_tensor(const Json *j, int key, const char *path, const char 
     return t;
 }
 
+static int by_text(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
 static int by_name(const void *a, const void *b) {
     return strcmp(((const Tensor *)a)->name, ((const Tensor *)b)->name);
 }
@@ -2259,15 +2354,43 @@ static const Mapping *add_mapping(Checkpoint *c, Mapping m) {
     return &c->maps[c->n_maps++];
 }
 
+/* No object of the header has a key twice. */
+static void require_unique_keys(const Json *j) {
+    for (int node = 0; node < j->n; node++) {
+        int n = 0, size = json_type(j, node) == '{' ? j->tokens[node].size : 0;
+        if (size < 2) continue;
+        char **keys = allocate(size, sizeof *keys);
+        for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i)) {
+            size_t bytes;
+            keys[n++] = json_string(j, i, &bytes);
+            if (strlen(keys[n - 1]) != bytes) die("%s: a name holds a NUL", j->name);
+        }
+        qsort(keys, n, sizeof *keys, by_text);
+        for (int i = 1; i < n; i++)
+            if (!strcmp(keys[i - 1], keys[i])) die("%s: %s stands there twice", j->name, keys[i]);
+        for (int i = 0; i < n; i++) free(keys[i]);
+        free(keys);
+    }
+}
+
 /* Adds the tensors of a safetensors file. Returns its parsed header. */
 static Json *add_safetensors(Checkpoint *c, const Mapping m) {
     uint64_t length = 0;
     for (size_t i = 0; i < 8 && i < m.bytes; i++) length |= (uint64_t)(uint8_t)m.data[i] << 8 * i;
-    if (m.bytes < 8 || length > m.bytes - 8)
+    if (m.bytes < 8 || length > m.bytes - 8) {
+        const char *format = known_format(m.data, m.bytes);
+        if (format) die("%s: it is %s", m.path, format);
         die("%s: not a safetensors file: a header of %llu bytes in a file of %zu", m.path,
             (unsigned long long)length, m.bytes);
+    }
     Json *j = json_parse(m.path, m.data + 8, length);
     if (json_type(j, 0) != '{') die("%s: the safetensors header is no JSON object", m.path);
+    require_unique_keys(j);
+    int metadata = json_get(j, 0, "__metadata__");
+    if (metadata >= 0 && json_type(j, metadata) != '{' && !json_is(j, metadata, "null"))
+        die("%s: __metadata__ is no object", m.path);
+    for (int i = json_first(j, metadata); i >= 0; i = json_next(j, metadata, i))
+        if (json_type(j, i + 1) != '"') die("%s: __metadata__ holds what is no string", m.path);
 
     int first = c->n_tensors;
     for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
@@ -2283,9 +2406,15 @@ static Json *add_safetensors(Checkpoint *c, const Mapping m) {
     int n = c->n_tensors - first;
     Tensor *t = n ? c->tensors + first : NULL;
     if (n) qsort(t, n, sizeof *t, by_address);
-    for (int i = 1; i < n; i++)
-        if ((const char *)t[i - 1].data + t[i - 1].bytes > (const char *)t[i].data)
+    const char *at = m.data + 8 + length, *end = m.data + m.bytes;
+    for (int i = 0; i < n; at = (const char *)t[i].data + t[i].bytes, i++) {
+        if (at > (const char *)t[i].data)
             die("%s: tensors %s and %s overlap", m.path, t[i - 1].name, t[i].name);
+        if (at < (const char *)t[i].data)
+            die("%s: %td bytes before tensor %s belong to none", m.path,
+                (const char *)t[i].data - at, t[i].name);
+    }
+    if (at < end) die("%s: %td bytes behind the last tensor belong to none", m.path, end - at);
     return j;
 }
 
@@ -2294,10 +2423,6 @@ static void sort_tensors(Checkpoint *c) {
     for (int i = 1; i < c->n_tensors; i++)
         if (!by_name(&c->tensors[i - 1], &c->tensors[i]))
             die("%s: tensor %s stands there twice", c->path, c->tensors[i].name);
-}
-
-static int by_text(const void *a, const void *b) {
-    return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
 /* The shards that "weight_map" of the index names, each once. */
@@ -2417,6 +2542,23 @@ static void open_model_bin(Checkpoint *c) {
     json_free(j);
 }
 
+/* A Hugging Face cache keeps a model in models--NAME/snapshots/REVISION, and the revision of `main`
+ * in models--NAME/refs/main: leads from models--NAME there. */
+static void find_snapshot(Checkpoint *c) {
+    size_t bytes;
+    char *ref = format_text("%s/refs/main", c->path);
+    char *snapshots = format_text("%s/snapshots", c->path);
+    if (access(ref, R_OK) == 0 && access(snapshots, R_OK) == 0) {
+        char *revision = read_file(ref, false, &bytes);
+        revision[strcspn(revision, "/\n")] = 0;
+        free(c->path);
+        c->path = format_text("%s/%s", snapshots, revision);
+        free(revision);
+    }
+    free(ref);
+    free(snapshots);
+}
+
 Checkpoint *checkpoint_open(const char *path) {
     Checkpoint *c = allocate(1, sizeof *c);
     c->path = format_text("%s", path);
@@ -2424,7 +2566,8 @@ Checkpoint *checkpoint_open(const char *path) {
     opened = c;
     struct sigaction cut = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
     sigaction(SIGBUS, &cut, NULL);
-    if (is_directory(path)) open_directory(c);
+    find_snapshot(c);
+    if (is_directory(c->path)) open_directory(c);
     else open_model_bin(c);
     return c;
 }
@@ -2455,15 +2598,6 @@ const Tensor *checkpoint_find(const Checkpoint *c, const char *name) {
 
 /* ---- config.json ---- */
 
-/* The node as it stands in the file, at most 40 bytes of it, for messages. */
-static const char *shown(const Json *j, int node) {
-    static char text[41];
-    if (node < 0) return "missing";
-    int bytes = j->tokens[node].end - j->tokens[node].start;
-    snprintf(text, sizeof text, "%.*s", bytes < 40 ? bytes : 40, j->text + j->tokens[node].start);
-    return text;
-}
-
 static int config_integer(const Json *j, const char *key, int min, int max) {
     int node = json_get(j, 0, key);
     int64_t value = json_integer(j, node, 0x1p53);
@@ -2481,8 +2615,13 @@ static double config_real(const Json *j, int object, const char *key) {
     return value;
 }
 
+/* true or false; absent and null are false. */
 static bool config_true(const Json *j, const char *key) {
-    return json_is(j, json_get(j, 0, key), "true");
+    int node = json_get(j, 0, key);
+    bool is_true = json_is(j, node, "true") && json_type(j, node) == 'p';
+    if (node >= 0 && !is_true && !json_is(j, node, "false") && !json_is(j, node, "null"))
+        die("%s: %s is %s, expected true or false", j->name, key, shown(j, node));
+    return is_true;
 }
 
 /* LLaMA 3.1 has `want` there; anything else is another architecture. */
@@ -2495,7 +2634,7 @@ static void config_expect(const Json *j, int object, const char *key, const char
 
 static void add_eos(Config *c, const Json *j, int node) {
     int64_t id = json_integer(j, node, INT32_MAX);
-    if (id < 0) die("%s: eos_token_id is no token id", j->name);
+    if (id < 0) die("%s: eos_token_id is %s, expected token ids", j->name, shown(j, node));
     for (int i = 0; i < c->n_eos; i++)
         if (c->eos[i] == id) return;
     if (c->n_eos == sizeof c->eos / sizeof *c->eos) die("%s: too many eos_token_id", j->name);
@@ -2505,23 +2644,26 @@ static void add_eos(Config *c, const Json *j, int node) {
 /* eos_token_id is a number, a list of them, or absent. */
 static void add_all_eos(Config *c, const Json *j) {
     int node = json_get(j, 0, "eos_token_id");
-    double id;
-    if (json_number(j, node, &id)) add_eos(c, j, node);
-    for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i)) add_eos(c, j, i);
+    if (node >= 0 && json_type(j, node) != '[' && !json_is(j, node, "null")) add_eos(c, j, node);
+    for (int i = json_type(j, node) == '[' ? json_first(j, node) : -1; i >= 0;
+         i = json_next(j, node, i))
+        add_eos(c, j, i);
 }
 
 Config config_parse(const char *path, const char *config, const char *generation_config) {
     char *name = format_text("%s: config.json", path);
     Json *j = json_parse(name, config, strlen(config));
     config_expect(j, 0, "model_type", "llama");
+    int quantization = json_get(j, 0, "quantization_config");
+    if (json_type(j, quantization) == '{')
+        die("%s: quantization_config, quant_method %s: the weights are quantized already, and not "
+            "by this program",
+            name, shown(j, json_get(j, quantization, "quant_method")));
     config_expect(j, 0, "hidden_act", "silu");
     const char *absent[] = {"attention_bias", "mlp_bias"};
     for (int i = 0; i < 2; i++)
         if (config_true(j, absent[i]))
             die("%s: %s is true; only LLaMA 3.1 is supported, which has none", name, absent[i]);
-    if (json_type(j, json_get(j, 0, "quantization_config")) == '{')
-        die("%s: quantization_config: the weights are quantized already, and not by this program",
-            name);
 
     enum { MAX = 1 << 16 }; // channels: beyond it sums of int8 products could overflow int32
     Config c = {0};
@@ -2551,13 +2693,16 @@ Config config_parse(const char *path, const char *config, const char *generation
 
     // transformers 5 moved rope_theta and rope_scaling's content into rope_parameters.
     int rope = json_get(j, 0, "rope_parameters");
-    if (json_type(j, rope) != '{') rope = json_get(j, 0, "rope_scaling");
+    bool parameters = json_type(j, rope) == '{';
+    if (!parameters) rope = json_get(j, 0, "rope_scaling");
     if (json_type(j, rope) != '{' && rope >= 0 && !json_is(j, rope, "null"))
         die("%s: rope_scaling is no object", name);
     bool inside = json_get(j, rope, "rope_theta") >= 0;
     c.rope_theta = config_real(j, inside ? rope : 0, "rope_theta");
-    if (json_type(j, rope) == '{' && !json_is(j, json_get(j, rope, "rope_type"), "default")) {
-        const char *key = json_get(j, rope, "rope_type") < 0 ? "type" : "rope_type";
+    const char *key = json_get(j, rope, "rope_type") < 0 ? "type" : "rope_type";
+    int type = json_get(j, rope, key);
+    bool scaled = json_type(j, rope) == '{' && !json_is(j, type, "default");
+    if (scaled && !(parameters && type < 0)) {
         config_expect(j, rope, key, "llama3");
         c.rope_factor = config_real(j, rope, "factor");
         c.rope_low_freq_factor = config_real(j, rope, "low_freq_factor");
@@ -2567,7 +2712,10 @@ Config config_parse(const char *path, const char *config, const char *generation
             die("%s: high_freq_factor is not above low_freq_factor", name);
     }
 
-    c.bos = json_integer(j, json_get(j, 0, "bos_token_id"), INT32_MAX);
+    int bos = json_get(j, 0, "bos_token_id");
+    c.bos = json_integer(j, bos, INT32_MAX);
+    if (c.bos < 0 && bos >= 0 && !json_is(j, bos, "null"))
+        die("%s: bos_token_id is %s, expected a token id", name, shown(j, bos));
     if (c.bos >= c.vocab_size)
         die("%s: bos_token_id %d is outside the vocabulary of %d", name, c.bos, c.vocab_size);
     add_all_eos(&c, j);
@@ -3031,12 +3179,28 @@ char *json_without(const Json *j, const char *const *keys, int n, const char *mo
     return text;
 }
 
+/* Has `handler` called for each signal that would end the program, unless nohup or a script has set
+ * it aside: all that can be caught but those which by default do nothing or stop. */
+static void catch_signals(void (*handler)(int)) {
+    static const int harmless[] = {SIGCHLD, SIGCONT,  SIGTSTP, SIGTTIN, SIGTTOU,
+                                   SIGURG,  SIGWINCH, SIGBUS,  SIGXFSZ};
+    for (int i = 1; i <= SIGRTMAX; i++) {
+        bool caught = i != SIGKILL && i != SIGSTOP && (i < 32 || i >= SIGRTMIN);
+        for (size_t k = 0; k < sizeof harmless / sizeof *harmless; k++) caught &= i != harmless[k];
+        if (caught && signal(i, handler) == SIG_IGN) signal(i, SIG_IGN);
+    }
+}
+
 void put_json_string(FILE *out, const char *text) {
     fputc('"', out);
-    for (const unsigned char *s = (const unsigned char *)text; *s; s++) {
+    const char *end = text + strlen(text);
+    for (const char *s = text; s < end;) {
+        int bytes = utf8_bytes(s, end);
         if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
-        else if (*s < ' ') fprintf(out, "\\u%04x", *s);
-        else fputc(*s, out);
+        else if (!bytes) fputs("\\ufffd", out); // not UTF-8
+        else if ((unsigned char)*s < ' ') fprintf(out, "\\u%04x", *s);
+        else fwrite(s, 1, bytes, out);
+        s += bytes ? bytes : 1;
     }
     fputc('"', out);
 }
@@ -3065,17 +3229,33 @@ static void write_at(const Writer *w, int file, const void *data, size_t bytes, 
     }
 }
 
+/* Holds all signals back; returns the mask before. */
+static sigset_t block_signals(void) {
+    sigset_t all, before;
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, &before);
+    return before;
+}
+
+/* The file that is to be replaced: a link is followed, and its target must be there. */
+static char *target_of(const char *path) {
+    struct stat st;
+    if (lstat(path, &st) || !S_ISLNK(st.st_mode)) return format_text("%s", path);
+    char *target = realpath(path, NULL);
+    if (!target) die("%s: cannot be written: a link to no file", path);
+    return target;
+}
+
 /* Creates a file, or the directory, that die() and signals will remove. Takes over `path`. */
 static void create(Writer *w, char *path, bool directory) {
     if (n_temporaries == sizeof temporaries / sizeof *temporaries)
         die("%s: more than %d files", w->path, n_temporaries);
-    temporaries[n_temporaries] = path;
-    n_temporaries++; // from now on a signal removes it
-    int fd = directory ? mkdir(path, 0777) : open(path, O_WRONLY | O_CREAT | O_EXCL, 0666);
-    if (fd < 0) {
-        n_temporaries--; // it is somebody else's, or not there
-        die("%s: cannot be written: %s", w->path, strerror(errno));
-    }
+    sigset_t before = block_signals();
+    int flags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
+    int fd = directory ? mkdir(path, 0777) : open(path, flags, 0666), error = errno;
+    if (fd >= 0) temporaries[n_temporaries++] = path; // from now on a signal removes it
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    if (fd < 0) die("%s: cannot be written: %s", w->path, strerror(error));
     if (directory) return;
     w->fds = realloc(w->fds, (w->n_files + 1) * sizeof *w->fds);
     if (!w->fds) die("out of memory");
@@ -3086,12 +3266,15 @@ static Writer *writer_new(const char *path, bool directory) {
     static bool registered;
     if (!registered) registered = !atexit(remove_temporaries); // libgomp exits without memory
     signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
-    int signals[] = {SIGINT, SIGTERM, SIGHUP};
-    for (int i = 0; i < 3; i++)
-        if (signal(signals[i], on_signal) == SIG_IGN) signal(signals[i], SIG_IGN); // nohup
+    catch_signals(on_signal);
     Writer *w = allocate(1, sizeof *w);
-    w->path = format_text("%s", path);
-    create(w, format_text("%s.%d.tmp", path, (int)getpid()), directory);
+    w->path = target_of(path);
+    char *name = format_text("%s.%d.tmp", w->path, (int)getpid());
+    for (int i = 1; i < 100 && access(name, F_OK) == 0; i++) { // of an earlier process of this id
+        free(name);
+        name = format_text("%s.%d.tmp", w->path, (int)getpid() + i);
+    }
+    create(w, name, directory);
     return w;
 }
 
@@ -3235,14 +3418,10 @@ size_t writer_close(Writer *w) {
     for (int i = 0; i < w->n_files; i++)
         if (fsync(w->fds[i]) || close(w->fds[i]))
             die("%s: cannot be written: %s", w->path, strerror(errno));
-    sigset_t all, before; // a signal comes before the renaming, with a message, or after it
-    sigfillset(&all);
-    sigprocmask(SIG_SETMASK, &all, &before);
+    sigset_t before = block_signals(); // one comes before the renaming, with a message, or after
     if (rename(temporaries[0], w->path)) die("%s: cannot be written: %s", w->path, strerror(errno));
     while (n_temporaries) free(temporaries[--n_temporaries]);
-    int signals[] = {SIGINT, SIGTERM, SIGHUP};
-    for (int i = 0; i < 3; i++)
-        if (signal(signals[i], SIG_DFL) == SIG_IGN) signal(signals[i], SIG_IGN);
+    catch_signals(SIG_DFL);
     sigprocmask(SIG_SETMASK, &before, NULL);
     size_t bytes = w->bytes;
     free(w->slots);

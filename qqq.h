@@ -52,6 +52,7 @@ typedef struct {
     int n_eos;
 } Config;
 
+/* A file may hold others, which dtype_name() knows; no model needs them. */
 typedef enum { F32, F16, BF16, U8, I8, I32, I64 } DType;
 
 /* The weights of y = x W^T, W [N][K]: 16 or 32-bit floats in w, or W4A8 in the other three. It owns
@@ -412,6 +413,11 @@ void die_usage(const char *format, ...) __attribute__((noreturn, format(printf, 
 void *allocate(size_t count, size_t size);
 char *format_text(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* First in main(): a descriptor 0 to 2 that is closed becomes /dev/null, so that no file gets it.
+ * Last: what did not reach stdout is an error. */
+void open_standard_streams(void);
+void flush_output(void);
+
 /* Seconds of a monotonic clock; the path of `name` in the directory of the executable. */
 double seconds(void);
 char *beside_program(const char *name);
@@ -491,9 +497,9 @@ typedef struct Checkpoint {
 } Checkpoint;
 
 /* Opens a Hugging Face directory (config.json, tokenizer.json and model.safetensors, or
- * model.safetensors.index.json and its shards) or a model.bin, and checks the headers: offsets
- * inside the file and without overlap, sizes that agree with shapes. A directory in the QQQ
- * repository's format is unpacked into memory and then looks like a model.bin. */
+ * model.safetensors.index.json and its shards), a Hugging Face cache's folder of one, or a
+ * model.bin, and checks the headers as strictly as the safetensors library does. A directory in the
+ * QQQ repository's format is unpacked into memory and then looks like a model.bin. */
 Checkpoint *checkpoint_open(const char *path);
 void checkpoint_close(Checkpoint *c);
 
@@ -567,7 +573,7 @@ typedef struct Writer Writer;
 /* Starts the model.bin `path` with the header for tensors [n], whose data is not read. In the file
  * those of a multiple of 256 bytes come first, which aligns them, then the small rest by size of
  * element, each in the order given. The strings of `c` go to __metadata__ and its texts to U8
- * tensors of their names; `quantization` may be NULL. */
+ * tensors of their names; `quantization` may be NULL. A link as `path` is followed. */
 Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
                     const Tensor *tensors, int n);
 

@@ -69,14 +69,6 @@ static int without_slashes(const char *path) {
     return n;
 }
 
-/* MODEL without a trailing slash or .bin, and an ending that says what is made of it. */
-static char *default_out(const Options *o) {
-    static const char *const endings[] = {"-w4a8.bin", "-vllm", "-qqq"};
-    int n = without_slashes(o->model);
-    if (n > 4 && !strncmp(o->model + n - 4, ".bin", 4)) n -= 4;
-    return format_text("%.*s%s", n, o->model, o->convert ? ".bin" : endings[o->format]);
-}
-
 /* Before a linear is quantized: which one, and when all will be. */
 static void show_linear(int l, int linear, int n_layers) {
     static double start;
@@ -126,6 +118,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'M') o.most_memory = parse_number(flag, value, 0.1, 1e6) * 1e9;
         if (flag == 'h') {
             fputs(usage, stdout);
+            flush_output();
             exit(0);
         }
     }
@@ -134,8 +127,7 @@ static Options parse_options(int argc, char **argv) {
         die_usage("-a 2: the exhaustive search runs on the CPU only (-d cpu)");
     if (o.format && (o.convert || o.eval))
         die_usage("-x writes a W4A8 directory: -f and -e are for a model.bin");
-    if (!o.out) o.out = default_out(&o);
-    else if (o.format) o.out[without_slashes(o.out)] = 0;
+    if (o.out && o.format) o.out[without_slashes(o.out)] = 0;
     if (!o.calibration) o.calibration = beside_program("data/calib.txt");
     return o;
 }
@@ -197,17 +189,61 @@ static char *describe(const Options *o, int windows) {
     return text;
 }
 
+/* NAME-w4a8.bin, NAME.bin if it is only converted, or the directory NAME-vllm or NAME-qqq, in the
+ * current directory; NAME is MODEL's, of
+ * a directory when links are resolved, in a Hugging Face cache, which has
+ * models--ORGANIZATION--NAME/snapshots/REVISION, that NAME. */
+static char *default_out(const Options *o, const char *model) {
+    static const char *const endings[] = {"-w4a8.bin", "-vllm", "-qqq"};
+    struct stat st;
+    bool directory = !stat(model, &st) && S_ISDIR(st.st_mode);
+    char *path = directory ? realpath(model, NULL) : format_text("%s", model);
+    if (!path) die("%s: %s", model, strerror(errno));
+    char *cache = strstr(path, "/models--"), *end = cache ? strstr(cache, "/snapshots/") : NULL;
+    if (end) *end = 0;
+    const char *name = base_name(path);
+    for (const char *next; end && (next = strstr(name, "--"));) name = next + 2;
+    size_t n = strlen(name);
+    if (n > 4 && !strcmp(name + n - 4, ".bin")) n -= 4;
+    char *out = format_text("%.*s%s", (int)n, name, o->convert ? ".bin" : endings[o->format]);
+    free(path);
+    return out;
+}
+
+static bool same_file(const struct stat *a, const char *path) {
+    struct stat b;
+    return !stat(path, &b) && a->st_dev == b.st_dev && a->st_ino == b.st_ino;
+}
+
+/* Whether a file is what this program writes. */
+static bool is_model_bin(const char *path) {
+    char start[64] = {0};
+    FILE *file = fopen(path, "rb");
+    if (!file) return false;
+    size_t n = fread(start, 1, sizeof start - 1, file);
+    fclose(file);
+    return n > 8 && strstr(start + 8, "{\"__metadata__\":{\"format\":\"qqq\"") == start + 8;
+}
+
+/* OUT may replace a file, but none that is read here or belongs to MODEL, under any name. */
 static void check_out(const Options *o, const Checkpoint *c) {
     struct stat out;
     if (stat(o->out, &out)) return; // a new file
-    if (checkpoint_has_file(c, o->out)) die("%s: OUT is MODEL or a file of it", o->out);
+    if (same_file(&out, c->path)) die("%s: OUT is MODEL", o->out);
     if (!o->format && !S_ISREG(out.st_mode)) die("%s: not a regular file", o->out);
-    if (!o->format) return;
-    DIR *directory = opendir(o->out);
-    if (!directory) die("%s: %s", o->out, strerror(errno));
-    for (const struct dirent *file; (file = readdir(directory));)
-        if (strcmp(file->d_name, ".") && strcmp(file->d_name, ".."))
-            die("%s: the directory is not empty; -x makes a new one", o->out);
+    if (same_file(&out, o->calibration)) die("%s: OUT is the calibration text", o->out);
+    if (o->eval && same_file(&out, o->eval)) die("%s: OUT is the text of -e", o->out);
+    if (access(o->out, W_OK)) die("%s: cannot be written: %s", o->out, strerror(errno));
+    DIR *directory = o->format ? opendir(o->out) : is_model_bin(o->out) ? NULL : opendir(c->path);
+    if (o->format && !directory) die("%s: %s", o->out, strerror(errno));
+    if (!directory) return;
+    for (const struct dirent *file; (file = readdir(directory));) {
+        if (!strcmp(file->d_name, ".") || !strcmp(file->d_name, "..")) continue;
+        if (o->format) die("%s: the directory is not empty; -x makes a new one", o->out);
+        char *path = format_text("%s/%s", c->path, file->d_name);
+        if (same_file(&out, path)) die("%s: OUT is a file of MODEL", o->out);
+        free(path);
+    }
     closedir(directory);
 }
 
@@ -416,6 +452,13 @@ static void announce(void *to, const Parameter *p) {
     add(out, p->name, "", dtype, p->rows, p->columns);
 }
 
+/* Norms and scales. */
+static void put_floats(Writer *out, const char *name, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite(x[i])) die("%s would hold %g: are the weights damaged?", name, x[i]);
+    writer_put(out, name, x, n * sizeof *x);
+}
+
 static void put(void *to, const Parameter *p) {
     Out *out = to;
     Writer *w = out->writer;
@@ -423,11 +466,11 @@ static void put(void *to, const Parameter *p) {
     const Tensor *t = checkpoint_find(out->checkpoint, p->name);
     if (out->o->format) put_export(out, p);
     else if (!changes(out->o, p)) writer_put(w, p->name, t->data, t->bytes);
-    else if (p->role == NORM) writer_put(w, p->name, *p->norm, n * sizeof(float));
+    else if (p->role == NORM) put_floats(w, p->name, *p->norm, n);
     else if (p->role == WEIGHT) put_f16(w, p->name, p->linear);
     else if (p->role == QWEIGHT) writer_put(w, p->name, p->linear->qweight, n);
     else if (p->role == S_GROUP) writer_put(w, p->name, p->linear->s_group, n);
-    else writer_put(w, p->name, p->linear->s_channel, n * sizeof(float));
+    else put_floats(w, p->name, p->linear->s_channel, n);
 }
 
 /* Starts the file or directory for the tensors of m. */
@@ -483,6 +526,7 @@ static void transcribe(Options *o, const Checkpoint *c, Model *m) {
 
 static void convert(const Options *o, const Checkpoint *c) {
     if (c->quantization) die("%s: it is quantized already: %s", o->model, c->quantization);
+    model_free(model_load(c)); // what ./run would refuse is refused here
     Tensor *list = allocate(c->n_tensors, sizeof *list);
     int n = 0;
     for (int i = 0; i < c->n_tensors; i++) // but the texts, which writer_open() adds
@@ -541,6 +585,15 @@ static double quantize_layers(const Options *o, const Model *m, Model *made, con
     return xx > 0 ? xf / xx : 1;
 }
 
+/* Rotated, it is to be written as F16. */
+static void require_f16(const Linear *w, const char *name) {
+    const float *x = w->w;
+    for (size_t i = 0; i < (size_t)w->N * w->K; i++)
+        if (!(fabsf(x[i]) < 65520))
+            die("tensor %s, rotated, holds %g, beyond F16's 65504 (-r 0 leaves rotation out)", name,
+                x[i]);
+}
+
 /* The model that is made of m, its layers still empty: rotation changes its ends. */
 static Model *new_model(const Options *o, const Model *m) {
     const Config *c = &m->config;
@@ -554,6 +607,8 @@ static Model *new_model(const Options *o, const Model *m) {
     made->embedding = float_copy(&m->embedding, "model.embed_tokens");
     made->lm_head = float_copy(&m->lm_head, "lm_head");
     rotate_ends(&made->embedding, &made->lm_head, made->norm, o->method.signs);
+    require_f16(&made->embedding, "model.embed_tokens.weight");
+    require_f16(&made->lm_head, "lm_head.weight");
     return made;
 }
 
@@ -571,7 +626,6 @@ static void quantize(Options *o, const Checkpoint *c) {
                         sizeof o->where);
     require_finite(&m->embedding, "model.embed_tokens");
     require_finite(&m->lm_head, "lm_head");
-    if (o->eval) evaluate(o, c, m, "before: ");
 
     int8_t *signs = allocate(config->dim, 1);
     random_signs(o->seed, config->dim, signs);
@@ -582,6 +636,7 @@ static void quantize(Options *o, const Checkpoint *c) {
     Out out = {.o = o, .checkpoint = c};
     open_out(&out, made, quantization);
     describe_model(c, m, NULL);
+    if (o->eval) evaluate(o, c, m, "before: ");
     double scale = quantize_layers(o, m, made, tokens, n_windows, &out);
     for (int i = 0; i < config->dim; i++) made->norm[i] *= scale; // step 6
     if (o->method.gptq) printf("final norm times %.4f\n", scale);
@@ -603,13 +658,15 @@ static void quantize(Options *o, const Checkpoint *c) {
 }
 
 int main(int argc, char **argv) {
+    open_standard_streams();
     Options o = parse_options(argc, argv);
     Checkpoint *c = checkpoint_open(o.model);
+    if (!o.out) o.out = default_out(&o, c->path);
     check_out(&o, c);
     if (o.convert) convert(&o, c);
     else quantize(&o, c);
     checkpoint_close(c);
-    if (fflush(stdout) || ferror(stdout)) die("stdout: %s", strerror(errno));
+    flush_output();
     free(o.model);
     free(o.out);
     free(o.calibration);

@@ -392,7 +392,8 @@ static void test_layouts(void) {
 
     test_begin("tensors at odd offsets give the same logits");
     for (int pad = 0; pad < 4; pad++) {
-        char *lead = text_of("{%*s", pad, ""), *config_path = SCRATCH "/odd/config.json";
+        char *lead = text_of("{\"__metadata__\":{}%*s", pad, ""),
+             *config_path = SCRATCH "/odd/config.json";
         make_directory(SCRATCH "/odd");
         write_file(config_path, config, strlen(config));
         write_safetensors(SCRATCH "/odd/model.safetensors", lead, &w, 0, w.n);
@@ -753,7 +754,7 @@ static const struct {
     {"a number for a key", "{1:2}", "not valid JSON"},
     {"a colon in an array", "[\"a\":1]", "not valid JSON"},
     {"a bad escape", "{\"a\\q\":1}", "not valid JSON"},
-    {"dtype I16", ENTRY("\"I16\"", "[8]", "[0,64]"), "tensor weight_a"},
+    {"dtype I65", ENTRY("\"I65\"", "[8]", "[0,64]"), "weight_a has an unknown dtype: I65"},
     {"dtype of a long name", ENTRY("\"F32F32\"", "[8]", "[0,64]"), "tensor weight_a"},
     {"dtype that is a number", ENTRY("4", "[16]", "[0,64]"), "tensor weight_a"},
     {"no dtype", "{\"weight_a\":{\"shape\":[16],\"data_offsets\":[0,64]}}", "tensor weight_a"},
@@ -770,7 +771,7 @@ static const struct {
     {"a shape that overflows to the right size",
      ENTRY("\"F32\"", "[16,536838145,536903681]", "[0,64]"), "tensor weight_a"},
     {"a shape beyond all integers", ENTRY("\"F32\"", "[1e300]", "[0,64]"), "tensor weight_a"},
-    {"a shape that is no number", ENTRY("\"F32\"", "[nan]", "[0,64]"), "tensor weight_a"},
+    {"a shape that is no number", ENTRY("\"F32\"", "[nan]", "[0,64]"), "not valid JSON"},
     {"a shape that wants more bytes", ENTRY("\"F32\"", "[17]", "[0,64]"), "tensor weight_a"},
     {"a shape that wants fewer bytes", ENTRY("\"F16\"", "[16]", "[0,64]"), "tensor weight_a"},
     {"an end before the begin", ENTRY("\"F32\"", "[16]", "[64,0]"), "tensor weight_a"},
@@ -808,10 +809,122 @@ static const struct {
     {"a name with a NUL",
      "{\"weight\\u0000a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", "NUL"},
     {"a bad tensor whose name has line breaks", "{\"weight_a\\n\\u001b[31m\\r\":{}}", "weight_a"},
-    {"no tensors", "{}", "tensor model.embed_tokens.weight is missing"},
-    {"metadata only", "{\"__metadata__\":{}}", "tensor model.embed_tokens.weight is missing"},
-    {"metadata that is a number", "{\"__metadata__\":1}", "tensor model.embed_tokens.weight"},
+    {"no tensors", "{}", "64 bytes behind the last tensor belong to none"},
+    {"metadata only", "{\"__metadata__\":{}}", "64 bytes behind the last tensor"},
+    {"a hole", ENTRY("\"U8\"", "[60]", "[4,64]"), "4 bytes before tensor weight_a belong to none"},
+    {"metadata that is a number", "{\"__metadata__\":1}", "__metadata__ is no object"},
 };
+
+/* The header that a line of the table stands for: malloc'ed, *bytes long. */
+static char *unescape(const char *s, size_t length, size_t *bytes) {
+    char *out = allocate(length + 1, 1);
+    for (*bytes = 0; length > 0; s++, length--) {
+        unsigned value = (unsigned char)*s;
+        if (*s == '%' && sscanf(s + 1, "%2x", &value) == 1) s += 2, length -= 2;
+        out[(*bytes)++] = (char)value;
+    }
+    return out;
+}
+
+static void open_directory(void *path) {
+    checkpoint_close(checkpoint_open(path));
+}
+
+/* Headers that the safetensors library refuses are refused, those that it accepts are accepted. */
+static void test_verdicts(void) {
+    test_begin("safetensors headers: the verdicts of the safetensors library");
+    size_t bytes;
+    char *table = read_file("test/data/safetensors_verdicts.txt", &bytes), message[512],
+         data[64] = {0};
+    int n = 0, n_refused = 0;
+    char *config = config_text(NULL);
+    make_directory(SCRATCH "/verdict");
+    write_file(SCRATCH "/verdict/config.json", config, strlen(config));
+    for (char *line = table, *end; line && *line; line = end + 1) {
+        char verdict[16];
+        int n_data, at;
+        end = strchr(line, '\n');
+        if (*line == '#') continue;
+        if (sscanf(line, "%15s %d%n", verdict, &n_data, &at) != 2) die("%s", line);
+        char *header = unescape(line + at + 1, end - line - at - 1, &bytes);
+        write_raw(SCRATCH "/verdict/model.safetensors", header, bytes, data, n_data);
+        bool clean = dies(open_directory, SCRATCH "/verdict", message, sizeof message);
+        bool accepts = !strcmp(verdict, "accepts");
+        check(accepts ? !*message : clean, "%.*s: %s", (int)(end - line), line, message);
+        if (!accepts) count_bad_input("safetensors headers");
+        n++, n_refused += clean;
+        free(header);
+    }
+    printf("     %d headers, %d refused\n", n, n_refused);
+    check(n > 200 && n_refused > 100 && n_refused < n, "%d of %d refused", n_refused, n);
+    free(config);
+    free(table);
+}
+
+/* What people have beside safetensors is named. */
+static void test_other_formats(void) {
+    static const struct {
+        const char *file, *content, *message;
+    } cases[] = {
+        {"model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0",
+         "Git LFS"},
+        {"tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"},
+        {"config.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"},
+        {"model.safetensors", "GGUF\3...................", "a GGUF file"},
+        {"model.safetensors", "PK\3\4.....................", "a PyTorch file"},
+        {"model.safetensors", "\x80\x02\x8a\nl\xfc\x9c\x46\xf9 j\xa8P\x19.....",
+         "a Python pickle"}};
+    char *config = config_text(NULL);
+    Weights w = make_weights(config, BF16, 0);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        begin("another format: ", cases[i].message);
+        write_directory("format", config, &w);
+        char *path = text_of(SCRATCH "/format/%s", cases[i].file);
+        write_file(path, cases[i].content, strlen(cases[i].content));
+        bool tokenizer = !strcmp(cases[i].file, "tokenizer.json");
+        if (tokenizer) { // read when a text is
+            char *command = text_of("$RUN " SCRATCH "/format -i a");
+            check(shell("%s", command) == 1 && strstr(output, cases[i].message), "%s", output);
+            free(command);
+        } else {
+            refused(open_model, SCRATCH "/format", cases[i].message);
+            write_file(SCRATCH "/format.bin", cases[i].content, strlen(cases[i].content));
+            if (i != 2) refused(open_model, SCRATCH "/format.bin", cases[i].message);
+        }
+        free(path);
+    }
+
+    test_begin("another architecture is named before its dtypes");
+    make_directory(SCRATCH "/format");
+    const char *header =
+        "{\"h.0.attn.bias\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[0,8]}}";
+    char data[8] = {0}, *other = config_text("model_type", "\"gpt2\"", NULL);
+    write_raw(SCRATCH "/format/model.safetensors", header, strlen(header), data, 8);
+    write_file(SCRATCH "/format/config.json", other, strlen(other));
+    refused(open_model, SCRATCH "/format", "model_type is gpt2");
+    free(other);
+    other = config_text("quantization_config", "{\"quant_method\":\"awq\"}", NULL);
+    write_file(SCRATCH "/format/config.json", other, strlen(other));
+    refused(open_model, SCRATCH "/format", "quant_method awq");
+    free(other);
+
+    test_begin("a tensor that is not needed may have any dtype");
+    write_directory("single", config, &w);
+    write_directory("buffer", config, &w);
+    char *lead =
+        text_of("{\"x.inv_freq\":{\"dtype\":\"I64\",\"shape\":[0],\"data_offsets\":[0,0]}");
+    write_safetensors(SCRATCH "/buffer/model.safetensors", lead, &w, 0, w.n);
+    same_logits(SCRATCH "/single", SCRATCH "/buffer");
+    free(lead);
+    free_weights(&w);
+    free(config);
+
+    test_begin("a Hugging Face cache: the folder of a model leads to its snapshot");
+    shell("rm -rf " SCRATCH "/models--a--b && mkdir -p " SCRATCH "/models--a--b/refs " SCRATCH
+          "/models--a--b/snapshots && cp -r " SCRATCH "/single " SCRATCH
+          "/models--a--b/snapshots/0123 && printf 0123 >" SCRATCH "/models--a--b/refs/main");
+    same_logits(SCRATCH "/single", SCRATCH "/models--a--b");
+}
 
 static void test_bad_safetensors(void) {
     bad_input = "safetensors headers";
@@ -1229,6 +1342,20 @@ static void test_bad_configs(void) {
         {"eos_token_id", "[1, \"a\"]", "eos_token_id"},
         {"eos_token_id", "[1, [2]]", "eos_token_id"},
         {"eos_token_id", "1e12", "eos_token_id"},
+        {"eos_token_id", "\"2\"", "eos_token_id is 2, expected token ids"},
+        {"eos_token_id", "{\"a\":2}", "eos_token_id"},
+        {"bos_token_id", "\"1\"", "bos_token_id is 1, expected a token id"},
+        {"bos_token_id", "[1]", "bos_token_id"},
+        {"bos_token_id", "-1", "bos_token_id"},
+        {"attention_bias", "1", "attention_bias is 1, expected true or false"},
+        {"mlp_bias", "\"true\"", "mlp_bias"},
+        {"tie_word_embeddings", "0", "tie_word_embeddings"},
+        {"rope_parameters", "{\"rope_theta\":10000.0}", NULL},
+        {"rope_parameters", "{\"rope_theta\":10000.0,\"type\":\"default\"}", NULL},
+        {"rope_scaling", "{\"type\":\"default\"}", NULL},
+        {"rope_scaling", "{\"factor\":8.0}", "type is missing"},
+        {"rope_parameters", "{\"rope_theta\":1e4,\"rope_type\":\"yarn\"}", "rope_type is yarn"},
+        {"quantization_config", "{\"quant_method\":\"awq\",\"bits\":4}", "quant_method awq"},
         {"eos_token_id", "[0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16]", "eos_token_id"},
     };
     generation_arg = NULL;
@@ -1254,7 +1381,7 @@ static void test_bad_configs(void) {
         "num_key_value_heads", "vocab_size",        "max_position_embeddings"};
     static const char *const values[] = {"",     "0",     "-1",    "1.5", "1e300",
                                          "1e10", "\"8\"", "null",  "[8]", "{\"8\":8}",
-                                         "true", "0x10",  "1e-30", "8-8", "99999999999999999999"};
+                                         "true", "8.0",   "1e-30", "-0",  "99999999999999999999"};
     for (int i = 0; i < 7; i++) {
         begin("config.json with bad ", sizes[i]);
         for (size_t k = 0; k < sizeof values / sizeof *values; k++) {
@@ -1269,12 +1396,21 @@ static void test_bad_configs(void) {
     }
 
     test_begin("config.json that is no JSON");
-    char *broken[] = {"",      " ",
-                      "{",     "{]",
-                      "[]",    "null",
-                      "\"a\"", "{\"model_type\":\"llama\"",
-                      "NaN",   "{\"hidden_size\": NaN}"};
-    for (int i = 0; i < 10; i++) {
+    char *broken[] = {"",
+                      " ",
+                      "{",
+                      "{]",
+                      "[]",
+                      "null",
+                      "\"a\"",
+                      "{\"model_type\":\"llama\"",
+                      "NaN",
+                      "{\"hidden_size\": NaN}",
+                      "{\"a\": 0x10}",
+                      "{\"a\": 8-8}",
+                      "{\"a\": 08}",
+                      "{\"a\": \"\xff\"}"};
+    for (int i = 0; i < 14; i++) {
         config_arg = broken[i];
         refused(parse_config, "the/path", "the/path: config.json");
     }
@@ -1567,7 +1703,7 @@ static void test_bad_model_bin(void) {
     } cases[] = {
         {"no metadata", "{", "its format is not stated"},
         {"format pt", "{\"__metadata__\":{\"format\":\"pt\"}", "its format is pt"},
-        {"format that is a number", "{\"__metadata__\":{\"format\":1}", "not stated"},
+        {"format that is a number", "{\"__metadata__\":{\"format\":1}", "no string"},
         {"no version", "{\"__metadata__\":{\"format\":\"qqq\"}", "version"},
         {"version 2", "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"2\"}",
          "version 2 of the format, expected 1; a newer program made it"},
@@ -1582,7 +1718,7 @@ static void test_bad_model_bin(void) {
          "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"1\",\"config\":\"x\"}",
          "config.json"},
         {"a config that is an object",
-         "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"1\",\"config\":{}}", "no config"},
+         "{\"__metadata__\":{\"format\":\"qqq\",\"version\":\"1\",\"config\":{}}", "no string"},
     };
     char *config = config_text(NULL);
     Weights w = make_weights(config, BF16, 0);
@@ -1684,6 +1820,8 @@ void test_files(void) {
     test_good_configs();
     test_model_bytes();
     test_bad_safetensors();
+    test_verdicts();
+    test_other_formats();
     test_bad_tensors();
     test_bad_directories();
     test_not_files();

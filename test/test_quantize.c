@@ -1225,6 +1225,9 @@ static void expect_error(const char *command, int status, const char *message, b
     unlink(OUT);
 }
 
+/* Quantizes to another file in SCRATCH. */
+#define MADE_TO(out) "$QUANTIZE " SCRATCH "/made.bin " SCRATCH "/" out
+
 /* A model.bin of random F32 weights with data/tiny's tokenizer. */
 typedef struct {
     int dim, hidden, head_dim, heads, kv_heads, layers;
@@ -1687,12 +1690,31 @@ static void test_same_bytes(void) {
 
     test_begin("quantize: where OUT is not given");
     make_model(SCRATCH "/made.bin", made);
-    if (quantize(SCRATCH "/made.bin -b rtn -a 0 -m 0") &&
-        quantize(SCRATCH "/cut// -b rtn -a 0 -m 0") && quantize(SCRATCH "/cut/ -f"))
-        check(exists(SCRATCH "/made-w4a8.bin") && exists(SCRATCH "/cut-w4a8.bin") &&
-                  exists(SCRATCH "/cut.bin"),
-              "a file is missing");
-    shell("rm -f " SCRATCH "/*-w4a8.bin " SCRATCH "/cut.bin");
+    shell("rm -rf " SCRATCH "/here && mkdir -p " SCRATCH "/here && cp -rL " SCRATCH "/cut " SCRATCH
+          "/here/model && rm -rf " SCRATCH "/models--org--some-model && mkdir -p " SCRATCH
+          "/models--org--some-model/snapshots " SCRATCH
+          "/models--org--some-model/refs && cp -rL " SCRATCH "/cut " SCRATCH
+          "/models--org--some-model/snapshots/0a1b && printf 0a1b >" SCRATCH
+          "/models--org--some-model/refs/main");
+    const char *unnamed[][2] = {{"../made.bin", "made-w4a8.bin"},
+                                {"../cut//", "cut-w4a8.bin"},
+                                {"../cut -f", "cut.bin"},
+                                {"../models--org--some-model", "some-model-w4a8.bin"},
+                                {"../models--org--some-model/snapshots/0a1b -f", "some-model.bin"},
+                                {"model", "model-w4a8.bin"}};
+    for (size_t i = 0; i < sizeof unnamed / sizeof *unnamed; i++) {
+        int status = shell("cd " SCRATCH "/here && $OLDPWD/quantize %s -b rtn -a 0 -m 0 >/dev/null",
+                           unnamed[i][0]);
+        char path[128];
+        snprintf(path, sizeof path, SCRATCH "/here/%s", unnamed[i][1]);
+        check(status == 0 && exists(path), "%s: no %s: %s", unnamed[i][0], path, output);
+        unlink(path);
+    }
+    check(shell("cd " SCRATCH "/here/model && $OLDPWD/quantize . -b rtn -a 0 -m 0 >/dev/null") ==
+                  0 &&
+              exists(SCRATCH "/here/model/model-w4a8.bin"),
+          "of the current directory: %s", output);
+    shell("rm -rf " SCRATCH "/here " SCRATCH "/models--org--some-model");
     // The text is looked for beside the program.
     if (quantize(SCRATCH "/made.bin " OUT " -b rtn -a 0 -n 1 -l 64")) {
         Checkpoint *c = checkpoint_open(OUT);
@@ -1895,6 +1917,26 @@ static void test_bad_weights(void) {
     }
     unlink(SCRATCH "/broken.bin");
 
+    test_begin("quantize: a rotated end beyond the range of F16");
+    const char *ends[] = {"model.embed_tokens.weight", "lm_head.weight"};
+    for (int i = 0; i < 2; i++) {
+        Made s = made;
+        s.broken = ends[i];
+        s.value = 1e6f;
+        make_model(SCRATCH "/broken.bin", s);
+        expect_error(BROKEN "-r 1 -a 0 -m 0 -b rtn", 1, "beyond F16's 65504", true);
+        check(strstr(output, ends[i]) != NULL, "%s", output);
+    }
+
+    test_begin("quantize -f refuses what ./run would");
+    {
+        Made s = made;
+        s.broken = "model.norm.weight";
+        s.value = NAN;
+        make_model(SCRATCH "/broken.bin", s);
+        expect_error(BROKEN "-f", 1, "model.norm.weight holds NaN", false);
+    }
+
     test_begin("quantize: shapes that do not fit");
     Made s = made;
     s.dim = 192, s.head_dim = 48;
@@ -1933,7 +1975,7 @@ static void test_bad_files(void) {
                      spellings[i][0], spellings[i][1], convert ? "-f" : "-b rtn -a 0 -m 0");
             expect_error(command, 1, "OUT is MODEL", false);
         }
-    expect_error("$QUANTIZE " SCRATCH "/made.bin -f", 1, "OUT is MODEL", false);
+    expect_error("cd " SCRATCH " && $OLDPWD/quantize made.bin -f", 1, "OUT is MODEL", false);
     check(same_files(SCRATCH "/made.bin", SCRATCH "/kept.bin"), "MODEL was touched");
     shell("cd " SCRATCH " && mkdir -p copy && cp -Lf cut/* copy/ && chmod u+w copy/*");
     expect_error("$QUANTIZE " SCRATCH "/copy " SCRATCH "/copy", 1, SCRATCH "/copy", false);
@@ -1941,6 +1983,79 @@ static void test_bad_files(void) {
                  1, "OUT is", false);
     check(same_files(SCRATCH "/copy/model.safetensors", "data/tiny/model.safetensors"),
           "MODEL's weights were overwritten");
+    shell("cd " SCRATCH
+          "/copy && echo {} >generation_config.json && echo {} >tokenizer_config.json "
+          "&& cp ../../../../data/calib.txt . && ln -sf copy/config.json ../symbolic.bin && ln -f "
+          "config.json ../hard.bin && cat * >../before");
+    const char *own[] = {"config.json",    "generation_config.json", "tokenizer_config.json",
+                         "tokenizer.json", "../symbolic.bin",        "../hard.bin",
+                         "calib.txt"};
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++)
+        for (int convert = 0; convert < 2; convert++) {
+            char command[256];
+            snprintf(command, sizeof command, "$QUANTIZE " SCRATCH "/copy " SCRATCH "/copy/%s %s",
+                     own[i], convert ? "-f" : "-b rtn -a 0 -m 0");
+            expect_error(command, 1, "OUT is a file of MODEL", false);
+        }
+    check(shell("cat " SCRATCH "/copy/* | cmp - " SCRATCH "/before") == 0, "MODEL was changed");
+
+    test_begin("quantize: OUT is a text that is read");
+    copy_text("data/calib.txt", 12000, SCRATCH "/text");
+    expect_error(MADE_TO("text") " -c " SCRATCH "/text -n 1 -l 64", 1, "OUT is the calibration",
+                 false);
+    expect_error(MADE_TO("./text") " -b rtn -a 0 -m 0 -e " SCRATCH "/text", 1, "OUT is the text of",
+                 false);
+    size_t bytes;
+    char *text = read_file(SCRATCH "/text", &bytes);
+    check(text && bytes == 12000, "the text was touched");
+    free(text);
+
+    test_begin("quantize: a link as OUT is followed, to a file that is there");
+    shell("cd " SCRATCH " && echo old >target.bin && ln -sf target.bin link.bin && "
+          "ln -sf nowhere.bin dangling.bin");
+    check(shell(MADE_TO("link.bin") " -b rtn -a 0 -m 0") == 0 &&
+              shell("test -L " SCRATCH "/link.bin && test $(stat -c %%s " SCRATCH
+                    "/target.bin) -gt 1000") == 0,
+          "%s", output);
+    expect_error(MADE_TO("dangling.bin") " -b rtn -a 0 -m 0", 1, "a link to no file", false);
+    check(shell("test -L " SCRATCH "/dangling.bin && test ! -e " SCRATCH "/nowhere.bin") == 0,
+          "the link was touched");
+
+    test_begin("quantize: stale temporary files do not block, and stay");
+    check(shell("sh -c 'for i in 0 1 2; do touch " SCRATCH "/stale.bin.$(($$ + i)).tmp; done; exec "
+                "./quantize " SCRATCH "/made.bin " SCRATCH
+                "/stale.bin -b rtn -a 0 -m 0' && test -s " SCRATCH
+                "/stale.bin && test $(ls " SCRATCH "/stale.bin.*.tmp | wc -l) = 3") == 0,
+          "%s", output);
+
+    test_begin("closed descriptors are no files");
+    for (int closed = 0; closed < 8; closed++) {
+        const char *how[] = {"<&-", ">&-", "2>&-"};
+        char redirections[32] = "";
+        for (int fd = 0; fd < 3; fd++)
+            if (closed >> fd & 1) strcat(strcat(redirections, " "), how[fd]);
+        shell("{ $QUANTIZE " SCRATCH "/made.bin " SCRATCH
+              "/closed%d.bin -b rtn -a 0 -m 0; } >" SCRATCH "/stdout %s",
+              closed, redirections);
+        char path[64];
+        snprintf(path, sizeof path, SCRATCH "/closed%d.bin", closed);
+        check(same_files(SCRATCH "/closed0.bin", path), "with%s: another file", redirections);
+    }
+    shell("rm -f " SCRATCH "/closed*.bin " SCRATCH "/stale* " SCRATCH "/link.bin " SCRATCH
+          "/target.bin " SCRATCH "/dangling.bin " SCRATCH "/text " SCRATCH "/before");
+
+    test_begin("quantize: a text whose name is no UTF-8");
+    check(shell("cp data/calib.txt " SCRATCH "/$(printf '\\377').txt && $QUANTIZE " SCRATCH
+                "/made.bin " SCRATCH "/named.bin -a 0 -b rtn -n 1 -l 64 -c " SCRATCH
+                "/$(printf '\\377').txt") == 0,
+          "%s", output);
+    Checkpoint *named = checkpoint_open(SCRATCH "/named.bin");
+    check(strstr(named->quantization, "\xef\xbf\xbd.txt") != NULL, "%s", named->quantization);
+    checkpoint_close(named);
+    shell("rm -f " SCRATCH "/named.bin " SCRATCH "/*.txt");
+
+    test_begin("quantize -h into a full disk");
+    check(shell("$QUANTIZE -h >/dev/full") == 1 && strstr(output, "error: stdout"), "%s", output);
     shell("rm -rf " SCRATCH "/copy " SCRATCH "/kept.bin " SCRATCH "/symbolic.bin " SCRATCH
           "/hard.bin");
 
