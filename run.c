@@ -123,6 +123,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
         if (flag == 'h') {
             fputs(usage, stdout);
+            flush_output();
             exit(0);
         }
     }
@@ -880,6 +881,7 @@ static void benchmark(Session *s, const Options *o) {
 }
 
 int main(int argc, char **argv) {
+    open_standard_streams();
     Options o = parse_options(argc, argv);
     if (o.task == TOKEN_IDS) {
         print_token_ids(&o);
@@ -895,6 +897,6 @@ int main(int argc, char **argv) {
     }
     free(o.model);
     free(o.prompt);
-    if (fflush(stdout) || ferror(stdout)) die("stdout: %s", strerror(errno));
+    flush_output();
     return 0;
 }
