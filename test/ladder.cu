@@ -3,7 +3,7 @@
  *     y[m][n] = (sum_k a[m][k] q[n][k]) * s_a[m] * s_channel[n]       per channel, the sum in int32
  *
  * Each rung is a kernel of its own and says what it adds and why that should be faster; read them
- * in order. The last row is the kernel of kernels.cu, which stands on all of them. Each rung's sums
+ * in order. The last row is what kernels.cu takes, which stands on most of them. Each rung's sums
  * are compared with the first one's, all of them, and the first one's with the C code's.
  *
  * A rung is as short as can be, so it may be slower than its idea: N must be a multiple of 256, K
