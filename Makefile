@@ -51,6 +51,7 @@ CUDA_LIB = $(abspath $(dir $(NVCC))../lib64)
 
 $(BUILD)/tests: $(TESTS) $(BUILD)/test/variant.o
 $(BUILD)/test/test_neighbours.o: test/neighbours.c
+$(BUILD)/test/test_chat.o: run.c
 $(BUILD)/test/variant.o $(BUILD)/test/test_neighbours.o $(BUILD)/test/neighbours.o: test/variant.h
 $(BIN)/run: $(BUILD)/run.o
 $(BIN)/quantize: $(BUILD)/quantize.o

@@ -1756,6 +1756,12 @@ char *beside_program(const char *name) {
     return format_text("%s/%s", program, name);
 }
 
+void print_and_exit(const char *text) {
+    fputs(text, stdout);
+    flush_output();
+    exit(0);
+}
+
 double parse_number(char flag, const char *value, double min, double max) {
     char *end;
     double x = strtod(value, &end);

@@ -422,6 +422,9 @@ void flush_output(void);
 double seconds(void);
 char *beside_program(const char *name);
 
+/* Ends the program, status 0, with this text on stdout; status 1 if that cannot be written. */
+void print_and_exit(const char *text) __attribute__((noreturn));
+
 /* The value of an option -flag, checked; anything else ends the program with status 2 and a line
  * that says what was expected. parse_choice() tells whether it is the second of two words. */
 double parse_number(char flag, const char *value, double min, double max);

@@ -41,7 +41,7 @@ static const char usage[] =
     "                 and transformers read, or the QQQ repository's format, for GPTQModel\n"
     "  -d cpu|cuda    device (cuda, if there is a GPU)\n"
     "  -M GB          GPU memory to use at most (all that is free)\n"
-    "  -h             this help\n";
+    "  -h, --help     this help; --version\n";
 
 typedef enum { MODEL_BIN, VLLM, QQQ } Format;
 
@@ -96,9 +96,11 @@ static Options parse_options(int argc, char **argv) {
             continue;
         }
         char flag = arg[1];
-        if (!flag || arg[2] || !strchr("gbarmocnlsefxdMh", flag))
+        if (!strcmp(arg, "-h") || !strcmp(arg, "--help")) print_and_exit(usage);
+        if (!strcmp(arg, "--version")) print_and_exit("quantize, QQQ in C 1.0\n");
+        if (!flag || arg[2] || !strchr("gbarmocnlsefxdM", flag))
             die_usage("unknown option %s; ./quantize -h lists them all", arg);
-        const char *value = strchr("fh", flag) ? "" : argv[++i];
+        const char *value = flag == 'f' ? "" : argv[++i];
         if (!value) die_usage("-%c: its value is missing; ./quantize -h says which", flag);
         if (flag == 'g') m->group_size = parse_choice(flag, value, "-1", "128") ? GROUP : -1;
         if (flag == 'b') m->gptq = parse_choice(flag, value, "rtn", "gptq");
@@ -116,11 +118,6 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'x') o.format = parse_choice(flag, value, "vllm", "qqq") ? QQQ : VLLM;
         if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
         if (flag == 'M') o.most_memory = parse_number(flag, value, 0.1, 1e6) * 1e9;
-        if (flag == 'h') {
-            fputs(usage, stdout);
-            flush_output();
-            exit(0);
-        }
     }
     if (!o.model) die_usage("no MODEL; ./quantize -h shows how");
     if (o.device == CUDA && o.method.smooth == 2)

@@ -11,6 +11,7 @@
 #include <limits.h>
 #include <math.h>
 #include <omp.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -35,7 +36,9 @@ static const char usage[] =
     "  -t TEMPERATURE     0: always the likeliest token (1.0)\n"
     "  -p P               sample among the likeliest tokens that add up to P; 1: all (0.9)\n"
     "  -s SEED            the same seed gives the same text (from the clock)\n"
-    "  -m generate|chat   chat reads one message a line from stdin\n"
+    "  -m generate|chat   chat reads one message a line from stdin, more lines after a \\ at the "
+    "end;\n"
+    "                     Ctrl-C ends an answer, a second one the chat\n"
     "  -y TEXT            system prompt of a chat (none)\n"
     "\n"
     "instead of them\n"
@@ -49,7 +52,7 @@ static const char usage[] =
     "  -l TOKENS          context (8192 or the model's, if less); with -e the window (2048)\n"
     "  -d cpu|cuda        device (cuda if there is a GPU)\n"
     "  -k 16|8|4          bits of the KV cache (16)\n"
-    "  -h                 this help\n";
+    "  -h, --help         this help; --version\n";
 
 typedef enum { GENERATE, CHAT, PERPLEXITY, ZERO_SHOT, TOKEN_IDS, BENCHMARK } Task;
 
@@ -95,9 +98,11 @@ static Options parse_options(int argc, char **argv) {
             continue;
         }
         char flag = arg[1];
-        if (!flag || arg[2] || !strchr("tpsnimyelxzobdkh", flag))
+        if (!strcmp(arg, "-h") || !strcmp(arg, "--help")) print_and_exit(usage);
+        if (!strcmp(arg, "--version")) print_and_exit("run, QQQ in C 1.0\n");
+        if (!flag || arg[2] || !strchr("tpsnimyelxzobdk", flag))
             die_usage("unknown option %s; ./run -h lists them all", arg);
-        const char *value = strchr("bh", flag) ? "" : argv[++i];
+        const char *value = flag == 'b' ? "" : argv[++i];
         if (!value) die_usage("-%c: its value is missing; ./run -h says which", flag);
         if (strchr("ezxb", flag)) {
             if (o.task != GENERATE) die_usage("-%c: one of -e, -z, -x and -b at a time", flag);
@@ -121,11 +126,6 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'y') o.system = value;
         if (flag == 'm') chat = parse_choice(flag, value, "generate", "chat");
         if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
-        if (flag == 'h') {
-            fputs(usage, stdout);
-            flush_output();
-            exit(0);
-        }
     }
     if (chat && o.task != GENERATE) die_usage("-m chat: not together with -e, -z, -x or -b");
     if (o.items && o.task != ZERO_SHOT) die_usage("-o: only with -z");
@@ -248,7 +248,7 @@ typedef struct {
     Tokenizer *tokenizer; // NULL for -b
     int pos;              // tokens in the KV cache
     Tokens queue;         // tokens that follow them, not yet fed
-    int stop[17];         // [n_stop] token ids that end a text
+    int stop[18];         // [n_stop] token ids that end a text
     int n_stop;
     Utf8Stream out; // stdout, cut at characters
     Sampler sampler;
@@ -319,6 +319,9 @@ static int next_token(Session *s) {
     return token;
 }
 
+/* Set by Ctrl-C in a chat: the answer ends. */
+static volatile sig_atomic_t interrupted;
+
 static void print_token(Session *s, int id) {
     size_t bytes;
     const char *text = tokenizer_decode(s->tokenizer, id, &bytes);
@@ -339,7 +342,7 @@ static bool is_stop(const Session *s, int id) {
  * printed stays in the queue. */
 static bool generate_text(Session *s, int limit) {
     bool room = true;
-    for (int n = 0; limit == 0 || n < limit; n++) {
+    for (int n = 0; (limit == 0 || n < limit) && !interrupted; n++) {
         int queued = s->queue.n;
         room = s->pos + queued <= s->engine->context;
         if (!room) break;
@@ -392,11 +395,14 @@ static void generate(Session *s, const Options *o) {
 
 /* ---- 5: chat ------------------------------------------------------------------------------- */
 
-/* The format of LLaMA 3.1 Instruct (https://llama.meta.com/docs/model-cards-and-prompt-formats):
+/* The format of LLaMA 3 Instruct (https://llama.meta.com/docs/model-cards-and-prompt-formats):
  *   <|begin_of_text|>
- *   <|start_header_id|>system<|end_header_id|>\n\n ... <|eot_id|>      (only with -y)
+ *   <|start_header_id|>system<|end_header_id|>\n\n ... <|eot_id|>
  *   <|start_header_id|>user<|end_header_id|>\n\n ... <|eot_id|>
- *   <|start_header_id|>assistant<|end_header_id|>\n\n ... <|eot_id|>   and so on. */
+ *   <|start_header_id|>assistant<|end_header_id|>\n\n ... <|eot_id|>   and so on.
+ * Llama 3 has the system block only with -y; 3.1, which is known by its token <|eom_id|>, always,
+ * and it starts with two dates, as the template in its tokenizer_config.json says. */
+static const char dates[] = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
 
 static int special_token(const Session *s, const char *name) {
     int id = tokenizer_id(s->tokenizer, name);
@@ -425,45 +431,92 @@ static const char *trim(const char *text, size_t *bytes) {
     return text;
 }
 
-/* One message and its answer. Returns false when the context is full. */
-static bool chat_turn(Session *s, int eot, const char *text, size_t bytes, int limit) {
-    text = trim(text, &bytes);
-    if (bytes == 0) return true;
+/* Queues what stands before the first message. */
+static void push_chat_start(Session *s, const char *system) {
+    int bos = special_token(s, "<|begin_of_text|>"), eot = special_token(s, "<|eot_id|>");
+    int eom = tokenizer_id(s->tokenizer, "<|eom_id|>");
+    s->stop[s->n_stop++] = eot;
+    if (eom >= 0) s->stop[s->n_stop++] = eom;
+    push(&s->queue, &bos, 1);
+    if (!system && eom < 0) return;
+    size_t bytes = system ? strlen(system) : 0;
+    const char *text = trim(system, &bytes);
+    char *block = format_text("%s%.*s", eom >= 0 ? dates : "", (int)bytes, bytes ? text : "");
+    push_message(s, "system", block, strlen(block));
+    push(&s->queue, &eot, 1);
+    free(block);
+}
+
+/* Queues a message, and the header of its answer. */
+static void push_turn(Session *s, const char *text, size_t bytes) {
+    int eot = special_token(s, "<|eot_id|>");
     push_message(s, "user", text, bytes);
     push(&s->queue, &eot, 1);
     push_message(s, "assistant", "", 0);
-    if (s->pos + s->queue.n > s->engine->context)
-        die("the message makes the chat %d tokens long, the context is only %d (-l sets it)",
-            s->pos + s->queue.n, s->engine->context);
+}
+
+/* Ctrl-C ends an answer; a second time, or when there is none, the program. */
+static void on_interrupt(int number) {
+    if (interrupted) {
+        signal(number, SIG_DFL);
+        raise(number);
+    }
+    interrupted = 1;
+}
+
+/* One message and its answer; a message that does not fit is not sent. Returns false when the
+ * context is full. */
+static bool chat_turn(Session *s, const char *text, size_t bytes, int limit) {
+    int eot = special_token(s, "<|eot_id|>"), queued = s->queue.n;
+    text = trim(text, &bytes);
+    if (bytes == 0) return true;
+    push_turn(s, text, bytes);
+    if (s->pos + s->queue.n > s->engine->context) {
+        fprintf(stderr, "not sent: it makes the chat %d tokens long, the context is only %d (-l)\n",
+                s->pos + s->queue.n, s->engine->context);
+        s->queue.n = queued;
+        return true;
+    }
+    interrupted = 0;
     bool room = generate_text(s, limit);
+    interrupted = 1;
     push(&s->queue, &eot, 1);
     return room;
 }
 
-static void chat(Session *s, const Options *o) {
-    int bos = special_token(s, "<|begin_of_text|>"), eot = special_token(s, "<|eot_id|>");
-    s->stop[s->n_stop++] = eot;
-    start(s, o->length);
-    push(&s->queue, &bos, 1);
-    if (o->system) {
-        size_t bytes = strlen(o->system);
-        const char *text = trim(o->system, &bytes);
-        push_message(s, "system", text, bytes);
-        push(&s->queue, &eot, 1);
-    }
-    print_model(s);
-    s->sampler = new_sampler(o, s->model->config.vocab_size);
-    bool room = !o->prompt || chat_turn(s, eot, o->prompt, strlen(o->prompt), o->n_tokens);
-    bool terminal = isatty(STDIN_FILENO);
-    char *line = NULL;
-    size_t size = 0;
-    while (room) {
-        if (terminal) fputs("> ", stderr);
-        ssize_t bytes = getline(&line, &size, stdin);
-        if (bytes < 0) break;
-        room = chat_turn(s, eot, line, bytes, o->n_tokens);
+/* A message from stdin: a line, and the next one after a \ at its end. malloc'ed; NULL: no more. */
+static char *read_message(bool terminal) {
+    char *message = NULL, *line = NULL;
+    size_t size = 0, total = 0;
+    for (bool more = true; more;) {
+        if (terminal) fputs(message ? "| " : "> ", stderr);
+        ssize_t n = getline(&line, &size, stdin);
+        if (n < 0) break;
+        message = realloc(message, total + n + 1);
+        if (!message) die("out of memory");
+        memcpy(message + total, line, n + 1);
+        total += n;
+        more = n > 1 && !strcmp(line + n - 2, "\\\n");
+        if (more) strcpy(message + --total - 1, "\n");
     }
     free(line);
+    return message;
+}
+
+static void chat(Session *s, const Options *o) {
+    start(s, o->length);
+    push_chat_start(s, o->system);
+    if (s->queue.n > s->engine->context)
+        die("the system prompt makes the chat %d tokens long, the context is only %d (-l sets it)",
+            s->queue.n, s->engine->context);
+    print_model(s);
+    s->sampler = new_sampler(o, s->model->config.vocab_size);
+    interrupted = 1; // no answer is being made
+    if (signal(SIGINT, on_interrupt) == SIG_IGN) signal(SIGINT, SIG_IGN);
+    bool room = !o->prompt || chat_turn(s, o->prompt, strlen(o->prompt), o->n_tokens);
+    bool terminal = isatty(STDIN_FILENO);
+    for (char *text; room && (text = read_message(terminal)); free(text))
+        room = chat_turn(s, text, strlen(text), o->n_tokens);
     if (terminal && room) fputc('\n', stderr);
     print_speed(&s->speed);
 }

@@ -184,6 +184,7 @@ int main(int argc, char **argv) {
                   {"export", test_export, true},
                   {"run", test_run, true},
                   {"zeroshot", test_zeroshot, true},
+                  {"chat", test_chat_program, true},
                   {"neighbours", test_neighbours, true},
                   {"faults", test_faults, false},
                   {"slow", test_slow, false},

@@ -58,6 +58,7 @@ void test_export(void);
 void test_run(void);
 void test_neighbours(void);
 void test_zeroshot(void);
+void test_chat_program(void);
 void test_zeroshot_slow(void);
 void test_faults(void);
 void test_slow(void);

@@ -153,7 +153,7 @@ static void test_options(void) {
         {"-e data/eval.txt -b", "-b: one of -e, -z, -x and -b"},
         {"-q", "unknown option -q"},
         {"-", "unknown option -;"},
-        {"--help", "unknown option --help"},
+        {"--halp", "unknown option --halp"},
         {"-n5", "unknown option -n5"},
         {"data/small", "two models: data/tiny and data/small"},
     };
@@ -327,7 +327,8 @@ static void test_chat(void) {
     Ids ids = {.n = 0};
     add_special(&ids, &t, "<|begin_of_text|>");
     add_header(&ids, &t, "system");
-    add_text(&ids, &t, "\n\nBe kind.");
+    add_text(&ids, &t,
+             "\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nBe kind.");
     add_special(&ids, &t, "<|eot_id|>");
     const char *messages[] = {"\n\nWho are you?", "\n\nEnd with <|eot_id|>, please."};
     expected[0] = 0;
@@ -355,8 +356,8 @@ static void test_chat(void) {
     expect("./run data/tiny -m chat </dev/null 2>/dev/null", 0, "");
     check(!output[0], "no message, but an answer: %s", output);
     expect("./run data/tiny -m chat </dev/null", 0, "prompt 0 tokens");
-    expect("printf 'Hello' | ./run data/tiny -m chat -t 0 -n 0 -l 32", 0,
-           "the context of 32 tokens is full");
+    expect("printf 'Hello' | ./run data/tiny -m chat -t 0 -n 0 -l 80", 0,
+           "the context of 80 tokens is full");
     expect("printf 'Hello' | ./run data/tiny -m chat -l 8", 1, "the context is only 8");
 }
 

@@ -1,0 +1,142 @@
+/* The ids that a chat feeds, against those of the template in LLaMA 3.1's tokenizer_config.json
+ * (rendered with jinja2, encoded with tokenizers); and Ctrl-C. run.c's main is another's here. */
+int run_main(int argc, char **argv);
+#define main run_main
+#include "../run.c"
+#undef main
+
+#include <sys/wait.h>
+
+#include "test.h"
+
+/* One line of test/data/chat.jsonl: messages, and their ids by this tokenizer. */
+static void check_ids(Tokenizer *tokenizer, const Json *json, const char *key) {
+    Session s = {.path = key, .tokenizer = tokenizer};
+    char *system = NULL;
+    size_t bytes;
+    int messages = json_get(json, 0, "messages"), n = 0;
+    bool begun = false;
+    for (int i = json_first(json, messages); i >= 0; i = json_next(json, messages, i)) {
+        int role = json_get(json, i, "role");
+        char *text = json_string(json, json_get(json, i, "content"), &bytes);
+        if (json_is(json, role, "system")) {
+            system = text;
+            continue;
+        }
+        if (!begun) push_chat_start(&s, system);
+        begun = true;
+        if (json_is(json, role, "user")) {
+            const char *message = trim(text, &bytes);
+            push_turn(&s, message, bytes);
+        } else { // an answer, as the model gives it
+            int eot = special_token(&s, "<|eot_id|>");
+            push_text(&s.queue, tokenizer, text, bytes, false);
+            push(&s.queue, &eot, 1);
+        }
+        free(text);
+    }
+    int list = json_get(json, 0, key);
+    for (int i = json_first(json, list); i >= 0; i = json_next(json, list, i), n++) {
+        double id = -1;
+        json_number(json, i, &id);
+        check(n < s.queue.n && s.queue.ids[n] == id, "%s: id %d is not %.0f", key, n, id);
+    }
+    check(n > 20 && n == s.queue.n, "%s: %d ids, expected %d", key, s.queue.n, n);
+    free(s.queue.ids);
+    free(system);
+}
+
+static void test_template(const char *key, const char *path) {
+    char name[100];
+    snprintf(name, sizeof name, "chat: the ids of LLaMA 3.1's template, tokenizer %s", key);
+    test_begin(name);
+    size_t bytes;
+    char *file = exists(path) ? read_file(path, &bytes) : NULL;
+    if (!file) {
+        test_skip("../shared/llama3.1 is not there");
+        return;
+    }
+    Tokenizer *tokenizer = tokenizer_load(path, file, bytes);
+    free(file);
+    file = read_file("test/data/chat.jsonl", &bytes);
+    char *more = NULL;
+    int lines = 0;
+    for (char *line = strtok_r(file, "\n", &more); line; line = strtok_r(NULL, "\n", &more)) {
+        Json *json = json_parse("test/data/chat.jsonl", line, strlen(line));
+        check_ids(tokenizer, json, key);
+        json_free(json);
+        lines++;
+    }
+    check(lines == 3, "%d cases", lines);
+    free(file);
+    tokenizer_free(tokenizer);
+}
+
+/* ./run -m chat with pipes at its stdin and stdout. */
+static pid_t start_chat(int *to, int *from) {
+    int in[2], out[2];
+    if (pipe(in) || pipe(out)) die("pipe");
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(in[0], STDIN_FILENO);
+        dup2(out[1], STDOUT_FILENO);
+        if (!freopen("/dev/null", "w", stderr)) _exit(3);
+        int all[] = {in[0], in[1], out[0], out[1]};
+        for (int i = 0; i < 4; i++) close(all[i]);
+        execl("./run", "run", "data/tiny", "-m", "chat", "-d", "cpu", "-s", "1", "-n", "100000",
+              (char *)NULL);
+        _exit(3);
+    }
+    close(in[0]);
+    close(out[1]);
+    *to = in[1];
+    *from = out[0];
+    return child;
+}
+
+/* Ctrl-C in the midst of an answer; reads it to its end. */
+static void interrupt_answer(pid_t child, int to, int from, const char *message) {
+    char c = 0;
+    check(write(to, message, strlen(message)) > 0 && read(from, &c, 1) == 1, "no answer");
+    kill(child, SIGINT);
+    // The answer's own newlines cannot be told from its end; what follows comes after either.
+}
+
+static void test_interrupt(void) {
+    test_begin("chat: Ctrl-C ends the answer, and the chat goes on");
+    int to, from, status = 0;
+    pid_t child = start_chat(&to, &from);
+    interrupt_answer(child, to, from, "Tell me a story\n");
+    close(to); // no more messages: the chat ends by itself, and with status 0
+    char buffer[4096];
+    while (read(from, buffer, sizeof buffer) > 0) continue;
+    waitpid(child, &status, 0);
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "wait status %x", status);
+    close(from);
+}
+
+void test_chat_program(void) {
+    test_template("tiny", "data/tiny/tokenizer.json");
+    test_template("llama3.1", "../shared/llama3.1/tokenizer.json");
+    test_interrupt();
+
+    test_begin("chat: a backslash goes on, what does not fit is not sent, help and version");
+    char whole[200];
+    shell("./run data/tiny -m chat -d cpu -t 0 -n 9 -i \"$(printf 'Who are\\n you?')\" </dev/null "
+          "2>/dev/null");
+    snprintf(whole, sizeof whole, "%.199s", output);
+    shell("printf 'Who are\\\\\\n you?\\n' | ./run data/tiny -m chat -d cpu -t 0 -n 9 2>/dev/null");
+    check(strlen(whole) > 5 && !strcmp(output, whole), "%s%s", output, whole);
+    int status = shell("printf 'Hello there, how do you do?\\nHi\\n' | ./run data/tiny -m chat -d "
+                       "cpu -t 0 -n 2 -l 62");
+    check(status == 0 && strstr(output, "not sent: it makes the chat") &&
+              strstr(output, "generation 2 tokens"),
+          "status %d: %s", status, output);
+    const char *programs[] = {"$RUN", "$QUANTIZE"};
+    for (int i = 0; i < 2; i++) {
+        check(shell("%s --help", programs[i]) == 0 && !strncmp(output, "usage: ", 7), "%s", output);
+        check(shell("%s --version", programs[i]) == 0 && strstr(output, " 1.0\n"), "%s", output);
+        check(shell("%s -h >/dev/full", programs[i]) == 1 && strstr(output, "No space"), "%s",
+              output);
+    }
+}
