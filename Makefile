@@ -12,7 +12,7 @@ BIN ?= .
 # -ffp-contract=fast: fused multiply-adds, which gcc leaves out under -std=c11 unless asked.
 FLAGS = -std=c11 -ffp-contract=fast -fopenmp -Wall -Wextra -Wmissing-prototypes $(WERROR) $(CPPFLAGS) $(CFLAGS)
 LIBS = $(LDFLAGS) -lutf8proc -lm
-OBJECTS = $(BUILD)/qqq.o $(BUILD)/tokenizer.o
+OBJECTS = $(BUILD)/qqq.o $(BUILD)/files.o $(BUILD)/tokenizer.o
 TESTS = $(patsubst %.c,$(BUILD)/%.o,$(sort $(wildcard test/test*.c)))
 SOURCES = $(wildcard *.h *.c *.cu test/*.h test/*.c test/*.cu)
 
@@ -40,7 +40,7 @@ help:
 	@echo 'make fuzz       libFuzzer on files, texts and command lines, FUZZ_SECONDS (10) each'
 	@echo 'make clean      remove what was built'
 
-$(BUILD)/%.o: %.c qqq.h test/test.h Makefile
+$(BUILD)/%.o: %.c qqq.h files.h test/test.h Makefile
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -c $< -o $@
 
@@ -122,7 +122,7 @@ test-tsan:
 	OMP_NUM_THREADS=4 OMP_TOOL_LIBRARIES=libarcher.so \
 		TSAN_OPTIONS='ignore_noninstrumented_modules=1 exitcode=9' test/toy.sh $(BUILD)/tsan
 
-$(BUILD)/%.cu.o: %.cu qqq.h Makefile
+$(BUILD)/%.cu.o: %.cu qqq.h files.h Makefile
 	@mkdir -p $(@D)
 	$(if $(NVCC),,$(error nvcc was not found; NVCC=... names it))
 	$(NVCC) $(NVCCFLAGS) $(ARCH) $(CPPFLAGS) -Xcompiler -Wall,-Wextra -c $< -o $@
@@ -148,7 +148,7 @@ ladder: $(BUILD)/ladder
 # -fanalyzer: Off is what it sees wrongly: that die() leaks, and that loops over rows may be empty.
 # cppcheck: NULL is a pointer here; a realloc that fails ends the program; exp() sums are above 0;
 # and it misreads arrays of function pointers.
-C_FILES = qqq.c tokenizer.c run.c quantize.c
+C_FILES = qqq.c files.c tokenizer.c run.c quantize.c
 lint:
 	clang-format --dry-run -Werror $(SOURCES)
 	for cc in gcc clang; do $(MAKE) -B CC=$$cc WERROR=-Werror BUILD=$(BUILD)/lint-$$cc \
@@ -160,7 +160,7 @@ lint:
 	cppcheck --quiet --std=c11 --enable=warning,performance,portability --error-exitcode=1 \
 		--suppress=missingIncludeSystem --suppress=varFuncNullUB --suppress=memleakOnRealloc \
 		--suppress=invalidFunctionArg --suppress=CastIntegerToAddressAtReturn \
-		--suppress=legacyUninitvar:qqq.c $(C_FILES) $(wildcard test/*.c)
+		--suppress=legacyUninitvar:files.c $(C_FILES) $(wildcard test/*.c)
 
 format:
 	clang-format -i $(SOURCES)
@@ -203,10 +203,10 @@ fuzz-%: $(FUZZ)/%
 		-max_total_time=$(FUZZ_SECONDS) -max_len=16384 -timeout=10 -rss_limit_mb=2048 \
 		-close_fd_mask=3 -detect_leaks=0 -print_final_stats=1 -artifact_prefix=$(FUZZ)/
 
-$(FUZZ)/%: test/fuzz.c qqq.c tokenizer.c run.c quantize.c qqq.h Makefile
+$(FUZZ)/%: test/fuzz.c qqq.c files.c tokenizer.c run.c quantize.c qqq.h files.h Makefile
 	@mkdir -p $(@D)
 	clang $(FUZZ_FLAGS) -DPROGRAM='"../$(if $(filter quantize,$*),quantize,run).c"' \
-		-DTARGET=$(if $(filter run quantize,$*),options,$*) test/fuzz.c qqq.c tokenizer.c -o $@ \
+		-DTARGET=$(if $(filter run quantize,$*),options,$*) test/fuzz.c qqq.c files.c tokenizer.c -o $@ \
 		$(WRAPPED:%=-Wl,--wrap=%) $(LIBS) -lgomp
 
 clean:

@@ -15,7 +15,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "qqq.h"
+#include "files.h"
 
 /* ---- 1: options ---------------------------------------------------------------------------- */
 

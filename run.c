@@ -18,7 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "qqq.h"
+#include "files.h"
 
 /* ---- 1: options ---------------------------------------------------------------------------- */
 

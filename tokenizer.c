@@ -15,7 +15,7 @@
 #include <sys/random.h>
 #include <utf8proc.h>
 
-#include "qqq.h"
+#include "files.h"
 
 /* ---- 1 the tables --------------------------------------------------------------------------- */
 

@@ -16,7 +16,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#include "../qqq.h"
+#include "../files.h"
 
 /* ---- options ------------------------------------------------------------------------------- */
 

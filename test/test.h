@@ -3,7 +3,7 @@
 #ifndef TEST_H
 #define TEST_H
 
-#include "../qqq.h"
+#include "../files.h"
 
 /* Starts a test; the one before it ends here. */
 void test_begin(const char *name);
