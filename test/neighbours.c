@@ -83,8 +83,7 @@ static void round_symmetric(float *x, int n, int bits) {
 /* ---- 1: RTN and SmoothQuant ------------------------------------------------------------------ */
 
 /* Both attention products with rounded operands, each along the axis that is summed over: rows of q
- * and k, of the probabilities, and each channel of v over the whole window (which so looks ahead).
- */
+ * and k, of the probabilities, and channels of v over the whole window (which so looks ahead). */
 static void rounded_attention(Variant *v, State *s, int l, int T) {
     const Config *c = &v->m.config;
     int d = c->head_dim, kv_dim = c->n_kv_heads * d, bits = v->x_bits;
@@ -931,8 +930,7 @@ static void qqq(Bench *b, const Row *row, Variant *v) {
     v->bits = group > 0 ? per_row + mean_bits(&v->m.config, 0, 0, 8, group) : per_row;
 }
 
-/* ---- 10: the table ----------------------------------------------------------------------------
- */
+/* ---- 10: the table --------------------------------------------------------------------------- */
 
 // clang-format off
 static const Row rows[] = {
@@ -1019,14 +1017,15 @@ static FILE *analysis_file(const char *prefix, const char *name, const char *col
 }
 
 static void run_row(Bench *b, const Row *row) {
-    double start = seconds();
+    double start = seconds(), cpu_start = cpu_seconds();
     Variant v = variant_new(b->m, b->perturb);
     if (row->apply) row->apply(b, row, &v);
     double loss = 0;
     for (int w = 0; w < b->windows; w++)
         loss += variant_loss(&v, b->s, b->eval + (size_t)w * LENGTH, LENGTH) / b->windows;
     double ppl = exp(loss), bits = v.tables ? kvquant_bits(&v) : v.bits;
-    printf("%s,%s,%.3f,%.4f,%.1f\n", row->method, row->setting, bits, ppl, seconds() - start);
+    printf("%s,%s,%.3f,%.4f,%.1f,%.1f\n", row->method, row->setting, bits, ppl, seconds() - start,
+           cpu_seconds() - cpu_start);
     fflush(stdout);
     if (b->linears) {
         char name[160];
@@ -1081,7 +1080,7 @@ int main(int argc, char **argv) {
         b.channels = analysis_file(prefix, "channels",
                                    "channel,x_max_before,x_max_after,w_max_before,w_max_after");
     }
-    printf("method,setting,bits,ppl,seconds\n");
+    printf("method,setting,bits,ppl,seconds,cpu_seconds\n");
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         char name[160];
         snprintf(name, sizeof name, "%s %s", rows[i].method, rows[i].setting);

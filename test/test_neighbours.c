@@ -67,6 +67,7 @@ static void test_rounding(void) {
     } cases[] = {{"asym.w4.g-1", "W", round_asymmetric, N, K, 4},
                  {"asym.w4.g128", "W", round_asymmetric, 2 * N, K / 2, 4},
                  {"asym.w3.g128", "W", round_asymmetric, 2 * N, K / 2, 3},
+                 {"asym.w8.g-1", "W", round_asymmetric, N, K, 8},
                  {"asym.token8", "x", round_asymmetric, 8, K, 8},
                  {"ds.w4.groups64", "W", round_zeroquant, 64, N * K / 64, 4},
                  {"ds.token8", "x", round_zeroquant, 8, K, 8}};
@@ -200,19 +201,22 @@ static void test_kivi(void) {
                       .rope_theta = 1e4};
     enum { T = 290 };
     State *s = state_new(&c, T, T);
-    for (int stream = 0; stream < 2; stream++) {
+    for (int i = 0; i < 4; i++) {
+        const Row row = {.w = i < 2 ? 2 : 4, .group = 32, .stream = i % 2};
         const float *q = golden_values("kv.q", NULL); // [head][T][32]
         for (int t = 0; t < T; t++)
             for (int h = 0; h < 2; h++)
                 copy_floats(s->q + (t * 2 + h) * 32, q + (h * T + t) * 32, 32);
         copy_floats(s->keys, golden_values("kv.k", NULL), T * 32);
         copy_floats(s->values, golden_values("kv.v", NULL), T * 32);
-        kivi_cache(&c, s, &(Row){.w = 2, .group = 32, .stream = stream}, T);
+        kivi_cache(&c, s, &row, T);
         float *by_head = new_floats(2 * T * 32);
         for (int t = 0; t < T; t++)
             for (int h = 0; h < 2; h++)
                 copy_floats(by_head + (h * T + t) * 32, s->att + (t * 2 + h) * 32, 32);
-        expect_golden(stream ? "kivi.2.stream" : "kivi.2.prefill", by_head, 1e-4f);
+        char name[32];
+        snprintf(name, sizeof name, "kivi.%d.%s", row.w, row.stream ? "stream" : "prefill");
+        expect_golden(name, by_head, 1e-4f);
         free(by_head);
     }
     state_free(s);
@@ -225,8 +229,8 @@ static void test_kvquant(void) {
         {(float *)golden_values("kvq.v", NULL), (float *)golden_values("kvq.fisher", NULL)}};
     KvTables tables = {.limits = allocate(D, sizeof *tables.limits)};
     char name[32];
+    test_begin("neighbours: KVQuant's thresholds, tables and cache as the original's");
     for (int bits = 2; bits <= 4; bits++) {
-        test_begin("neighbours: KVQuant's thresholds and tables as the original's");
         const Row row = {.w = bits};
         for (int i = 0; i < 2; i++) {
             fit_table(&samples[i], D, WINDOW, 2, &row, i ? NULL : tables.limits, tables.lut[i]);
@@ -237,12 +241,12 @@ static void test_kvquant(void) {
         for (int i = 0; i < D; i++) low[i] = tables.limits[i].low, high[i] = tables.limits[i].high;
         expect_golden("kvq.k_lo", low, 1e-6f);
         expect_golden("kvq.k_hi", high, 1e-6f);
-        if (bits != 3) continue;
-        test_begin("neighbours: KVQuant's cache as the original's");
         float *keys = golden_copy("kvq.k"), *values = golden_copy("kvq.v");
         kvquant_cache(&tables, D, &row, keys, values, WINDOW);
-        expect_golden("kvq.3.k", keys, 1e-5f);
-        expect_golden("kvq.3.v", values, 1e-5f);
+        snprintf(name, sizeof name, "kvq.%d.k", bits);
+        expect_golden(name, keys, 1e-5f);
+        snprintf(name, sizeof name, "kvq.%d.v", bits);
+        expect_golden(name, values, 1e-5f);
         free(keys), free(values);
     }
     free(tables.limits);
@@ -404,18 +408,34 @@ static void test_forward_pass(void) {
           (f[1] - f[0]) / (2 * h), slope);
 
     test_begin("neighbours: one thread or three, the same bits");
-    float *w[2];
-    double losses[2];
+    float *w[2][2], *inputs[2];
+    double losses[2], *gradients[2];
+    const Layer *layer = &v.m.layers[1];
+    Trace trace = trace_new(&one, T);
     for (int i = 0; i < 2; i++) {
         omp_set_num_threads(i ? 3 : 1);
-        w[i] = by_hessian(spqr, (Row){.w = 3, .group = 16, .threshold = .25}, NULL);
+        w[0][i] = by_hessian(spqr, (Row){.w = 3, .group = 16, .threshold = .25}, NULL);
+        w[1][i] = by_hessian(gptq_asymmetric, (Row){.w = 3, .group = 128}, NULL);
         v.attention = kivi_attention, v.row = &(Row){.w = 2, .group = 32, .stream = true};
         losses[i] = variant_loss(&v, s, tokens, T);
+        inputs[i] = memcpy(new_floats(size), dx, size * sizeof *dx);
+        copy_floats(trace.x, x, size);
+        trace_layer(&one, layer, s, T, &trace);
+        gradients[i] = allocate((size_t)layer->q.N * layer->q.K, sizeof(double));
+        Gradient g = {.linears = {gradients[i]}};
+        layer_backward(&one, layer, s, &trace, T, inputs[i], &g);
     }
     omp_set_num_threads(omp_get_num_procs());
-    check(!memcmp(w[0], w[1], N * K * sizeof(float)), "SpQR's weights differ");
+    for (int i = 0; i < 2; i++)
+        check(!memcmp(w[i][0], w[i][1], N * K * sizeof(float)), "%s's weights differ",
+              i ? "GPTQ" : "SpQR");
     check(losses[0] == losses[1], "losses %.17g and %.17g", losses[0], losses[1]);
-    free(w[0]), free(w[1]), free(x), free(dx), free(out), free(direction), free(tokens);
+    check(!memcmp(inputs[0], inputs[1], size * sizeof(float)), "gradients of the input differ");
+    check(!memcmp(gradients[0], gradients[1], (size_t)layer->q.N * layer->q.K * sizeof(double)),
+          "gradients of q's weights differ");
+    for (int i = 0; i < 2; i++) free(w[0][i]), free(w[1][i]), free(inputs[i]), free(gradients[i]);
+    trace_free(&trace);
+    free(x), free(dx), free(out), free(direction), free(tokens);
     variant_free(&v);
     state_free(s);
     model_free(m);

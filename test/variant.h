@@ -23,6 +23,10 @@ struct Variant {
     double bits; // of a weight of the linears, or of an element of the KV cache
 };
 
+/* Of all threads, and of the programs that ended: what a row costs on a machine that does other
+ * things too. */
+double cpu_seconds(void);
+
 float *new_floats(size_t n);
 void copy_floats(float *to, const float *from, size_t n);
 
