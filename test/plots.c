@@ -66,16 +66,22 @@ typedef struct {
 
 typedef struct {
     const char *title, *subtitle, *x_label, *y_label;
-    const char *x; // the column; NULL: the number of the point
+    const char *x;     // the column; NULL: the number of the point
+    const char *order; // with x NULL: the column by which points are sorted, the largest first
     bool log2_x, log_y, marks;
     bool one; // a line at y = 1
     Series series[MAX_SERIES];
 } Chart;
 
 typedef struct {
-    double (*points)[2];
+    double (*points)[3]; // x, y, and what they are sorted by
     int n;
 } Line;
+
+static int by_order(const void *a, const void *b) {
+    double x = ((const double *)a)[2], y = ((const double *)b)[2];
+    return (x < y) - (x > y);
+}
 
 /* The points of a series. */
 static Line line_of(const Csv *csv, const Chart *chart, const Series *s) {
@@ -88,9 +94,14 @@ static Line line_of(const Csv *csv, const Chart *chart, const Series *s) {
         if (!wanted) continue;
         double y = atof(cell(csv, row, s->y));
         line.points[line.n][0] = chart->x ? atof(cell(csv, row, chart->x)) : line.n;
+        line.points[line.n][2] = chart->order ? atof(cell(csv, row, chart->order)) : -line.n;
         line.points[line.n++][1] = s->over ? atof(cell(csv, row, s->over)) / y : y;
     }
     if (!line.n) fail("no row of the CSV is of this line", s->label);
+    if (!chart->x) {
+        qsort(line.points, line.n, sizeof *line.points, by_order);
+        for (int i = 0; i < line.n; i++) line.points[i][0] = i;
+    }
     return line;
 }
 
@@ -218,7 +229,7 @@ static void draw(const char *path, const Csv *csv, const Chart *chart) {
         snprintf(style, sizeof style, "stroke=\"%s\" stroke-width=\"3\"", s->color);
         put_line(out, legend, 70, legend + 22, 70, style);
         put_text(out, legend + 28, 74, "start", "fill=\"#333\"", s->label);
-        legend += 60 + 7 * strlen(s->label);
+        legend += 52 + 6.3 * strlen(s->label);
         free(lines[k].points);
     }
     fprintf(out, "</svg>\n");
@@ -277,9 +288,11 @@ static const Chart error = {
 
 static const Chart activations = {
     .title = "Adaptive smoothing: the input of q, k and v",
-    .subtitle = "largest magnitude of each channel over 2048 tokens, first layer",
-    .x_label = "channel",
+    .subtitle =
+        "largest magnitude of each channel over 2047 tokens, all but the first; first layer",
+    .x_label = "channel, the largest first",
     .y_label = "max |x|",
+    .order = "x_max_before",
     .log_y = true,
     .series = {{"before",
                 ORANGE,
@@ -295,8 +308,9 @@ static const Chart activations = {
 static const Chart weights = {
     .title = "... and where it goes: the weights of q",
     .subtitle = "largest magnitude of each input channel, first layer",
-    .x_label = "channel",
+    .x_label = "channel, the largest first",
     .y_label = "max |w|",
+    .order = "w_max_before",
     .log_y = true,
     .series = {{"before",
                 ORANGE,

@@ -498,8 +498,9 @@ void analyze(Variant *original, Variant *v, State *s, const int *tokens, int T, 
         put_distance(linears, w->w, weights, n_w);
         for (int j = 0; j < w->K && (k == 0 || k == 4 || k == 6); j++)
             fprintf(channels, "%s,%d,%s,%d,%g,%g,%g,%g\n", name, l, linear_names[k], j,
-                    column_max(before[i], T, w->K, j), column_max(after[i], T, w->K, j),
-                    column_max(w->w, w->N, w->K, j), column_max(weights, w->N, w->K, j));
+                    column_max(before[i] + w->K, T - 1, w->K, j),
+                    column_max(after[i] + w->K, T - 1, w->K, j), column_max(w->w, w->N, w->K, j),
+                    column_max(weights, w->N, w->K, j));
         double kurtosis_x = kurtosis(before[i], n_x), kurtosis_w = kurtosis(w->w, n_w);
         linear(w, before[i], T, y);
         if (v->round_x) round_rows(v->round_x, after[i], T, w->K, v->x_bits);

@@ -126,7 +126,8 @@ void adamw(float *w, const double *gradient, float (*moments)[2], size_t n, doub
 
 /* Compares the variant with the original on a window of T tokens, as CSV: a line for each linear,
  * of its input x, its weights w and its output y; and one for each input channel of q, gate and
- * down. Smoothing and rotation change x and w by design: there only y tells the error. */
+ * down, without the first token, which smoothing leaves out too. Smoothing and rotation change x
+ * and w by design: there only y tells the error. */
 void analyze(Variant *original, Variant *v, State *s, const int *tokens, int T, const char *name,
              FILE *linears, FILE *channels);
 
