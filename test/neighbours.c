@@ -365,7 +365,8 @@ static long layer_by_layer(Bench *b, const Row *row, Variant *v, QuantizeByHessi
         for (int k = 0; k < N_LINEARS; k++)
             if (shared[k] == k)
                 H[k] = allocate((size_t)layer->linears[k].K * layer->linears[k].K, sizeof(double));
-        for (int pass = 0; pass < 2; pass++) { // of the layer as it was, of the quantized one
+        int passes = l + 1 < c->n_layers ? 2 : 1; // of the layer as it was, of the quantized one
+        for (int pass = 0; pass < passes; pass++) {
             for (int w = 0; w < WINDOWS; w++) {
                 memcpy(b->s->x, x + w * window, window * sizeof *x);
                 variant_layer(v, b->s, l, LENGTH, pass ? NULL : see_hessian, H);
@@ -939,13 +940,13 @@ static const Row rows[] = {
     {"rtn", "W6A6 asym linears+attention", rtn, .w = 6, .x = 6, .attention = true},
     {"rtn", "W4A16 asym channel", rtn, .w = 4},
     {"rtn", "W4A16 asym g128", rtn, .w = 4, .group = 128},
-    {"rtn", "W3A16 asym channel", rtn, .w = 3},
+    {"rtn", "W3A16 asym channel", rtn, .w = 3, .more = true},
     {"rtn", "W3A16 asym g128", rtn, .w = 3, .group = 128},
     {"smoothquant", "W8A8 alpha 0.55 asym linears+attention", smoothquant, .w = 8, .x = 8, .attention = true, .alpha = .55},
     {"smoothquant", "W8A8 alpha 0.55 asym linears", smoothquant, .w = 8, .x = 8, .alpha = .55, .more = true},
     {"smoothquant", "W6A6 alpha 0.55 asym linears+attention", smoothquant, .w = 6, .x = 6, .attention = true, .alpha = .55},
     {"smoothquant", "W8A8 alpha 0.5 sym linears (quality.csv)", smoothquant, .w = 8, .x = 8, .alpha = .5, .more = true},
-    {"zeroquant", "W8A8 groups=dim", zeroquant, .w = 8, .x = 8},
+    {"zeroquant", "W8A8 groups=dim", zeroquant, .w = 8, .x = 8, .more = true},
     {"zeroquant", "W4/8A16 groups=dim", zeroquant, .w = 8, .ffn_w = 4},
     {"zeroquant", "W4/8A8 groups=dim", zeroquant, .w = 8, .ffn_w = 4, .x = 8},
     {"zeroquant", "W4A4 groups=dim", zeroquant, .w = 4, .x = 4},
@@ -959,25 +960,25 @@ static const Row rows[] = {
     {"kivi", "KV2 g128 R128 prefill", kivi, .w = 2, .group = 128, .more = true},
     {"kivi", "KV2 g128 R128 stream", kivi, .w = 2, .group = 128, .stream = true, .more = true},
     {"kvquant", "nuq4-1% sink1", kvquant, .w = 4},
-    {"kvquant", "nuq3-1% sink1", kvquant, .w = 3},
+    {"kvquant", "nuq3-1% sink1", kvquant, .w = 3, .more = true},
     {"kvquant", "nuq2-1% sink1", kvquant, .w = 2},
     {"kvquant", "nuq2-1% sink1 no Fisher", kvquant, .w = 2, .no_fisher = true, .more = true},
     {"kvquant", "nuq2-0% sink1", kvquant, .w = 2, .no_outliers = true, .more = true},
     {"kvquant", "int2-1% sink1 (uniform)", kvquant, .w = 2, .uniform = true, .more = true},
-    {"lut-gemm", "BCQ4 channel alternating 30", lut_gemm, .w = 4, .rounds = 30},
+    {"lut-gemm", "BCQ4 channel alternating 30", lut_gemm, .w = 4, .rounds = 30, .more = true},
     {"lut-gemm", "BCQ4 g128 alternating 30", lut_gemm, .w = 4, .group = 128, .rounds = 30},
     {"lut-gemm", "BCQ4 g128 greedy", lut_gemm, .w = 4, .group = 128, .more = true},
     {"lut-gemm", "BCQ4 g128 refined greedy", lut_gemm, .w = 4, .group = 128, .rounds = 1, .more = true},
     {"lut-gemm", "BCQ4 g128 alternating 30 +offset (extension)", lut_gemm, .w = 4, .group = 128, .rounds = 30, .offset = true, .more = true},
-    {"lut-gemm", "BCQ3 channel alternating 30", lut_gemm, .w = 3, .rounds = 30},
+    {"lut-gemm", "BCQ3 channel alternating 30", lut_gemm, .w = 3, .rounds = 30, .more = true},
     {"lut-gemm", "BCQ3 g128 alternating 30", lut_gemm, .w = 3, .group = 128, .rounds = 30},
     {"lut-gemm", "BCQ3 g128 greedy", lut_gemm, .w = 3, .group = 128, .more = true},
     {"lut-gemm", "BCQ3 g128 refined greedy", lut_gemm, .w = 3, .group = 128, .rounds = 1, .more = true},
     {"lut-gemm", "BCQ3 g128 alternating 30 +offset (extension)", lut_gemm, .w = 3, .group = 128, .rounds = 30, .offset = true, .more = true},
-    {"gptq", "W4A16 channel act-order", gptq_row, .w = 4},
+    {"gptq", "W4A16 channel act-order", gptq_row, .w = 4, .more = true},
     {"gptq", "W4A16 g128 act-order", gptq_row, .w = 4, .group = 128},
     {"gptq", "W4A16 g128 act-order static", gptq_row, .w = 4, .group = 128, .fixed_groups = true, .more = true},
-    {"gptq", "W3A16 channel act-order", gptq_row, .w = 3},
+    {"gptq", "W3A16 channel act-order", gptq_row, .w = 3, .more = true},
     {"gptq", "W3A16 g128 act-order", gptq_row, .w = 3, .group = 128},
     {"gptq", "W3A16 channel no act-order", gptq_row, .w = 3, .no_order = true, .more = true},
     {"spqr", "w3 g16 qq3/16 threshold 0.25", spqr_row, .w = 3, .group = 16, .threshold = .25},
