@@ -16,91 +16,6 @@
 #include <stdlib.h>
 #include <type_traits>
 
-static void cuda_check(cudaError_t status, const char *what) {
-    if (status != cudaSuccess) die("%s: %s", what, cudaGetErrorString(status));
-}
-
-static void cublas_check(cublasStatus_t status) {
-    if (status != CUBLAS_STATUS_SUCCESS) die("cuBLAS: %s", cublasGetStatusString(status));
-}
-
-static void *device_alloc(size_t bytes) {
-    void *p;
-    if (cudaMalloc(&p, bytes) != cudaSuccess) die("no GPU memory for %.3f GB", bytes / 1e9);
-    return p;
-}
-
-/* An attribute of the GPU in use, which is taken to stay the same. */
-static int device_attribute(cudaDeviceAttr attribute) {
-    int device, value;
-    cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-    cuda_check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-    return value;
-}
-
-static int multiprocessors() {
-    static const int count = device_attribute(cudaDevAttrMultiProcessorCount);
-    return count;
-}
-
-__global__ void empty_kernel() {}
-
-/* What the kernels may use depends on the code that was compiled. A GPU that is newer than all of
- * it runs that of sm_80. */
-static int code_version() {
-    static const int version = [] {
-        cudaFuncAttributes attributes;
-        cuda_check(cudaFuncGetAttributes(&attributes, empty_kernel), "cudaFuncGetAttributes");
-        return attributes.ptxVersion;
-    }();
-    return version;
-}
-
-/* What came with Hopper and stayed; wgmma did not. */
-static bool hopper_code() {
-    return code_version() >= 90;
-}
-
-static bool wgmma_code() {
-    return code_version() == 90;
-}
-
-constexpr int MAX_CLUSTER = 8; // blocks: as many as every Hopper GPU allows
-
-struct LaunchShape {
-    dim3 grid;
-    int threads;
-    size_t shared = 0; // bytes of dynamic shared memory
-    int cluster = 1;   // blocks, along y, that see each other's shared memory (Hopper)
-};
-
-/* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel
- * launched so must wait_for_previous_kernel(), whatever it does: the one after it relies on that.
- */
-template <typename... Parameters, typename... Arguments>
-static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
-                   Arguments... arguments) {
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {1, (unsigned)shape.cluster, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = shape.grid;
-    config.blockDim = dim3(shape.threads);
-    config.dynamicSmemBytes = shape.shared;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = !hopper_code() ? 0 : shape.cluster > 1 ? 2 : 1;
-    cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
-}
-
-/* Lets a kernel have so much dynamic shared memory. */
-template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-               "shared memory");
-}
-
 /* ================================================================================================
  * 1. The forward pass
  *
@@ -145,10 +60,6 @@ struct GpuModel {
  * token. 0: none yet. All ones: a logit was not finite. */
 typedef unsigned long long Choice;
 
-static __host__ __device__ int chosen_token(Choice choice) {
-    return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
-}
-
 /* Keys and values of one layer: rows of head_dim numbers of 16, 8 or 4 bits, one a token and KV
  * head. 8 and 4 bits have scales for each row, themselves halves:
  *
@@ -180,7 +91,7 @@ struct GpuState {
     int n_sequences, context, max_T;
     cudaStream_t stream;
     cublasHandle_t cublas;
-    cudaGraphExec_t step; // a decode step, captured at the first
+    cudaGraphExec_t step; // decode_step(), captured at the first
     uint8_t *memory;      // [bytes] of all that follows
     size_t bytes;
     int *tokens;        // [max_T] of a prompt
@@ -203,7 +114,7 @@ struct GpuState {
     int *arrived;       // [n_sequences * rows of blocks]
     int splits;
     int *gemm_workspace;
-    void *cublas_workspace;
+    uint8_t *cublas_workspace;
     float *host_logits; // [n_sequences][vocab_size] pinned
     int *host_chosen;   // [n_sequences]
     int *ends;          // [n_sequences] how many tokens have been fed
@@ -258,108 +169,130 @@ static void layers(GpuState *s, const Rows &rows) {
 
 /* ---- a prompt, a step ------------------------------------------------------------------------ */
 
-static void check_tokens(const GpuState *s, const int *tokens, int T, int pos) {
-    if (T < 1 || pos < 0 || pos > s->context - T) {
-        die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
-    }
-    for (int t = 0; t < T; t++) {
-        if (tokens[t] < 0 || tokens[t] >= s->model->config.vocab_size) {
-            die("token %d is outside the vocabulary of %d", tokens[t], s->model->config.vocab_size);
-        }
-    }
-}
-
-static void upload(GpuState *s, void *to, const void *from, size_t bytes) {
-    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, s->stream), "upload");
-}
-
-/* Of `left` tokens at position pos, how many go through the layers together. A cache in 4 bits is
- * overwritten, where it is recent, at a multiple of RECENT: a chunk starts there, or ends. */
-static int chunk_tokens(const GpuState *s, int pos, int left) {
-    const int into = pos % RECENT, most = min(left, s->max_T);
-    return into && s->cache.bits == 4 ? min(most, RECENT - into) : most;
-}
-
-/* A sequence goes on at `pos` with T tokens. To an earlier position a cache in 4 bits can go back
- * only while what is recent there has not been overwritten. */
-static void go_on(GpuState *s, int sequence, int pos, int T) {
-    int *end = &s->ends[sequence];
-    if (s->cache.bits == 4 && pos % RECENT && pos / RECENT < (*end - 1) / RECENT)
-        die("-k 4: from position %d the KV cache cannot go back to %d, only to a multiple of %d",
-            *end, pos, RECENT);
-    *end = pos + T;
-}
-
-/* Up to max_T tokens through all layers. */
-static void forward_chunk(GpuState *s, int sequence, const int *tokens, int T, int pos) {
-    upload(s, s->tokens, tokens, T * sizeof *tokens);
+/* T <= max_T tokens of one sequence, which are in s->tokens, at positions pos .. pos + T - 1. */
+static void prompt(GpuState *s, int sequence, int T, int pos) {
     embed(s, T);
     layers(s, {T, sequence, pos});
 }
 
-/* Runs T tokens of one sequence, at positions pos .. pos + T - 1, in chunks. */
-static void gpu_prefill(GpuState *s, int sequence, const int *tokens, int T, int pos) {
-    check_tokens(s, tokens, T, pos);
-    go_on(s, sequence, pos, T);
-    int done = 0, n = 0;
-    for (; done < T; done += n) {
-        n = chunk_tokens(s, pos + done, T - done);
-        forward_chunk(s, sequence, tokens + done, n, pos + done);
-    }
-    lm_head(s, n - 1, 1);
-    const int last = pos + T - 1;
-    const Choice none = 0;
-    upload(s, s->positions + sequence, &last, sizeof last);
-    upload(s, s->chosen + sequence, &none, sizeof none);
-    choose(s, sequence, 1);
+/* One token more for each sequence: that in s->chosen, at its position in s->positions. */
+static void decode_step(GpuState *s) {
+    embed_chosen(s);
+    layers(s, {s->n_sequences, -1, 0});
+    lm_head(s, 0, s->n_sequences);
+    choose(s, 0, s->n_sequences);
 }
 
-/* One token more for each sequence: tokens [n_sequences] at positions [n_sequences]; or, if NULL,
- * the likeliest token after the call before, at the position after its. One graph launch; it
- * returns before the GPU has finished. */
-static void gpu_decode(GpuState *s, const int *tokens, const int *positions) {
-    for (int i = 0; i < s->n_sequences; i++) {
-        if (!tokens) {
-            s->ends[i]++;
-            continue;
-        }
-        check_tokens(s, tokens + i, 1, positions[i]);
-        go_on(s, i, positions[i], 1);
-        const Choice given = (uint32_t)~tokens[i];
-        upload(s, s->chosen + i, &given, sizeof given);
-        upload(s, s->positions + i, positions + i, sizeof *positions);
-    }
-    if (!s->step) {
-        cudaGraph_t graph;
-        cuda_check(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal), "capture");
-        embed_chosen(s);
-        layers(s, {s->n_sequences, -1, 0});
-        lm_head(s, 0, s->n_sequences);
-        choose(s, 0, s->n_sequences);
-        cuda_check(cudaStreamEndCapture(s->stream, &graph), "capture");
-        cuda_check(cudaGraphInstantiate(&s->step, graph, 0), "cudaGraphInstantiate");
-        cuda_check(cudaGraphDestroy(graph), "cudaGraphDestroy");
-    }
-    cuda_check(cudaGraphLaunch(s->step, s->stream), "cudaGraphLaunch");
-    s->rows = s->n_sequences;
+/* ---- checks and launches --------------------------------------------------------------------- */
+
+static void cuda_check(cudaError_t status, const char *what) {
+    if (status != cudaSuccess) die("%s: %s", what, cudaGetErrorString(status));
 }
 
-static const float *gpu_logits(GpuState *s) {
-    size_t bytes = (size_t)s->rows * s->model->config.vocab_size * sizeof(float);
-    cuda_check(cudaMemcpyAsync(s->host_logits, s->logits, bytes, cudaMemcpyDeviceToHost, s->stream),
-               "download of logits");
-    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
-    return s->host_logits;
+static void cublas_check(cublasStatus_t status) {
+    if (status != CUBLAS_STATUS_SUCCESS) die("cuBLAS: %s", cublasGetStatusString(status));
 }
 
-static const int *gpu_chosen(GpuState *s) {
-    Choice *chosen = (Choice *)s->host_logits; // pinned, and not in use
-    cuda_check(cudaMemcpyAsync(chosen, s->chosen, s->n_sequences * sizeof *chosen,
-                               cudaMemcpyDeviceToHost, s->stream),
-               "download of tokens");
-    cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
-    for (int i = 0; i < s->n_sequences; i++) s->host_chosen[i] = chosen_token(chosen[i]);
-    return s->host_chosen;
+static void *device_alloc(size_t bytes) {
+    void *p;
+    if (cudaMalloc(&p, bytes) != cudaSuccess) die("no GPU memory for %.3f GB", bytes / 1e9);
+    return p;
+}
+
+/* Numbers [n] to the GPU and back, on the stream of a state or a quantizer. */
+template <typename S, typename T> static void to_gpu(S *s, T *to, const T *from, size_t n) {
+    cuda_check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyHostToDevice, s->stream),
+               "upload");
+}
+
+template <typename S, typename T> static void to_host(S *s, T *to, const T *from, size_t n) {
+    cuda_check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDeviceToHost, s->stream),
+               "download");
+    cuda_check(cudaStreamSynchronize(s->stream), "work on the GPU");
+}
+
+/* An attribute of the GPU in use, which is taken to stay the same. */
+static int device_attribute(cudaDeviceAttr attribute) {
+    int device, value;
+    cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+    cuda_check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+static int multiprocessors() {
+    static const int count = device_attribute(cudaDevAttrMultiProcessorCount);
+    return count;
+}
+
+__global__ void empty_kernel() {}
+
+/* What the kernels may use depends on the code that was compiled. A GPU that is newer than all of
+ * it runs that of sm_80. */
+static int code_version() {
+    static const int version = [] {
+        cudaFuncAttributes attributes;
+        cuda_check(cudaFuncGetAttributes(&attributes, empty_kernel), "cudaFuncGetAttributes");
+        return attributes.ptxVersion;
+    }();
+    return version;
+}
+
+/* What came with Hopper and stayed; wgmma did not. */
+static bool hopper_code() {
+    return code_version() >= 90;
+}
+
+static bool wgmma_code() {
+    return code_version() == 90;
+}
+
+struct LaunchShape {
+    dim3 grid;
+    int threads;
+    size_t shared = 0; // bytes of dynamic shared memory
+    int cluster = 1;   // blocks, along y, that see each other's shared memory (Hopper)
+};
+
+/* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel
+ * launched so must wait_for_previous_kernel(), whatever it does: the one after it relies on that.
+ */
+template <typename... Parameters, typename... Arguments>
+static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
+                   Arguments... arguments) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {1, (unsigned)shape.cluster, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = shape.grid;
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = !hopper_code() ? 0 : shape.cluster > 1 ? 2 : 1;
+    cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+}
+
+/* Lets a kernel have so much dynamic shared memory. */
+template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+               "shared memory");
+}
+
+/* The kernel that follows on the stream may start, as soon as all blocks of this one have said so
+ * and there is room; it then waits below. So its launch, and its first reads, cost nothing. */
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+
+/* Until the kernel ahead on the stream has finished and its writes can be seen. */
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
 }
 
 /* ================================================================================================
@@ -551,21 +484,6 @@ void gpu_linear_free(GpuLinear *l) {
 
 /* ---- instructions that C++ has no name for --------------------------------------------------- */
 
-/* The kernel that follows on the stream may start, as soon as all blocks of this one have said so
- * and there is room; it then waits below. So its launch, and its first reads, cost nothing. */
-__device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\n");
-#endif
-}
-
-/* Until the kernel ahead on the stream has finished and its writes can be seen. */
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-
 /* Reads 16 bytes that are needed once: they need not stay in the L1 cache. If not `valid`, `to`
  * stays as it is; a predicate, unlike a branch, leaves the compiler one straight run of code. */
 __device__ __forceinline__ void load_16(uint4 &to, const uint4 *from, bool valid) {
@@ -587,6 +505,10 @@ __device__ __forceinline__ void prefetch(const void *from, bool valid) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %1, 0;\n"
                  "@p prefetch.global.L2 [%0]; }\n" ::"l"(from),
                  "r"((int)valid));
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
 }
 
 /* Copies 16 bytes into shared memory in the background, or writes zeros. */
@@ -1031,7 +953,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     const int lane = threadIdx.x % 32;
     const int team = threadIdx.x / S::TEAM_THREADS;
     const int warp = threadIdx.x / 32 % S::TEAM_WARPS; // of the team
-    const uint32_t stages = (uint32_t)__cvta_generic_to_shared(shared) + team * 2 * S::STAGE;
+    const uint32_t stages = shared_address(shared) + team * 2 * S::STAGE;
     // A lane's row for ldmatrix: n8 tile lane / 16 of two, token lane % 8, 16-byte column lane / 8
     // % 2. A step's column is then a matter of one XOR.
     const uint32_t b_row = lane / 16 * 8 * 128 + activation_place<TOKENS>(lane % 8, lane / 8 % 2);
@@ -1211,10 +1133,6 @@ __device__ __forceinline__ void wgmma(int (&c)[16][4], const uint32_t (&a)[4], u
 
 /* A phase of an mbarrier is over when `count` threads have arrived and as many bytes as they have
  * announced. A thread waits for the end of the phase of a parity; that before the first has 1. */
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
 __device__ __forceinline__ void barrier_init(uint64_t *barrier, int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count)
                  : "memory");
@@ -1732,6 +1650,8 @@ __device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
     return make_uint2(bytes[0], bytes[1]);
 }
 
+constexpr int MAX_CLUSTER = 8; // blocks: as many as every Hopper GPU allows
+
 /* The part of a row that is this block's: all of it, or one of gridDim.y equal parts if a cluster
  * shares the row. */
 struct Slice {
@@ -1784,7 +1704,7 @@ __device__ static uint32_t cluster_max(uint32_t x) {
     __shared__ uint32_t maxima[MAX_CLUSTER];
     cluster_wait();
     if (threadIdx.x < gridDim.y) {
-        uint32_t mine = (uint32_t)__cvta_generic_to_shared(&maxima[blockIdx.y]);
+        uint32_t mine = shared_address(&maxima[blockIdx.y]);
         cluster_store(cluster_address(mine, threadIdx.x), x);
     }
     cluster_barrier();
@@ -2080,9 +2000,8 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
         for (int i = threadIdx.x; i < TOKENS * PIECES; i += THREADS) {
             int row = i / PIECES, at = k + i % PIECES * 8;
             bool there = row < T && at < K;
-            copy_async_16(
-                (uint32_t)__cvta_generic_to_shared(shared[stage] + row * ROW + i % PIECES * 16),
-                there ? x + (size_t)row * K + at : x, there, true);
+            copy_async_16(shared_address(shared[stage] + row * ROW + i % PIECES * 16),
+                          there ? x + (size_t)row * K + at : x, there, true);
         }
     };
 #pragma unroll
@@ -2178,8 +2097,11 @@ static void lm_head(GpuState *s, int first, int n) {
     s->rows = n;
 }
 
-/* ---- the choice of the likeliest token ---------------------------------------------------------
- */
+/* ---- the choice of the likeliest token ------------------------------------------------------- */
+
+static __host__ __device__ int chosen_token(Choice choice) {
+    return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
+}
 
 __device__ __forceinline__ Choice choice(float logit, int token) {
     if (!isfinite(logit)) return ~0ull;
@@ -2500,7 +2422,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                              const float4 *rope, GpuCache cache, int recent, half *out) {
     constexpr int STEPS = HEAD_DIM / 16, PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
     extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
-    const uint32_t tiles = (uint32_t)__cvta_generic_to_shared(shared);
+    const uint32_t tiles = shared_address(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tokens = prompt_tokens(group);                             // of this block
     const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens - pos % tokens; // the longest first
@@ -3337,17 +3259,6 @@ static void for_rows(GpuQuantizer *q, size_t rows, size_t shared, void (*kernel)
     allow_shared(kernel, shared);
     kernel<<<rows, THREADS, shared, q->stream>>>(arguments...);
     cuda_check(cudaGetLastError(), "quantization");
-}
-
-template <typename T> static void to_gpu(GpuQuantizer *q, T *to, const T *from, size_t n) {
-    cuda_check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyHostToDevice, q->stream),
-               "upload");
-}
-
-template <typename T> static void to_host(GpuQuantizer *q, T *to, const T *from, size_t n) {
-    cuda_check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDeviceToHost, q->stream),
-               "download");
-    cuda_check(cudaStreamSynchronize(q->stream), "quantization");
 }
 
 static void zero(GpuQuantizer *q, void *p, size_t bytes) {
@@ -4511,13 +4422,6 @@ static size_t gpu_free_memory(void) {
     return free;
 }
 
-static void require_memory(const char *what, size_t bytes) {
-    if (bytes > gpu_free_memory()) {
-        die("%s needs %.2f GB of GPU memory, only %.2f GB are free", what, bytes / 1e9,
-            gpu_free_memory() / 1e9);
-    }
-}
-
 bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
     static cudaDeviceProp properties;
     int count = 0;
@@ -4566,7 +4470,10 @@ static GpuModel *gpu_model_load(const Model *m) {
     const bool in_bytes = m->lm_head.dtype == I8;
     const size_t head = tied ? 0 : in_bytes ? table / 2 + c->vocab_size * sizeof(float) : table;
     g->bytes = c->n_layers * layer_bytes + table + head + c->dim * sizeof(float);
-    require_memory("the model", g->bytes);
+    if (g->bytes > gpu_free_memory()) {
+        die("the model needs %.2f GB of GPU memory, only %.2f GB are free", g->bytes / 1e9,
+            gpu_free_memory() / 1e9);
+    }
 
     g->embedding = (half *)device_alloc(table);
     upload_halves(&m->embedding, "model.embed_tokens", g->embedding);
@@ -4611,12 +4518,6 @@ static void gpu_model_free(GpuModel *g) {
     cuda_check(cudaFree(g->norm), "cudaFree");
     free(g->layers);
     free(g);
-}
-
-/* Bytes that a decode step reads of them. */
-static size_t gpu_step_bytes(const GpuModel *g) {
-    size_t table = (size_t)g->config.vocab_size * g->config.dim * sizeof(half);
-    return g->lm_head.w == g->embedding ? g->bytes : g->bytes - table;
 }
 
 /* Bytes a second that a large copy within GPU memory reads and writes. */
@@ -4697,9 +4598,7 @@ static size_t place_buffers(GpuState *s) {
     take(s->scores, LOGIT_ROWS);
     take(s->partial, B * decode_rows(c) * s->splits * HEADS * (c->head_dim + 2));
     take(s->arrived, B * (decode_rows(c) + 1));
-    uint8_t *workspace;
-    take(workspace, CUBLAS_WORKSPACE);
-    s->cublas_workspace = workspace;
+    take(s->cublas_workspace, CUBLAS_WORKSPACE);
     return places.used;
 }
 
@@ -4737,9 +4636,6 @@ static void upload_rope(const Config *c, int context, float4 *to) {
 
 static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, int kv_bits) {
     const Config *c = &g->config;
-    char what[100];
-    snprintf(what, sizeof what, "%d sequences of %d tokens", n_sequences, context);
-    require_memory(what, gpu_state_bytes(g, n_sequences, context, kv_bits));
     GpuState *s = (GpuState *)allocate(1, sizeof *s);
     *s = plan_state(g, n_sequences, context, kv_bits);
     s->memory = (uint8_t *)device_alloc(s->bytes);
@@ -4760,6 +4656,7 @@ static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, 
 }
 
 static void gpu_state_free(GpuState *s) {
+    if (!s) return;
     cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
     if (s->step) cuda_check(cudaGraphExecDestroy(s->step), "cudaGraphExecDestroy");
     cublas_check(cublasDestroy(s->cublas));
@@ -4783,57 +4680,136 @@ static GpuState *state_of(Engine *e) {
     return static_cast<GpuEngine *>(e)->state;
 }
 
-static void free_state(GpuEngine *e) {
-    if (e->state) gpu_state_free(e->state);
-    e->state = NULL;
-}
-
 static bool engine_fits(Engine *engine, int n_sequences, int context) {
     GpuEngine *e = static_cast<GpuEngine *>(engine);
-    free_state(e);
+    gpu_state_free(e->state);
+    e->state = NULL;
     e->state_bytes = gpu_state_bytes(e->weights, n_sequences, context, e->kv_bits);
     return e->state_bytes <= gpu_free_memory();
 }
 
 static void engine_start(Engine *engine, int n_sequences, int context) {
     GpuEngine *e = static_cast<GpuEngine *>(engine);
-    free_state(e);
+    if (!engine_fits(e, n_sequences, context)) {
+        die("%d sequences of %d tokens need %.2f GB of GPU memory, only %.2f GB are free",
+            n_sequences, context, e->state_bytes / 1e9, gpu_free_memory() / 1e9);
+    }
     e->state = gpu_state_new(e->weights, n_sequences, context, e->kv_bits);
-    e->state_bytes = gpu_state_bytes(e->weights, n_sequences, context, e->kv_bits);
     e->n_sequences = n_sequences;
     e->context = context;
 }
 
+static void check_tokens(const GpuState *s, const int *tokens, int T, int pos) {
+    if (T < 1 || pos < 0 || pos > s->context - T) {
+        die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
+    }
+    for (int t = 0; t < T; t++) {
+        if (tokens[t] < 0 || tokens[t] >= s->model->config.vocab_size) {
+            die("token %d is outside the vocabulary of %d", tokens[t], s->model->config.vocab_size);
+        }
+    }
+}
+
+/* A sequence goes on at `pos` with T tokens. To an earlier position a cache in 4 bits can go back
+ * only while what is recent there has not been overwritten. */
+static void go_on(GpuState *s, int sequence, int pos, int T) {
+    int *end = &s->ends[sequence];
+    if (s->cache.bits == 4 && pos % RECENT && pos / RECENT < (*end - 1) / RECENT)
+        die("-k 4: from position %d the KV cache cannot go back to %d, only to a multiple of %d",
+            *end, pos, RECENT);
+    *end = pos + T;
+}
+
+/* Runs tokens [n] of one sequence through all layers, in chunks; calls then(first, T) after each. A
+ * cache in 4 bits is overwritten, where it is recent, at a multiple of RECENT: a chunk starts
+ * there, or ends. */
+template <typename F>
+static void feed_chunks(GpuState *s, int sequence, const int *tokens, int n, int pos, F then) {
+    go_on(s, sequence, pos, n);
+    for (int first = 0, T; first < n; first += T) {
+        const int into = (pos + first) % RECENT;
+        T = min(n - first, s->max_T);
+        if (into && s->cache.bits == 4) T = min(T, RECENT - into);
+        to_gpu(s, s->tokens, tokens + first, T);
+        prompt(s, sequence, T, pos + first);
+        then(first, T);
+    }
+}
+
+/* One graph launch: see decode_step(). */
+static void engine_step(Engine *e, const int *tokens, const int *positions) {
+    GpuState *s = state_of(e);
+    for (int i = 0; i < s->n_sequences; i++) {
+        if (!tokens) {
+            s->ends[i]++;
+            continue;
+        }
+        check_tokens(s, tokens + i, 1, positions[i]);
+        go_on(s, i, positions[i], 1);
+        const Choice given = (uint32_t)~tokens[i];
+        to_gpu(s, s->chosen + i, &given, 1);
+        to_gpu(s, s->positions + i, positions + i, 1);
+    }
+    if (!s->step) {
+        cudaGraph_t graph;
+        cuda_check(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal), "capture");
+        decode_step(s);
+        cuda_check(cudaStreamEndCapture(s->stream, &graph), "capture");
+        cuda_check(cudaGraphInstantiate(&s->step, graph, 0), "cudaGraphInstantiate");
+        cuda_check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+    }
+    cuda_check(cudaGraphLaunch(s->step, s->stream), "cudaGraphLaunch");
+    s->rows = s->n_sequences;
+}
+
 static void engine_feed(Engine *e, int sequence, const int *tokens, int n, int pos) {
-    if (n == 1 && e->n_sequences == 1) gpu_decode(state_of(e), tokens, &pos);
-    else gpu_prefill(state_of(e), sequence, tokens, n, pos);
+    GpuState *s = state_of(e);
+    if (n == 1 && s->n_sequences == 1) return engine_step(e, tokens, &pos);
+    check_tokens(s, tokens, n, pos);
+    int last = 0; // of the last chunk
+    feed_chunks(s, sequence, tokens, n, pos, [&](int, int T) { last = T - 1; });
+    lm_head(s, last, 1);
+    const int end = pos + n - 1;
+    const Choice none = 0;
+    to_gpu(s, s->positions + sequence, &end, 1);
+    to_gpu(s, s->chosen + sequence, &none, 1);
+    choose(s, sequence, 1);
+}
+
+static const int *engine_chosen(Engine *e) {
+    GpuState *s = state_of(e);
+    Choice *chosen = (Choice *)s->host_logits; // pinned, and not in use
+    to_host(s, chosen, s->chosen, s->n_sequences);
+    for (int i = 0; i < s->n_sequences; i++) s->host_chosen[i] = chosen_token(chosen[i]);
+    return s->host_chosen;
+}
+
+static const float *engine_logits(Engine *e) {
+    GpuState *s = state_of(e);
+    to_host(s, s->host_logits, s->logits, (size_t)s->rows * e->model->config.vocab_size);
+    return s->host_logits;
 }
 
 static void engine_score(Engine *e, int sequence, const int *tokens, int n, int pos,
                          Score *scores) {
     GpuState *s = state_of(e);
     check_tokens(s, tokens, n, pos);
-    go_on(s, sequence, pos, n - 1);
-    for (int done = 0, T = 0; done < n - 1; done += T) { // the last token is only a target
-        T = chunk_tokens(s, pos + done, n - 1 - done);
-        forward_chunk(s, sequence, tokens + done, T, pos + done);
-        upload(s, s->tokens, tokens + done + 1, T * sizeof *tokens);
+    // The last token is only a target.
+    feed_chunks(s, sequence, tokens, n - 1, pos, [&](int first, int T) {
+        to_gpu(s, s->tokens, tokens + first + 1, T);
         for (int t = 0; t < T; t += LOGIT_ROWS) {
-            int rows = min(LOGIT_ROWS, T - t);
+            const int rows = min(LOGIT_ROWS, T - t);
             lm_head(s, t, rows);
             launch(score_kernel, {dim3(rows), THREADS}, s->stream, s->logits,
                    e->model->config.vocab_size, s->tokens + t, s->scores);
-            cuda_check(cudaMemcpyAsync(scores + done + t, s->scores, rows * sizeof *scores,
-                                       cudaMemcpyDeviceToHost, s->stream),
-                       "download of scores");
-            cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+            to_host(s, scores + first + t, s->scores, rows);
         }
-    }
+    });
 }
 
 static void engine_free(Engine *engine) {
     GpuEngine *e = static_cast<GpuEngine *>(engine);
-    free_state(e);
+    gpu_state_free(e->state);
     gpu_model_free(e->weights);
     free(e);
 }
@@ -4850,15 +4826,15 @@ Engine *gpu_engine(const Model *m, int kv_bits) {
     const size_t row = c->head_dim * kv_bits / 8 + (kv_bits < 16 ? sizeof(half2) : 0);
     e->position_bytes = 2 * row * c->n_layers * c->n_kv_heads;
     e->weight_bytes = e->weights->bytes;
-    e->step_bytes = gpu_step_bytes(e->weights);
+    e->step_bytes = e->weight_bytes; // of a table only a row
+    if (e->weights->lm_head.w != e->weights->embedding)
+        e->step_bytes -= (size_t)c->vocab_size * c->dim * sizeof(half);
     e->start = engine_start;
     e->fits = engine_fits;
     e->feed = engine_feed;
-    e->step = [](Engine *e, const int *tokens, const int *positions) {
-        gpu_decode(state_of(e), tokens, positions);
-    };
-    e->chosen = [](Engine *e) { return gpu_chosen(state_of(e)); };
-    e->logits = [](Engine *e) { return gpu_logits(state_of(e)); };
+    e->step = engine_step;
+    e->chosen = engine_chosen;
+    e->logits = engine_logits;
     e->score = engine_score;
     e->bandwidth = gpu_copy_bandwidth;
     e->free = engine_free;
