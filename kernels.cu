@@ -199,6 +199,10 @@ static void *device_alloc(size_t bytes) {
     return p;
 }
 
+template <typename A, typename B> static constexpr __host__ __device__ auto ceil_div(A a, B b) {
+    return (a + b - 1) / b;
+}
+
 /* Numbers [n] to the GPU and back, on the stream of a state or a quantizer. */
 template <typename S, typename T> static void to_gpu(S *s, T *to, const T *from, size_t n) {
     cuda_check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyHostToDevice, s->stream),
@@ -422,15 +426,15 @@ __global__ void scale_kernel(float *x, int n, float factor) {
 static void layout_weights(const GpuLinear *l, int first, int N, const uint16_t *qweight,
                            const uint8_t *s_group, const float *s_channel, cudaStream_t stream) {
     size_t words = (size_t)N * (l->K / 8);
-    layout_weights_kernel<<<(words + 255) / 256, 256, 0, stream>>>(qweight, s_group, N, l->K, first,
-                                                                   l->w, l->s_group);
+    layout_weights_kernel<<<(unsigned)ceil_div(words, 256), 256, 0, stream>>>(
+        qweight, s_group, N, l->K, first, l->w, l->s_group);
     cuda_check(cudaGetLastError(), "layout_weights_kernel");
     cuda_check(cudaMemcpyAsync(l->s_channel + first, s_channel, N * sizeof(float),
                                cudaMemcpyDefault, stream),
                "s_channel");
     if (l->s_group) return;
     // The kernel's sums are of 16 q; a power of two divides out exactly.
-    scale_kernel<<<(N + 255) / 256, 256, 0, stream>>>(l->s_channel + first, N, 1.0f / 16);
+    scale_kernel<<<ceil_div(N, 256), 256, 0, stream>>>(l->s_channel + first, N, 1.0f / 16);
     cuda_check(cudaGetLastError(), "scale_kernel");
 }
 
@@ -700,7 +704,7 @@ __device__ __forceinline__ void load_activations(const GemmArgs &p, const Work &
     if (work.tile >= p.tiles) rows = 0;
     const int8_t *from = p.a + (size_t)(work.m * TOKENS + row) * p.K + k;
 #pragma unroll(TOKENS <= 16 ? 1 : 8)
-    for (int i = 0; i < (TOKENS / 2 + ROWS - 1) / ROWS; i++) {
+    for (int i = 0; i < ceil_div(TOKENS / 2, ROWS); i++) {
         uint32_t to = stage + activation_place<TOKENS>(row, column);
         copy_async_16(to, from, k < p.K, row < rows);
         row += ROWS;
@@ -1375,17 +1379,21 @@ int *gpu_gemm_workspace(void) {
     return workspace;
 }
 
+static void set_tiles(GemmArgs &p, int channels, int tokens, int chunk) {
+    p.tiles_m = ceil_div(p.M, tokens);
+    p.tiles_n = ceil_div(p.N, channels);
+    p.tiles = p.tiles_m * p.tiles_n;
+    p.chunks = ceil_div(p.K, chunk);
+}
+
 /* Shares the work out among the blocks. Unless SHARES, every tile is one block's, and each block
  * gets the same number of tiles. */
 template <int TOKENS, int TEAMS, bool GROUPS>
 static void launch_gemm(GemmArgs p, cudaStream_t stream) {
     using S = Shape<TOKENS, TEAMS>;
     int blocks = multiprocessors() * (TOKENS <= 32 ? 2 : 1);
-    p.tiles_m = (p.M + TOKENS - 1) / TOKENS;
-    p.tiles_n = (p.N + S::CHANNELS - 1) / S::CHANNELS;
-    p.tiles = p.tiles_m * p.tiles_n;
+    set_tiles(p, S::CHANNELS, TOKENS, S::CHUNK * UNIT);
     p.units = p.K / UNIT;
-    p.chunks = (p.units + S::CHUNK - 1) / S::CHUNK;
     constexpr auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS>;
     constexpr int shared = TEAMS * 2 * S::STAGE + S::TEAM_SUMS;
     static const cudaError_t allowed =
@@ -1395,15 +1403,14 @@ static void launch_gemm(GemmArgs p, cudaStream_t stream) {
         // Whole tiles, if that keeps the blocks busy for 13/14 of the time. Else the tiles of the
         // last, incomplete round are split. Very few would be split very finely, with more to add
         // than to multiply: then one round more.
-        int rounds = (p.tiles + blocks - 1) / blocks;
+        int rounds = ceil_div(p.tiles, blocks);
         int rest = p.tiles % blocks;
         if (p.tiles * 14 < rounds * blocks * 13) {
             p.split_tiles = rest * 2 < blocks && rounds > 1 ? rest + blocks : rest;
         }
         blocks = min(blocks, p.tiles * p.chunks);
     } else {
-        int each = (p.tiles + blocks - 1) / blocks;
-        blocks = (p.tiles + each - 1) / each;
+        blocks = ceil_div(p.tiles, ceil_div(p.tiles, blocks));
     }
     p.share = p.split_tiles * p.chunks / blocks;
     p.longer = p.split_tiles * p.chunks % blocks;
@@ -1437,10 +1444,7 @@ template <int CHANNELS, int TOKENS, bool GROUPS>
 static void launch_hopper_gemm(GemmArgs p, cudaStream_t stream) {
     using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
     if (!wgmma_code()) return launch_gemm<128, 1, GROUPS>(p, stream); // stands in for it
-    p.tiles_m = (p.M + TOKENS - 1) / TOKENS;
-    p.tiles_n = (p.N + CHANNELS - 1) / CHANNELS;
-    p.tiles = p.tiles_m * p.tiles_n;
-    p.chunks = (p.K + T::PANELS * GROUP - 1) / (T::PANELS * GROUP);
+    set_tiles(p, CHANNELS, TOKENS, T::PANELS * GROUP);
     const size_t strips = p.N / STRIP, K = p.K;
     TensorMaps maps = {};
     maps.of[ACTIVATIONS] = tensor_map(p.a, p.M, K, T::ACTIVATION_BOX, CU_TENSOR_MAP_SWIZZLE_128B);
@@ -1455,8 +1459,7 @@ static void launch_hopper_gemm(GemmArgs p, cudaStream_t stream) {
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     cuda_check(allowed, "shared memory");
-    const int rounds = (p.tiles + multiprocessors() - 1) / multiprocessors();
-    const int blocks = (p.tiles + rounds - 1) / rounds;
+    const int blocks = ceil_div(p.tiles, ceil_div(p.tiles, multiprocessors()));
     launch(kernel, {dim3(blocks), 3 * WARPGROUP, shared}, stream, p, maps);
 }
 
@@ -1478,7 +1481,6 @@ static const struct HopperCost {
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     static const int largest_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     const int sms = multiprocessors();
-    auto tiles = [](int x, int tile) { return (x + tile - 1) / tile; };
     if (M <= 8) return GEMM_8X8;
     if (M <= 16) return GEMM_16X8;
     if (M <= 32) return GEMM_32X4;
@@ -1487,7 +1489,7 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
         float least = INFINITY;
         for (const HopperCost &c : hopper_costs) {
             bool groups = l->s_group != NULL;
-            int rounds = tiles(tiles(l->N, c.channels) * tiles(M, c.tokens), sms);
+            int rounds = ceil_div(ceil_div(l->N, c.channels) * ceil_div(M, c.tokens), sms);
             float cost = rounds * (c.round[groups] + c.round_per_1024[groups] * l->K / 1024);
             if (M % c.tokens) cost *= c.not_full;
             if (cost < least) least = cost, best = c.kernel;
@@ -1495,10 +1497,10 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
         return best;
     }
     // Large tiles pay if a block gets some chunks for each time that it adds up with others.
-    int chunks = tiles(M, 128) * tiles(l->N, 256) * tiles(l->K, CHUNK_UNITS * UNIT);
+    int chunks = ceil_div(M, 128) * ceil_div(l->N, 256) * ceil_div(l->K, CHUNK_UNITS * UNIT);
     if (M > 64 && chunks >= 7 * sms) return GEMM_128;
     bool fits = largest_shared >= 8 * Shape<64, 4>::STAGE + Shape<64, 4>::TEAM_SUMS;
-    return fits && tiles(M, 64) * tiles(l->N, 64) <= sms ? GEMM_64X4 : GEMM_64X2;
+    return fits && ceil_div(M, 64) * ceil_div(l->N, 64) <= sms ? GEMM_64X4 : GEMM_64X2;
 }
 
 /* In the order of GemmKernel. */
@@ -1804,7 +1806,7 @@ void gpu_rmsnorm(const float *x, const float *weight, int T, int dim, float eps,
 
 void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cudaStream_t stream) {
     bool few = T * MAX_CLUSTER <= 4 * multiprocessors() && hopper_code();
-    int cluster = few ? MAX_CLUSTER : 1, eights = (hidden_dim / 8 + cluster - 1) / cluster;
+    int cluster = few ? MAX_CLUSTER : 1, eights = ceil_div(hidden_dim / 8, cluster);
     size_t shared = eights * 8 * sizeof(float);
     allow_shared(swiglu_kernel, shared);
     launch(swiglu_kernel, {dim3(T, cluster), row_threads(T, eights * 8), shared, cluster}, stream,
@@ -1941,8 +1943,8 @@ static void linear_halves(GpuState *s, const Matrix *w, const half *in, const fl
     if (T == 1) {
         int rows = WARPS * GEMV_ROWS;
         allow_shared(gemv_kernel, w->K * sizeof(half));
-        launch(gemv_kernel, {dim3((w->N + rows - 1) / rows), THREADS, w->K * sizeof(half)},
-               s->stream, w->w, w->N, w->K, in, scale, y16, y32, add);
+        launch(gemv_kernel, {dim3(ceil_div(w->N, rows)), THREADS, w->K * sizeof(half)}, s->stream,
+               w->w, w->N, w->K, in, scale, y16, y32, add);
         return;
     }
     if (scale) { // of each row apart
@@ -2071,8 +2073,8 @@ static void linear_bytes(GpuState *s, const Matrix *w, const half *x, int T, flo
                        : n <= 32 ? linear_bytes_kernel<32>
                                  : linear_bytes_kernel<64>;
         const int channels = WARPS * HEAD_STRIP;
-        launch(kernel, {dim3((w->N + channels - 1) / channels), THREADS}, s->stream, w->bytes,
-               w->s_channel, w->N, w->K, x + (size_t)t * w->K, n, y + (size_t)t * w->N);
+        launch(kernel, {dim3(ceil_div(w->N, channels)), THREADS}, s->stream, w->bytes, w->s_channel,
+               w->N, w->K, x + (size_t)t * w->K, n, y + (size_t)t * w->N);
     }
 }
 
@@ -2666,7 +2668,7 @@ struct DecodeBlock {
 
 template <int HEAD_DIM> __device__ __forceinline__ DecodeBlock decode_block(const DecodeArgs &p) {
     DecodeBlock b;
-    const int eights = (p.group + HEADS - 1) / HEADS; // of query heads, to a KV head
+    const int eights = ceil_div(p.group, HEADS); // of query heads, to a KV head
     b.kv_head = blockIdx.y / eights;
     b.head0 = b.kv_head * p.group + blockIdx.y % eights * HEADS;
     b.n_heads = min(HEADS, (b.kv_head + 1) * p.group - b.head0);
@@ -2694,30 +2696,29 @@ template <int HEAD_DIM, int BITS, int STORED> struct Tile {
     half2 k_scale[2], v_scale[2]; // of positions g and g + 8, if not in 16 bits
 
     // The cache has room for whole tiles, and past the end old numbers, whose weight will be 0.
-    __device__ __forceinline__ void load_keys(const void *keys, const half2 *scales, size_t row) {
+    __device__ __forceinline__ void load_keys(const Stored &from, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const size_t at = row + g + 8 * i;
             load_share<STORED, Share<HEAD_DIM, BITS, 4>>(
-                (const uint8_t *)keys + at * (HEAD_DIM * STORED / 8), t, k[i]);
-            if (STORED < 16) k_scale[i] = __ldcg(scales + at);
+                (const uint8_t *)from.keys + at * (HEAD_DIM * STORED / 8), t, k[i]);
+            if (STORED < 16) k_scale[i] = __ldcg(from.k_scales + at);
         }
     }
-    __device__ __forceinline__ void load_values(const void *values, const half2 *scales,
-                                                size_t row) {
+    __device__ __forceinline__ void load_values(const Stored &from, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const size_t at = row + 2 * t + i / 2 * 8 + i % 2;
             load_share<STORED, Share<HEAD_DIM, BITS, 8>>(
-                (const uint8_t *)values + at * (HEAD_DIM * STORED / 8), g, v[i]);
-            if (STORED < 16 && i < 2) v_scale[i] = __ldcg(scales + row + g + 8 * i);
+                (const uint8_t *)from.values + at * (HEAD_DIM * STORED / 8), g, v[i]);
+            if (STORED < 16 && i < 2) v_scale[i] = __ldcg(from.v_scales + row + g + 8 * i);
         }
     }
     __device__ __forceinline__ void load(const Stored &from, int tile) {
-        load_keys(from.keys, from.k_scales, from.row + tile * 16);
-        load_values(from.values, from.v_scales, from.row + tile * 16);
+        load_keys(from, from.row + tile * 16);
+        load_values(from, from.row + tile * 16);
     }
 };
 
@@ -2834,7 +2835,7 @@ attend_tiles(const DecodeBlock &b, const Stored &from, Tile<HEAD_DIM, BITS, STOR
         });
         const half2 k_scale[2] = {kv.k_scale[0], kv.k_scale[1]};
         // What is used up makes room for the next tile.
-        if (next < end) kv.load_keys(from.keys, from.k_scales, from.row + next * 16);
+        if (next < end) kv.load_keys(from, from.row + next * 16);
         float w[4], shrink[2]; // p, and p s_v
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -2877,7 +2878,7 @@ attend_tiles(const DecodeBlock &b, const Stored &from, Tile<HEAD_DIM, BITS, STOR
                 mma(a.o[i][e], v, b0, b1);
             }
         }
-        if (next < end) kv.load_values(from.values, from.v_scales, from.row + next * 16);
+        if (next < end) kv.load_values(from, from.row + next * 16);
     }
     return tile;
 }
@@ -3045,8 +3046,7 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
 
 /* Blocks that attention_decode_kernel has for each part of a sequence's positions. */
 static int decode_rows(const Config *c) {
-    int group = c->n_heads / c->n_kv_heads;
-    return c->n_kv_heads * ((group + HEADS - 1) / HEADS);
+    return c->n_kv_heads * ceil_div(c->n_heads / c->n_kv_heads, HEADS);
 }
 
 /* The kernels for a head_dim and so many bits of the cache. */
@@ -3092,7 +3092,7 @@ static void attend_prompt(const Config *c, const half *qkv, int T, int sequence,
     }
     const size_t shared = 2 * 2 * KEYS * c->head_dim * sizeof(half);
     allow_shared(kernels.prompt, shared);
-    const int tokens = prompt_tokens(group), blocks = (pos % tokens + T + tokens - 1) / tokens;
+    const int tokens = prompt_tokens(group), blocks = ceil_div(pos % tokens + T, tokens);
     launch(kernels.prompt, {dim3(c->n_kv_heads, blocks), THREADS, shared}, stream, qkv, T, group,
            sequence, pos, rope, cache, recent, att);
 }
@@ -3189,10 +3189,10 @@ struct GpuQuantizer {
     size_t bytes;
     float *staged[2];                 // [chunk * length][dim] of the streams, if outside
     float *w;                         // all linears of the layer, stacked
-    float *attention_norm, *ffn_norm; // [dim]
+    float *attention_norm, *ffn_norm; // [dim] one piece
     GpuLinear qkv, o, gate_up, down;  // once they are quantized
     uint16_t *qweight;                // of one linear, as in the file
-    uint8_t *s_group;
+    uint8_t *s_group;                 // NULL per channel
     float *s_channel;
     float *H;                     // [K][K]
     float *M;                     // [dim][K] (C [K][K] for q, k, v, gate, up)
@@ -3239,25 +3239,21 @@ static void enter(GpuQuantizer *q, Phase phase) {
     q->phase = phase;
 }
 
-static unsigned blocks_for(size_t threads) {
-    return (threads + THREADS - 1) / THREADS;
-}
-
 /* A kernel with a thread for each of so many things. */
 template <typename... Parameters, typename... Arguments>
 static void for_each(GpuQuantizer *q, size_t count, void (*kernel)(Parameters...),
                      Arguments... arguments) {
     if (count == 0) return;
-    kernel<<<blocks_for(count), THREADS, 0, q->stream>>>(arguments...);
+    kernel<<<(unsigned)ceil_div(count, THREADS), THREADS, 0, q->stream>>>(arguments...);
     cuda_check(cudaGetLastError(), "quantization");
 }
 
-/* A kernel with a block for each row. */
+/* A kernel with so many blocks: one for each row, mostly. */
 template <typename... Parameters, typename... Arguments>
-static void for_rows(GpuQuantizer *q, size_t rows, size_t shared, void (*kernel)(Parameters...),
-                     Arguments... arguments) {
+static void for_blocks(GpuQuantizer *q, dim3 blocks, size_t shared, void (*kernel)(Parameters...),
+                       Arguments... arguments) {
     allow_shared(kernel, shared);
-    kernel<<<rows, THREADS, shared, q->stream>>>(arguments...);
+    kernel<<<blocks, THREADS, shared, q->stream>>>(arguments...);
     cuda_check(cudaGetLastError(), "quantization");
 }
 
@@ -3309,8 +3305,7 @@ __global__ void dot_kernel(const float *x, const float *y, size_t n, double *sum
 /* sum_i x_i y_i, in double and in a fixed order. */
 static double dot(GpuQuantizer *q, const float *x, const float *y, size_t n) {
     double sums[SUM_BLOCKS], sum = 0;
-    dot_kernel<<<SUM_BLOCKS, THREADS, 0, q->stream>>>(x, y, n, q->sums);
-    cuda_check(cudaGetLastError(), "dot_kernel");
+    for_blocks(q, SUM_BLOCKS, 0, dot_kernel, x, y, n, q->sums);
     to_host(q, sums, q->sums, SUM_BLOCKS);
     for (double s : sums) sum += s;
     return sum;
@@ -3349,13 +3344,13 @@ __global__ void rotate_kernel(float *w, int n, int stride, const int8_t *signs) 
 }
 
 static void rotate_inputs(GpuQuantizer *q, float *w, int N, int K, int n, const int8_t *signs) {
-    for_rows(q, (size_t)N * K / n, (n + n / (n & -n)) * sizeof(double), rotate_kernel, w, n, 1,
-             signs);
+    for_blocks(q, (size_t)N * K / n, (n + n / (n & -n)) * sizeof(double), rotate_kernel, w, n, 1,
+               signs);
 }
 
 static void rotate_outputs(GpuQuantizer *q, float *w, int N, int K, int n, const int8_t *signs) {
-    for_rows(q, (size_t)N * K / n, (n + n / (n & -n)) * sizeof(double), rotate_kernel, w, n, K,
-             signs);
+    for_blocks(q, (size_t)N * K / n, (n + n / (n & -n)) * sizeof(double), rotate_kernel, w, n, K,
+               signs);
 }
 
 /* w [N][K] diag(columns), then each row divided by rows [N], unless NULL. */
@@ -3549,17 +3544,17 @@ __global__ void error_kernel(const float *w, const uint16_t *qweight, const floa
 /* Scales of W [N][K] diag(s) into q->s_channel and q->s_group. */
 static void choose_scales(GpuQuantizer *q, const float *w, const float *s, const float *importance,
                           int N, int K) {
-    const int groups = q->method.group_size > 0 ? K / GROUP : 0;
-    for_rows(q, N, RANGES * groups * (sizeof(float) + 1), choose_scales_kernel, w, s, importance, K,
-             q->s_channel, groups ? q->s_group : NULL);
+    const int groups = q->s_group ? K / GROUP : 0;
+    for_blocks(q, N, RANGES * groups * (sizeof(float) + 1), choose_scales_kernel, w, s, importance,
+               K, q->s_channel, q->s_group);
 }
 
 /* W [N][K] diag(s) into q->qweight, s_channel and s_group. */
 static void round_to_nearest(GpuQuantizer *q, const float *w, const float *s,
                              const float *importance, int N, int K) {
     choose_scales(q, w, s, importance, N, K);
-    for_each(q, (size_t)N * (K / 4), round_kernel, w, s, N, K, q->s_channel,
-             q->method.group_size > 0 ? q->s_group : NULL, q->qweight);
+    for_each(q, (size_t)N * (K / 4), round_kernel, w, s, N, K, q->s_channel, q->s_group,
+             q->qweight);
 }
 
 /* ---- the forward passes ---------------------------------------------------------------------- */
@@ -3572,6 +3567,10 @@ __global__ void norm_kernel(const float *x, const float *weight, int dim, float 
     for (int i = threadIdx.x; i < dim; i += THREADS) sum += x[i] * x[i];
     const float scale = 1.0f / sqrtf(block_sum(sum) / dim + eps);
     for (int i = threadIdx.x; i < dim; i += THREADS) y[i] = x[i] * scale * weight[i];
+}
+
+static void norm_rows(GpuQuantizer *q, const float *x, const float *weight, int T, float *y) {
+    for_blocks(q, T, 0, norm_kernel, x, weight, q->config.dim, q->config.norm_eps, y);
 }
 
 /* swiglu() in float32; gate_up [T][2][hidden_dim]. */
@@ -3657,7 +3656,7 @@ static void attend_windows(GpuQuantizer *q, int T) {
 /* q->f = the input of the outside linear in the float model; x [T][dim]. */
 static void float_inside(GpuQuantizer *q, const GpuHalf *h, const float *x, int T) {
     const Config *c = &q->config;
-    for_rows(q, T, 0, norm_kernel, x, h->norm, c->dim, c->norm_eps, q->f);
+    norm_rows(q, x, h->norm, T, q->f);
     product(q, T, h->N_inside, c->dim, 1.0f, {q->f, c->dim}, {h->inside, c->dim, true}, 0.0f,
             q->wide, h->N_inside);
     if (h->ffn) {
@@ -3800,11 +3799,10 @@ __global__ void invert_leaf_kernel(double *V, int n, size_t columns, int *failed
  *     V22 V22^T = A22,  V12 = A12 U22^T,  V11 V11^T = A11 - V12 V12^T,  U12 = -U11 V12 U22    */
 static void invert(GpuQuantizer *q, double *A, int n, int columns) {
     if (n <= LEAF) {
-        invert_leaf_kernel<<<1, THREADS, 0, q->stream>>>(A, n, columns, q->flag);
-        cuda_check(cudaGetLastError(), "invert_leaf_kernel");
+        for_blocks(q, 1, 0, invert_leaf_kernel, A, n, columns, q->flag);
         return;
     }
-    const int n1 = (n / 2 + LEAF - 1) / LEAF * LEAF, n2 = n - n1;
+    const int n1 = ceil_div(n / 2, LEAF) * LEAF, n2 = n - n1;
     double *A12 = A + n1, *A22 = A12 + (size_t)n1 * columns, *half = q->half_matrix;
     invert(q, A22, n2, columns);
     product(q, n1, n2, n2, 1.0, {A12, columns}, {A22, columns, true}, 0.0, half, n2);
@@ -3928,11 +3926,9 @@ static void gptq(GpuQuantizer *q, const float *w, const float *importance, int N
     choose_scales(q, w, NULL, importance, N, K);
     for_each(q, (size_t)N * K, permute_kernel, w, q->order, N, K, q->p);
     for (int i = 0; i < K; i += GPTQ_COLUMNS) {
-        const int rows = WARPS * GPTQ_ROWS, end = min(i + GPTQ_COLUMNS, K);
-        gptq_kernel<<<(N + rows - 1) / rows, THREADS, 0, q->stream>>>(
-            q->p, q->U, q->order, N, K, i, q->s_channel,
-            q->method.group_size > 0 ? q->s_group : NULL, q->codes, q->e);
-        cuda_check(cudaGetLastError(), "gptq_kernel");
+        const int end = min(i + GPTQ_COLUMNS, K);
+        for_blocks(q, ceil_div(N, WARPS * GPTQ_ROWS), 0, gptq_kernel, q->p, q->U, q->order, N, K, i,
+                   q->s_channel, q->s_group, q->codes, q->e);
         if (end == K) break;
         product(q, N, K - end, GPTQ_COLUMNS, -1.0, {q->e, GPTQ_COLUMNS},
                 {q->U + (size_t)i * K + end, K}, 1.0, q->p + end, K);
@@ -3949,8 +3945,8 @@ static double squared_output(GpuQuantizer *q, const float *a, int N, int K) {
 /* relative_error() of q->qweight against w [N][K], whose output's square is `total`. */
 static double relative_error(GpuQuantizer *q, const float *w, double total, int N, int K) {
     float *e = (float *)q->t;
-    for_each(q, (size_t)N * (K / 4), error_kernel, w, q->qweight, q->s_channel,
-             q->method.group_size > 0 ? q->s_group : NULL, N, K, e);
+    for_each(q, (size_t)N * (K / 4), error_kernel, w, q->qweight, q->s_channel, q->s_group, N, K,
+             e);
     const double error = squared_output(q, e, N, K); // rounding may leave less than 0
     return total > 0 && error > 0 ? sqrt(error / total) : 0;
 }
@@ -4016,7 +4012,7 @@ static float search_smoothing(GpuQuantizer *q, int first, int n, GpuLinear *cand
             round_to_nearest(q, float_weights(q, i), q->scales[0], q->importance, rows, K);
             layout_weights(candidate, row, rows, q->qweight, q->s_group, q->s_channel, q->stream);
         }
-        for_rows(q, T, 0, divide_quantize_kernel, x, q->scales[0], K, q->in.a, q->in.scale);
+        for_blocks(q, T, 0, divide_quantize_kernel, x, q->scales[0], K, q->in.a, q->in.scale);
         cuda_check(cudaMemcpyAsync(q->distance, q->output, (size_t)T * N * sizeof(float),
                                    cudaMemcpyDeviceToDevice, q->stream),
                    "copy");
@@ -4063,11 +4059,10 @@ static void smooth(GpuQuantizer *q, int l, float *norms, Smoothing *found) {
     uint32_t *most[3] = {q->most, q->most + dim, q->most + 2 * dim};
     zero(q, q->most, (2 * dim + c->hidden_dim) * sizeof *q->most);
     auto record = [&](int i, Chunk chunk) {
-        dim3 grid((K[i] + THREADS - 1) / THREADS, 64);
-        column_max_kernel<<<grid, THREADS, 0, q->stream>>>(q->f, chunk.T, K[i], q->length, most[i]);
-        sample_kernel<<<chunk.T, THREADS, 0, q->stream>>>(q->f, chunk.first, K[i], q->length,
-                                                          sample, q->sample[i]);
-        cuda_check(cudaGetLastError(), "record inputs");
+        for_blocks(q, dim3(ceil_div(K[i], THREADS), 64), 0, column_max_kernel, q->f, chunk.T, K[i],
+                   q->length, most[i]);
+        for_blocks(q, chunk.T, 0, sample_kernel, q->f, chunk.first, K[i], q->length, sample,
+                   q->sample[i]);
     };
     const GpuHalf attention = half_of(q, false), ffn = half_of(q, true);
     for_chunks(q, sample.windows, [&](Chunk chunk) {
@@ -4076,11 +4071,11 @@ static void smooth(GpuQuantizer *q, int l, float *norms, Smoothing *found) {
         cuda_check(cudaMemcpyAsync(x, from, (size_t)chunk.T * dim * sizeof(float),
                                    cudaMemcpyDeviceToDevice, q->stream),
                    "copy");
-        for_rows(q, chunk.T, 0, norm_kernel, x, attention.norm, dim, c->norm_eps, q->f);
+        norm_rows(q, x, attention.norm, chunk.T, q->f);
         record(SMOOTH_QKV, chunk);
         float_inside(q, &attention, x, chunk.T);
         add_linear(q, attention.outside, attention.K, q->f, chunk.T, x);
-        for_rows(q, chunk.T, 0, norm_kernel, x, ffn.norm, dim, c->norm_eps, q->f);
+        norm_rows(q, x, ffn.norm, chunk.T, q->f);
         record(SMOOTH_GATE_UP, chunk);
         float_inside(q, &ffn, x, chunk.T);
         record(SMOOTH_DOWN, chunk);
@@ -4123,8 +4118,7 @@ static void smooth(GpuQuantizer *q, int l, float *norms, Smoothing *found) {
 /* Twin: rotate_layer(); norms [2][dim] in host memory. */
 static void rotate_layer(GpuQuantizer *q, float *norms) {
     const Config *c = &q->config;
-    to_gpu(q, q->attention_norm, norms, c->dim);
-    to_gpu(q, q->ffn_norm, norms + c->dim, c->dim);
+    to_gpu(q, q->attention_norm, norms, 2 * c->dim);
     for (int k = 0; k < N_LINEARS; k++) {
         float *w = float_weights(q, k);
         int N, K;
@@ -4147,7 +4141,6 @@ static void rotate_layer(GpuQuantizer *q, float *norms) {
 static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLinear *to,
                              Layer *out, Errors *errors) {
     const int K = to->K;
-    const bool groups = q->method.group_size > 0;
     const float *importance = NULL;
     if (q->calibrate) {
         float *h = (float *)allocate(K, sizeof *h);
@@ -4194,8 +4187,8 @@ static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLi
         row += N;
         Linear packed = quantized_new(N, K, q->method.group_size);
         to_host(q, (uint16_t *)packed.qweight, q->qweight, (size_t)N * K / 4);
-        to_host(q, (float *)packed.s_channel, q->s_channel, N);
-        if (groups) to_host(q, (uint8_t *)packed.s_group, q->s_group, (size_t)N * (K / GROUP));
+        to_host(q, packed.s_channel, q->s_channel, N);
+        if (q->s_group) to_host(q, packed.s_group, q->s_group, (size_t)N * (K / GROUP));
         out->linears[i] = packed;
     }
 }
@@ -4214,7 +4207,7 @@ static void quantize_half(GpuQuantizer *q, int l, bool ffn, Layer *out, Errors *
         for_chunks(q, q->n, [&](Chunk c) {
             const float *x_float = stream_part(q, q->x_float, c);
             const float *x_quant = stream_part(q, q->x_quant, c);
-            for_rows(q, c.T, 0, norm_kernel, x_float, h.norm, dim, eps, q->f);
+            norm_rows(q, x_float, h.norm, c.T, q->f);
             gpu_rmsnorm(x_quant, h.norm, c.T, dim, eps, q->in, q->stream);
             for_each(q, (size_t)c.T * dim, inputs_kernel, q->in.a, q->in.scale, c.T, dim, q->f,
                      q->x);
@@ -4275,12 +4268,10 @@ void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, 
     memcpy(norms + c->dim, layer->ffn_norm, c->dim * sizeof *norms);
     enter(q, SMOOTHING);
     if (q->method.signs) rotate_layer(q, norms);
-    to_gpu(q, q->attention_norm, norms, c->dim);
-    to_gpu(q, q->ffn_norm, norms + c->dim, c->dim);
+    to_gpu(q, q->attention_norm, norms, 2 * c->dim);
     if (q->method.smooth) {
         smooth(q, l, norms, found);
-        to_gpu(q, q->attention_norm, norms, c->dim);
-        to_gpu(q, q->ffn_norm, norms + c->dim, c->dim);
+        to_gpu(q, q->attention_norm, norms, 2 * c->dim);
     }
     quantize_half(q, l, false, out, errors);
     quantize_half(q, l, true, out, errors);
@@ -4290,16 +4281,13 @@ void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, 
 }
 
 void gpu_final_scale(GpuQuantizer *q, const float *norm, double *xf, double *xx) {
-    const Config *c = &q->config;
-    const int dim = c->dim;
+    const int dim = q->config.dim;
     *xf = *xx = 0;
     to_gpu(q, q->ffn_norm, norm, dim);
     for_chunks(q, q->n, [&](Chunk chunk) {
         const size_t n = (size_t)chunk.T * dim;
-        for_rows(q, chunk.T, 0, norm_kernel, stream_part(q, q->x_float, chunk), q->ffn_norm, dim,
-                 c->norm_eps, q->f);
-        for_rows(q, chunk.T, 0, norm_kernel, stream_part(q, q->x_quant, chunk), q->ffn_norm, dim,
-                 c->norm_eps, q->x);
+        norm_rows(q, stream_part(q, q->x_float, chunk), q->ffn_norm, chunk.T, q->f);
+        norm_rows(q, stream_part(q, q->x_quant, chunk), q->ffn_norm, chunk.T, q->x);
         *xf += dot(q, q->x, q->f, n);
         *xx += dot(q, q->x, q->x, n);
     });
@@ -4376,17 +4364,17 @@ template <typename To> static bool upload_weights(const Linear *l, To *to, uint8
     return !found;
 }
 
+template <typename T> static T *upload_array(const void *x, size_t n) {
+    T *p = (T *)device_alloc(n * sizeof(T));
+    cuda_check(cudaMemcpy(p, x, n * sizeof(T), cudaMemcpyHostToDevice), "upload of weights");
+    return p;
+}
+
 static void upload_halves(const Linear *l, const char *name, half *to) {
     uint8_t *buffer = (uint8_t *)device_alloc(UPLOAD + sizeof(int));
     if (!upload_weights(l, to, buffer))
         die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
     cuda_check(cudaFree(buffer), "cudaFree");
-}
-
-static float *upload_floats(const float *x, int n) {
-    float *p = (float *)device_alloc(n * sizeof *p);
-    cuda_check(cudaMemcpy(p, x, n * sizeof *p, cudaMemcpyHostToDevice), "upload of a norm");
-    return p;
 }
 
 /* The linears first .. first + n - 1 of a layer, stacked. */
@@ -4482,21 +4470,19 @@ static GpuModel *gpu_model_load(const Model *m) {
     if (in_bytes) {
         if (c->dim % 16)
             die("an lm_head in 8 bits with dim %d: it must be a multiple of 16", c->dim);
-        g->lm_head.bytes = (int8_t *)device_alloc(table / 2);
-        cuda_check(cudaMemcpy(g->lm_head.bytes, m->lm_head.w, table / 2, cudaMemcpyHostToDevice),
-                   "upload of lm_head");
-        g->lm_head.s_channel = upload_floats(m->lm_head.s_channel, c->vocab_size);
+        g->lm_head.bytes = upload_array<int8_t>(m->lm_head.w, table / 2);
+        g->lm_head.s_channel = upload_array<float>(m->lm_head.s_channel, c->vocab_size);
     } else {
         g->lm_head.w = tied ? g->embedding : (half *)device_alloc(table);
         if (!tied) upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
     }
-    g->norm = upload_floats(m->norm, c->dim);
+    g->norm = upload_array<float>(m->norm, c->dim);
     g->layers = (GpuLayer *)allocate(c->n_layers, sizeof *g->layers);
     for (int i = 0; i < c->n_layers; i++) {
         const Layer *from = &m->layers[i];
         GpuLayer *to = &g->layers[i];
-        to->attention_norm = upload_floats(from->attention_norm, c->dim);
-        to->ffn_norm = upload_floats(from->ffn_norm, c->dim);
+        to->attention_norm = upload_array<float>(from->attention_norm, c->dim);
+        to->ffn_norm = upload_array<float>(from->ffn_norm, c->dim);
         to->qkv = upload_matrix(from, i, 0, 3);
         to->o = upload_matrix(from, i, 3, 1);
         to->gate_up = upload_matrix(from, i, 4, 2);
@@ -4612,7 +4598,7 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context, int 
     for (GpuCache *cache : {&s.cache, &s.in_halves}) {
         cache->bits = cache == &s.cache ? kv_bits : 16;
         cache->n_kv_heads = g->config.n_kv_heads;
-        cache->context = (context + 15) / 16 * 16; // whole tiles of attention_decode_kernel
+        cache->context = ceil_div(context, 16) * 16; // whole tiles of attention_decode_kernel
     }
     // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor.
     int rows = decode_rows(&g->config) * n_sequences;
@@ -4876,14 +4862,15 @@ static size_t place_buffers(GpuQuantizer *q) {
     take(q->x_quant, calibrated && !q->outside ? (size_t)q->n * q->length * dim : 0);
     for (float *&staged : q->staged) take(staged, q->outside ? T * dim : 0);
     take(q->w, total);
-    take(q->attention_norm, dim);
-    take(q->ffn_norm, dim);
+    take(q->attention_norm, 2 * dim);
+    q->ffn_norm = q->attention_norm + dim;
     place_linear(&places, q, 0, 3, &q->qkv);
     place_linear(&places, q, 3, 1, &q->o);
     place_linear(&places, q, 4, 2, &q->gate_up);
     place_linear(&places, q, 6, 1, &q->down);
     take(q->qweight, most / 4);
     take(q->s_group, most / GROUP);
+    if (q->method.group_size < 0) q->s_group = NULL;
     take(q->s_channel, K);
     take(q->order, K);
     take(q->importance, K);
