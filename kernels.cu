@@ -441,8 +441,8 @@ static void layout_weights(const GpuLinear *l, int first, int N, const uint16_t 
 GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
     GpuLinear l = {};
     l.K = parts[0].K;
-    bool groups = parts[0].s_group != NULL;
-    int multiple = groups ? GROUP : UNIT;
+    const bool groups = parts[0].s_group;
+    const int multiple = groups ? GROUP : UNIT;
     if (l.K % multiple) die("a linear with K = %d: it must be a multiple of %d", l.K, multiple);
     size_t largest = 0;
     for (int i = 0; i < n_parts; i++) {
@@ -460,18 +460,15 @@ GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
 
     uint16_t *qweight = (uint16_t *)device_alloc(largest * l.K / 2); // one part as in the file
     uint8_t *s_group = groups ? (uint8_t *)device_alloc(largest * (l.K / GROUP)) : NULL;
-    int first = 0;
-    for (int i = 0; i < n_parts; i++) {
-        size_t N = parts[i].N;
-        cuda_check(cudaMemcpy(qweight, parts[i].qweight, N * l.K / 2, cudaMemcpyHostToDevice),
-                   "upload of qweight");
+    for (int i = 0, first = 0; i < n_parts; first += parts[i++].N) {
+        const Linear *part = &parts[i];
+        const size_t n = (size_t)part->N * l.K;
+        cuda_check(cudaMemcpy(qweight, part->qweight, n / 2, cudaMemcpyHostToDevice), "qweight");
         if (groups) {
-            cuda_check(
-                cudaMemcpy(s_group, parts[i].s_group, N * (l.K / GROUP), cudaMemcpyHostToDevice),
-                "upload of s_group");
+            cuda_check(cudaMemcpy(s_group, part->s_group, n / GROUP, cudaMemcpyHostToDevice),
+                       "s_group");
         }
-        layout_weights(&l, first, N, qweight, s_group, parts[i].s_channel, 0);
-        first += N;
+        layout_weights(&l, first, part->N, qweight, s_group, part->s_channel, 0);
     }
     cuda_check(cudaDeviceSynchronize(), "layout of weights");
     cuda_check(cudaFree(qweight), "cudaFree");
@@ -1219,8 +1216,8 @@ template <typename T> struct Stages { __align__(8) uint64_t full[T::STAGES], emp
 
 /* Has one input copied, stage after stage. */
 template <typename T, GemmInput INPUT>
-__device__ __forceinline__ void feed(const GemmArgs &p, const TensorMaps &maps, uint32_t shared,
-                                     Stages<T> &stages) {
+__device__ __forceinline__ void feed_stages(const GemmArgs &p, const TensorMaps &maps,
+                                            uint32_t shared, Stages<T> &stages) {
     constexpr Box box = INPUT == ACTIVATIONS ? T::ACTIVATION_BOX
                         : INPUT == WEIGHTS   ? T::WEIGHT_BOX
                                              : T::SCALE_BOX;
@@ -1267,9 +1264,9 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
         if (warpgroup == 2) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n"); // registers, to the others
             if (lane > 0) return;
-            if (warp == 0) feed<T, ACTIVATIONS>(p, maps, at_shared, stages);
-            if (warp == 1) feed<T, WEIGHTS>(p, maps, at_shared, stages);
-            if (warp == 2 && GROUPS) feed<T, GROUP_SCALES>(p, maps, at_shared, stages);
+            if (warp == 0) feed_stages<T, ACTIVATIONS>(p, maps, at_shared, stages);
+            if (warp == 1) feed_stages<T, WEIGHTS>(p, maps, at_shared, stages);
+            if (warp == 2 && GROUPS) feed_stages<T, GROUP_SCALES>(p, maps, at_shared, stages);
             return;
         }
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
@@ -1830,8 +1827,8 @@ __global__ void embed_kernel(const half *embedding, const int *tokens, int dim, 
     embed_row(embedding, tokens[blockIdx.x], dim, x);
 }
 
-/* Quantizes a row of halves, `eights` times 8, into a and *s_a: s_a = max|x| / 127, a = rint(x /
- * s_a). A thread keeps so much of it in registers between the two passes. */
+/* Quantizes a row of halves, `eights` times 8, into a and *s_a. A thread keeps KEPT of them in
+ * registers between the two passes. */
 __device__ __forceinline__ void quantize_halves(const uint4 *row, int eights, uint2 *a,
                                                 float *s_a) {
     constexpr int KEPT = 4;
@@ -1968,9 +1965,9 @@ static void linear_halves(GpuState *s, const Matrix *w, const half *in, const fl
  * lane's part of four steps of mma. Bytes become halves in registers, exactly. A token is a column
  * of the product: it gets the same bits whatever stands beside it. */
 
-constexpr int HEAD_STRIP = 32;  // channels of a warp: two m16 tiles
-constexpr int HEAD_CHUNK = 128; // k between two barriers
-constexpr int HEAD_AHEAD = 2;   // chunks of weights in flight
+constexpr int LM_STRIP = 32;  // channels of a warp: two m16 tiles
+constexpr int LM_CHUNK = 128; // k between two barriers
+constexpr int LM_AHEAD = 2;   // chunks of weights in flight
 
 /* What stands in two bytes of a word, q + 128, as halves: 0x6400 + u are the bits of 1024 + u. */
 __device__ __forceinline__ uint32_t bytes_to_halves(uint32_t biased, uint32_t which) {
@@ -1984,12 +1981,12 @@ template <int TOKENS>
 __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
     linear_bytes_kernel(const int8_t *q, const float *s_channel, int N, int K, const half *x, int T,
                         float *y) {
-    constexpr int ROW = HEAD_CHUNK * sizeof(half) + 16; // bytes; + 16: other banks
+    constexpr int ROW = LM_CHUNK * sizeof(half) + 16; // bytes; + 16: other banks
     __shared__ __align__(16) uint8_t shared[2][TOKENS * ROW];
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int n0 = (blockIdx.x * WARPS + threadIdx.x / 32) * HEAD_STRIP + g; // and 8, 16, 24 on
+    const int n0 = (blockIdx.x * WARPS + threadIdx.x / 32) * LM_STRIP + g; // and 8, 16, 24 on
     const int8_t *from = q + (size_t)n0 * K + t * 16;
-    uint4 w[HEAD_AHEAD][2][4] = {}; // [64 k][channel]
+    uint4 w[LM_AHEAD][2][4] = {}; // [64 k][channel]
     auto load_weights = [&](uint4(&to)[4], int k) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -1998,7 +1995,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
         }
     };
     auto load_x = [&](int k, int stage) { // zeros past the end, which make any weight harmless
-        constexpr int PIECES = HEAD_CHUNK / 8;
+        constexpr int PIECES = LM_CHUNK / 8;
         for (int i = threadIdx.x; i < TOKENS * PIECES; i += THREADS) {
             int row = i / PIECES, at = k + i % PIECES * 8;
             bool there = row < T && at < K;
@@ -2007,21 +2004,21 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
         }
     };
 #pragma unroll
-    for (int a = 0; a < HEAD_AHEAD; a++) {
-        for (int c = 0; c < 2; c++) load_weights(w[a][c], a * HEAD_CHUNK + c * 64);
+    for (int a = 0; a < LM_AHEAD; a++) {
+        for (int c = 0; c < 2; c++) load_weights(w[a][c], a * LM_CHUNK + c * 64);
     }
     launch_dependents();
     wait_for_previous_kernel();
     load_x(0, 0);
 
     float sum[2][TOKENS / 8][4] = {};
-    for (int k0 = 0; k0 < K; k0 += HEAD_AHEAD * HEAD_CHUNK) {
+    for (int k0 = 0; k0 < K; k0 += LM_AHEAD * LM_CHUNK) {
 #pragma unroll
-        for (int a = 0; a < HEAD_AHEAD; a++) {
-            const int k = k0 + a * HEAD_CHUNK;
+        for (int a = 0; a < LM_AHEAD; a++) {
+            const int k = k0 + a * LM_CHUNK;
             copy_async_wait();
             __syncthreads(); // the chunk of x is there, and the other stage free
-            load_x(k + HEAD_CHUNK, (a + 1) % 2);
+            load_x(k + LM_CHUNK, (a + 1) % 2);
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 const uint32_t *words = (const uint32_t *)w[a][c]; // [channel][4]
@@ -2045,7 +2042,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
                         }
                     }
                 }
-                load_weights(w[a][c], k + HEAD_AHEAD * HEAD_CHUNK + c * 64);
+                load_weights(w[a][c], k + LM_AHEAD * LM_CHUNK + c * 64);
             }
         }
     }
@@ -2072,7 +2069,7 @@ static void linear_bytes(GpuState *s, const Matrix *w, const half *x, int T, flo
                        : n <= 16 ? linear_bytes_kernel<16>
                        : n <= 32 ? linear_bytes_kernel<32>
                                  : linear_bytes_kernel<64>;
-        const int channels = WARPS * HEAD_STRIP;
+        const int channels = WARPS * LM_STRIP;
         launch(kernel, {dim3(ceil_div(w->N, channels)), THREADS}, s->stream, w->bytes, w->s_channel,
                w->N, w->K, x + (size_t)t * w->K, n, y + (size_t)t * w->N);
     }
@@ -2691,7 +2688,7 @@ struct Stored {
 };
 
 /* A warp's tile of the cache in registers: rows of STORED bits, laid out as BITS want it. */
-template <int HEAD_DIM, int BITS, int STORED> struct Tile {
+template <int HEAD_DIM, int BITS, int STORED> struct CacheTile {
     uint32_t k[2][HEAD_DIM / 4 * STORED / 32], v[4][HEAD_DIM / 8 * STORED / 32];
     half2 k_scale[2], v_scale[2]; // of positions g and g + 8, if not in 16 bits
 
@@ -2775,8 +2772,8 @@ template <int HEAD_DIM> struct Attended {
 /* s = q k for position g (s[0], s[1]: heads 2t, 2t + 1) and g + 8 (s[2], s[3]), if k holds in
  * halves the eights of dimensions of the two. */
 template <int HEAD_DIM, typename Eights>
-__device__ __forceinline__ void scores(const Queries<HEAD_DIM> &queries, float (&s)[4],
-                                       Eights eights) {
+__device__ __forceinline__ void attention_scores(const Queries<HEAD_DIM> &queries, float (&s)[4],
+                                                 Eights eights) {
     float odd[4] = {}; // two chains of mma, half the wait
 #pragma unroll
     for (int j = 0; j < HEAD_DIM / 32; j++) {
@@ -2798,7 +2795,7 @@ __device__ __forceinline__ void attend_first(const DecodeArgs &p, const DecodeBl
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const half *k = p.cache.first + b.head * 2 * HEAD_DIM;
     float s[4] = {};
-    scores(queries, s, [&](int j, uint32_t(&first)[4], uint32_t(&other)[4]) {
+    attention_scores(queries, s, [&](int j, uint32_t(&first)[4], uint32_t(&other)[4]) {
         uint4 x = __ldcg((const uint4 *)(k + Share<HEAD_DIM, BITS, 4>::dimension(j, t)));
         first[0] = x.x, first[1] = x.y, first[2] = x.z, first[3] = x.w;
         for (uint32_t &zero : other) zero = 0;
@@ -2822,14 +2819,14 @@ __device__ __forceinline__ void attend_first(const DecodeArgs &p, const DecodeBl
  * one after them. */
 template <int HEAD_DIM, int DECODE_WARPS, int BITS, int STORED>
 __device__ __forceinline__ int
-attend_tiles(const DecodeBlock &b, const Stored &from, Tile<HEAD_DIM, BITS, STORED> &kv, int tile,
-             int end, const Queries<HEAD_DIM> &queries, Attended<HEAD_DIM> &a) {
+attend_tiles(const DecodeBlock &b, const Stored &from, CacheTile<HEAD_DIM, BITS, STORED> &kv,
+             int tile, int end, const Queries<HEAD_DIM> &queries, Attended<HEAD_DIM> &a) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const float scale = score_scale(HEAD_DIM);
     for (; tile < end; tile += DECODE_WARPS) {
         const int next = tile + DECODE_WARPS;
         float s[4] = {};
-        scores(queries, s, [&](int j, uint32_t(&x)[4], uint32_t(&y)[4]) {
+        attention_scores(queries, s, [&](int j, uint32_t(&x)[4], uint32_t(&y)[4]) {
             row_to_halves<STORED>(kv.k[0] + j * STORED / 4, x);
             row_to_halves<STORED>(kv.k[1] + j * STORED / 4, y);
         });
@@ -2995,7 +2992,7 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
                            b.head * p.cache.context};
     const int recent = BITS == 4 ? b.pos / RECENT * (RECENT / 16) : b.tiles; // in 16 bits from here
     const int end = min(b.tile1, recent);
-    Tile<HEAD_DIM, BITS, BITS> kv;
+    CacheTile<HEAD_DIM, BITS, BITS> kv;
     int tile = b.tile0 + threadIdx.x / 32;
     const bool early = tile < end && tile < b.pos / 16;
     if (early) kv.load(cached, tile);
@@ -3010,7 +3007,7 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
     if (BITS == 4 && tile < b.tile1) {
         const Stored ring = {p.cache.recent_keys, p.cache.recent_values, NULL, NULL,
                              b.head * RECENT - recent * 16};
-        Tile<HEAD_DIM, BITS, 16> kv;
+        CacheTile<HEAD_DIM, BITS, 16> kv;
         kv.load(ring, tile);
         attend_tiles<HEAD_DIM, DECODE_WARPS>(b, ring, kv, tile, b.tile1, queries, a);
     }
@@ -3161,17 +3158,7 @@ static void convert(const void *from, DType dtype, size_t n, To *to, int *not_fi
                     cudaStream_t stream);
 
 /* Where the time goes. */
-enum Phase {
-    READING,
-    SMOOTHING,
-    FLOAT_PASS,
-    W4A8_PASS,
-    MOMENTS,
-    INVERSE,
-    ROUNDING,
-    REST,
-    N_PHASES
-};
+enum Phase { READING, SMOOTHING, FLOAT_PASS, W4A8_PASS, MOMENTS, INVERSE, GPTQ, REST, N_PHASES };
 static const char *const phase_names[N_PHASES] = {"reading",     "smoothing", "float passes",
                                                   "W4A8 passes", "moments",   "inverses",
                                                   "rounding",    "rest"};
@@ -4163,7 +4150,7 @@ static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLi
         free(diagonal);
         free(h);
     }
-    enter(q, ROUNDING);
+    enter(q, GPTQ);
     for (int i = first, row = 0; i < first + count; i++) {
         const float *w = float_weights(q, i);
         int N, unused;
@@ -4302,30 +4289,12 @@ void gpu_final_scale(GpuQuantizer *q, const float *norm, double *xf, double *xx)
 
 /* ---- weights --------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ float to_float(float x) {
-    return x;
-}
-__device__ __forceinline__ float to_float(half x) {
-    return __half2float(x);
-}
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
-    return __bfloat162float(x);
-}
-
-__device__ __forceinline__ void from_float(float x, half *to) {
-    *to = __float2half(x);
-}
-__device__ __forceinline__ void from_float(float x, float *to) {
-    *to = x;
-}
-
 template <typename From, typename To>
 __global__ void convert_kernel(const From *from, size_t n, To *to, int *not_finite) {
     size_t stride = (size_t)gridDim.x * blockDim.x;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
-        To x;
-        from_float(to_float(from[i]), &x);
-        if (!isfinite(to_float(x))) *not_finite = 1;
+        const To x = (float)from[i];
+        if (!isfinite((float)x)) *not_finite = 1;
         to[i] = x;
     }
 }
@@ -4415,27 +4384,25 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
     int count = 0;
     if (!properties.major && cudaGetDeviceCount(&count) == cudaSuccess && count > 0)
         cuda_check(cudaGetDeviceProperties(&properties, 0), "GPU");
-    snprintf(what, size, "%s", properties.name);
-    if (properties.major < 8) {
-        snprintf(what, size, "found no GPU of compute capability 8.0 or newer");
-    } else if (c->head_dim != 64 && c->head_dim != 128) {
-        snprintf(what, size, "heads of %d, on the GPU 64 or 128", c->head_dim);
-    } else if (c->n_heads / c->n_kv_heads > 16 * WARPS) {
-        snprintf(what, size, "%d query heads share a KV head, on the GPU at most %d",
-                 c->n_heads / c->n_kv_heads, 16 * WARPS);
-    } else if (c->dim % 8 || c->hidden_dim % 8) {
-        snprintf(what, size, "dim %d and ffn %d, on the GPU multiples of 8", c->dim, c->hidden_dim);
-    } else {
-        for (int k = 0, N, K; w4a8 && k < N_LINEARS; k++) {
-            linear_shape(c, k, &N, &K);
-            if (N % 64 == 0 && K % UNIT == 0) continue;
-            snprintf(what, size, "%s is %d x %d, on the GPU multiples of 64", linear_names[k], N,
-                     K);
-            return false;
-        }
-        return true;
+    auto no = [&](const char *format, auto... numbers) {
+        snprintf(what, size, format, numbers...);
+        return false;
+    };
+    const int group = c->n_heads / c->n_kv_heads;
+    if (properties.major < 8) return no("found no GPU of compute capability %d.0 or newer", 8);
+    if (c->head_dim != 64 && c->head_dim != 128)
+        return no("heads of %d, on the GPU 64 or 128", c->head_dim);
+    if (group > 16 * WARPS)
+        return no("%d query heads share a KV head, on the GPU at most %d", group, 16 * WARPS);
+    if (c->dim % 8 || c->hidden_dim % 8)
+        return no("dim %d and ffn %d, on the GPU multiples of 8", c->dim, c->hidden_dim);
+    for (int k = 0, N, K; w4a8 && k < N_LINEARS; k++) {
+        linear_shape(c, k, &N, &K);
+        if (N % 64 || K % UNIT)
+            return no("%s is %d x %d, on the GPU multiples of 64", linear_names[k], N, K);
     }
-    return false;
+    snprintf(what, size, "%s", properties.name);
+    return true;
 }
 
 /* Uploads a model straight from the mapped file: W4A8 as section 2 wants it, all else as halves.
