@@ -6,7 +6,7 @@
  *     the choice of a token
  *   4 attention and the KV cache: of a prompt, and of one token of each sequence
  *   5 quantization: rotation, ranges, smoothing, moments, Cholesky, GPTQ, layer by layer
- *   6 plumbing: weights and buffers in GPU memory, the engine
+ *   6 plumbing, to be skipped at first: weights and buffers in GPU memory, the engine
  */
 #include "files.h"
 
@@ -861,15 +861,6 @@ template <int M_TILES> struct Scales {
     float4 x[M_TILES]; // the residual stream so far
 };
 
-template <int M_TILES>
-__device__ __forceinline__ void load_channel_scales(const GemmArgs &p, int n0, Scales<M_TILES> &s) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 2 * M_TILES; i++) {
-        s.s_channel[i] = p.s_channel[n0 + lane / 8 * 8 + 2 * i + lane / 4 % 2];
-    }
-}
-
 /* s_a: those of the tokens from m0. */
 template <int M_TILES>
 __device__ __forceinline__ void load_token_scales(const GemmArgs &p, const float *s_a, int m0,
@@ -885,7 +876,11 @@ __device__ __forceinline__ void load_token_scales(const GemmArgs &p, const float
 template <int M_TILES>
 __device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_a, int m0, int n0,
                                             Scales<M_TILES> &s) {
-    load_channel_scales(p, n0, s);
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 * M_TILES; i++) {
+        s.s_channel[i] = p.s_channel[n0 + lane / 8 * 8 + 2 * i + lane / 4 % 2];
+    }
     load_token_scales(p, s_a, m0, n0, s);
 }
 
@@ -1683,16 +1678,10 @@ __device__ __forceinline__ void cluster_barrier() {
     cluster_wait();
 }
 
-/* The address of a variable of this block in another block of the cluster. */
-__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int block) {
+/* x into a variable of another block of the cluster, at the address that this block knows. */
+__device__ __forceinline__ void cluster_store(uint32_t to, int block, uint32_t x) {
 #if __CUDA_ARCH__ >= 900
-    asm("mapa.shared::cluster.u32 %0, %0, %1;\n" : "+r"(address) : "r"(block));
-#endif
-    return address;
-}
-
-__device__ __forceinline__ void cluster_store(uint32_t to, uint32_t x) {
-#if __CUDA_ARCH__ >= 900
+    asm("mapa.shared::cluster.u32 %0, %0, %1;\n" : "+r"(to) : "r"(block));
     asm volatile("st.shared::cluster.u32 [%0], %1;\n" ::"r"(to), "r"(x) : "memory");
 #endif
 }
@@ -1703,8 +1692,7 @@ __device__ static uint32_t cluster_max(uint32_t x) {
     __shared__ uint32_t maxima[MAX_CLUSTER];
     cluster_wait();
     if (threadIdx.x < gridDim.y) {
-        uint32_t mine = shared_address(&maxima[blockIdx.y]);
-        cluster_store(cluster_address(mine, threadIdx.x), x);
+        cluster_store(shared_address(&maxima[blockIdx.y]), threadIdx.x, x);
     }
     cluster_barrier();
     for (int i = 0; i < (int)gridDim.y; i++) x = max(x, maxima[i]);
@@ -3049,26 +3037,29 @@ static int decode_rows(const Config *c) {
 /* The kernels for a head_dim and so many bits of the cache. */
 struct AttentionKernels {
     void (*write)(const half *, int, int, int, const float4 *, GpuCache);
-    void (*read)(GpuCache, int, const half *, int, int, const float4 *, GpuCache);
+    void (*read)(GpuCache, int, const half *, int, int, const float4 *, GpuCache); // below 16 bits
     void (*prompt)(const half *, int, int, int, int, const float4 *, GpuCache, int, half *);
     void (*decode[2])(DecodeArgs); // with 8 warps, with 4
 };
 
-template <int HEAD_DIM, int BITS>
-static const AttentionKernels kernels_for = {
-    write_cache_kernel<HEAD_DIM, BITS>,
-    read_cache_kernel<HEAD_DIM, BITS>,
-    attention_prefill_kernel<HEAD_DIM>,
-    {attention_decode_kernel<HEAD_DIM, 8, BITS>, attention_decode_kernel<HEAD_DIM, 4, BITS>}};
+template <int HEAD_DIM, int BITS> static AttentionKernels kernels_for() {
+    AttentionKernels kernels = {
+        write_cache_kernel<HEAD_DIM, BITS>,
+        NULL,
+        attention_prefill_kernel<HEAD_DIM>,
+        {attention_decode_kernel<HEAD_DIM, 8, BITS>, attention_decode_kernel<HEAD_DIM, 4, BITS>}};
+    if constexpr (BITS < 16) kernels.read = read_cache_kernel<HEAD_DIM, BITS>;
+    return kernels;
+}
 
-static const AttentionKernels &attention_kernels(int head_dim, int bits) {
+static AttentionKernels attention_kernels(int head_dim, int bits) {
     if (head_dim == 64)
-        return bits == 16  ? kernels_for<64, 16>
-               : bits == 8 ? kernels_for<64, 8>
-                           : kernels_for<64, 4>;
-    return bits == 16  ? kernels_for<128, 16>
-           : bits == 8 ? kernels_for<128, 8>
-                       : kernels_for<128, 4>;
+        return bits == 16  ? kernels_for<64, 16>()
+               : bits == 8 ? kernels_for<64, 8>()
+                           : kernels_for<64, 4>();
+    return bits == 16  ? kernels_for<128, 16>()
+           : bits == 8 ? kernels_for<128, 8>()
+                       : kernels_for<128, 4>();
 }
 
 /* att [T][q_dim] of T tokens at position pos of a sequence, by way of the cache; if that is in 8 or
@@ -3076,7 +3067,7 @@ static const AttentionKernels &attention_kernels(int head_dim, int bits) {
 static void attend_prompt(const Config *c, const half *qkv, int T, int sequence, int pos,
                           const float4 *rope, GpuCache cache, const GpuCache &in_halves, half *att,
                           cudaStream_t stream) {
-    const AttentionKernels &kernels = attention_kernels(c->head_dim, cache.bits);
+    const AttentionKernels kernels = attention_kernels(c->head_dim, cache.bits);
     const int group = c->n_heads / c->n_kv_heads, q_dim = c->n_heads * c->head_dim;
     launch(kernels.write, {dim3(T), THREADS}, stream, qkv, q_dim, sequence, pos, rope, cache);
     int recent = sequence; // where the positions next to a token are read
@@ -3158,7 +3149,7 @@ static void convert(const void *from, DType dtype, size_t n, To *to, int *not_fi
                     cudaStream_t stream);
 
 /* Where the time goes. */
-enum Phase { READING, SMOOTHING, FLOAT_PASS, W4A8_PASS, MOMENTS, INVERSE, GPTQ, REST, N_PHASES };
+enum Phase { READ, SMOOTH, FLOAT_PASS, W4A8_PASS, MOMENTS, INVERSE, ROUND, REST, N_PHASES };
 static const char *const phase_names[N_PHASES] = {"reading",     "smoothing", "float passes",
                                                   "W4A8 passes", "moments",   "inverses",
                                                   "rounding",    "rest"};
@@ -4150,7 +4141,7 @@ static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLi
         free(diagonal);
         free(h);
     }
-    enter(q, GPTQ);
+    enter(q, ROUND);
     for (int i = first, row = 0; i < first + count; i++) {
         const float *w = float_weights(q, i);
         int N, unused;
@@ -4246,14 +4237,14 @@ static void quantize_half(GpuQuantizer *q, int l, bool ffn, Layer *out, Errors *
 void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
                         Errors *errors) {
     const Config *c = &q->config;
-    enter(q, READING);
+    enter(q, READ);
     for (int k = 0; k < N_LINEARS; k++)
         if (!upload_weights(&layer->linears[k], float_weights(q, k), (uint8_t *)q->t))
             die("tensor model.layers.%d.%s.weight holds NaN or infinity", l, linear_names[k]);
     float *norms = (float *)allocate(2 * c->dim, sizeof *norms);
     memcpy(norms, layer->attention_norm, c->dim * sizeof *norms);
     memcpy(norms + c->dim, layer->ffn_norm, c->dim * sizeof *norms);
-    enter(q, SMOOTHING);
+    enter(q, SMOOTH);
     if (q->method.signs) rotate_layer(q, norms);
     to_gpu(q, q->attention_norm, norms, 2 * c->dim);
     if (q->method.smooth) {
@@ -4281,7 +4272,7 @@ void gpu_final_scale(GpuQuantizer *q, const float *norm, double *xf, double *xx)
 }
 
 /* ================================================================================================
- * 6. Plumbing: weights and buffers in GPU memory, the engine
+ * 6. Plumbing: weights and buffers in GPU memory, the engine. A first reader may skip it.
  *
  * 16-bit weights are halves: BF16 ones become halves exactly from 2^-14 to 65504, below that to
  * 2^-25.
@@ -4794,7 +4785,7 @@ Engine *gpu_engine(const Model *m, int kv_bits) {
     return e;
 }
 
-/* ---- memory ---------------------------------------------------------------------------------- */
+/* ---- the quantizer's memory ------------------------------------------------------------------ */
 
 static void place_linear(Places *places, const GpuQuantizer *q, int first, int n, GpuLinear *l) {
     l->N = 0;

@@ -334,16 +334,10 @@ static Floats random_halves(size_t n, float scale) {
     return v;
 }
 
-template <typename T> static T *on_gpu(const std::vector<T> &v) {
-    T *p = (T *)device_alloc(v.size() * sizeof(T));
-    cuda_check(cudaMemcpy(p, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
-    return p;
-}
-
 static half *halves_on_gpu(const Floats &v) {
     std::vector<half> h(v.size());
     for (size_t i = 0; i < v.size(); i++) h[i] = __float2half_rn(v[i]);
-    return on_gpu(h);
+    return upload_array<half>(h.data(), h.size());
 }
 
 /* Sums are float32; a token's logits are the same bits in any company. */
@@ -359,8 +353,8 @@ static void test_head(int N, int K) {
     Matrix w = {};
     w.N = N;
     w.K = K;
-    w.bytes = on_gpu(q);
-    w.s_channel = on_gpu(s_channel);
+    w.bytes = upload_array<int8_t>(q.data(), q.size());
+    w.s_channel = upload_array<float>(s_channel.data(), N);
     half *x_gpu = halves_on_gpu(x);
     float *y = (float *)device_alloc((size_t)most * N * sizeof(float));
     Floats alone((size_t)most * N);
