@@ -1226,7 +1226,8 @@ void qqq_pack(const Linear *l, uint8_t *B, float *s_channel, uint16_t *s_group) 
     }
     for (size_t i = 0; groups && i < N * K / GROUP; i++) {
         size_t n = i % N / 64 * 64 + order.s_group[i % 64];
-        s_group[i] = float_to_f16(l->s_group[n * (K / GROUP) + i / N]);
+        size_t from = n * (K / GROUP) + i / N;
+        s_group[i] = float_to_f16(l->s_group[from]);
     }
 }
 
@@ -1256,7 +1257,7 @@ static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
     if (memory == MAP_FAILED) die("out of memory: %zu bytes were asked for", bytes);
     add_mapping(c, (Mapping){format_text("%s", B->path), memory, bytes});
     uint8_t *qweight = memory, *s_group = qweight + N * K / 2 + N * sizeof(float);
-    float *s_channel = (float *)(qweight + N * K / 2);
+    float *s_channel = (void *)(qweight + N * K / 2);
 
     QqqOrder order = qqq_order(groups);
     const uint8_t *codes = B->data;

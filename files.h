@@ -19,7 +19,7 @@ void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2))
 void die_usage(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
 /* count * size bytes, zeroed; free() releases them. format_text() is a printf() into such. */
-void *allocate(size_t count, size_t size);
+void *allocate(size_t count, size_t size) __attribute__((returns_nonnull));
 char *format_text(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* First in main(): a descriptor 0 to 2 that is closed becomes /dev/null, so that no file gets it.

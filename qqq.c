@@ -985,7 +985,8 @@ static void quantize_linears(const Quantizer *q, const Moments *m, int l, int fi
     float *importance = m->H ? column_importance(m, l, linear_names[first]) : NULL;
     const float *weighting = method->mse ? importance : NULL;
     Inverse inverse;
-    if (method->gptq) inverse = hessian_inverse(m->H, m->K, method->act_order);
+    bool compensate = method->gptq && m->H;
+    if (compensate) inverse = hessian_inverse(m->H, m->K, method->act_order);
     for (int i = first; i < first + count; i++) {
         const float *w = f->linears[i].w;
         int N = f->linears[i].N, K = f->linears[i].K;
@@ -993,7 +994,7 @@ static void quantize_linears(const Quantizer *q, const Moments *m, int l, int fi
         Linear nearest = round_to_nearest(w, weighting, N, K, method->group_size); // step 3
         errors[i].before = errors[i].after = m->H ? relative_error(w, &nearest, m->H) : NAN;
         out->linears[i] = nearest;
-        if (!method->gptq) continue;
+        if (!compensate) continue;
         float *target = allocate((size_t)N * K, sizeof *target);
         corrected_target(w, N, &inverse, m->C, m->R, target);                       // step 5
         out->linears[i] = gptq(target, N, &inverse, weighting, method->group_size); // step 4
@@ -1001,7 +1002,7 @@ static void quantize_linears(const Quantizer *q, const Moments *m, int l, int fi
         linear_free(&nearest);
         free(target);
     }
-    if (method->gptq) inverse_free(&inverse);
+    if (compensate) inverse_free(&inverse);
     free(importance);
 }
 

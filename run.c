@@ -898,7 +898,10 @@ static void benchmark(Session *s, const Options *o) {
         }
         e->start(e, batch, context);
         double time[3], start = 0;
-        for (int b = 0; b < batch; b++) e->feed(e, b, &(int){b % c->vocab_size}, 1, 0);
+        for (int b = 0, token; b < batch; b++) {
+            token = b % c->vocab_size;
+            e->feed(e, b, &token, 1, 0);
+        }
         decode(s, 1, &time[0]); // the weights come from the disk, the GPU makes its graph
         int empty = decode(s, steps, &time[0]);
         for (int b = -1; b < batch; b++) { // -1: to warm up

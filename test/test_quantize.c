@@ -306,7 +306,8 @@ static Layer random_layer(uint64_t *seed) {
 /* R_ij of diag(signs) H_n / sqrt(n), by Sylvester's rule: H_ij = (-1)^(bits that i and j share);
  * odd factors of n by Hartley's matrix. */
 static double hadamard_element(int n, const int8_t *signs, int i, int j) {
-    int m = n / (n & -n);
+    int m = n;
+    while (m % 2 == 0) m /= 2;
     double angle = 2 * M_PI * (i % m) * (j % m) / m;
     double h = (__builtin_popcount(i / m & j / m) % 2 ? -1 : 1) * (cos(angle) + sin(angle));
     return (signs ? signs[i] : 1) * h / sqrt(n);
