@@ -1788,7 +1788,7 @@ static void test_usage(void) {
     test_begin("quantize: options");
     check(shell("$QUANTIZE -h 2>/dev/null") == 0 && !strncmp(output, "usage: ./quantize MODEL", 23),
           "-h: %s", output);
-    const char flags[] = "gbarmoscnlefdMh";
+    const char flags[] = "gbarmoscnlefxdM";
     for (int i = 0; flags[i]; i++) {
         char line[80];
         snprintf(line, sizeof line, "\n  -%c ", flags[i]);
@@ -1797,12 +1797,12 @@ static void test_usage(void) {
     for (int i = 0; flags[i]; i++) {
         char line[80];
         snprintf(line, sizeof line, MADE " -%c", flags[i]);
-        if (!strchr("fh", flags[i])) expect_error(line, 2, "its value is missing", false);
+        if (flags[i] != 'f') expect_error(line, 2, "its value is missing", false);
     }
     const char *bad[][2] = {
         {"-z", "unknown option -z"},
         {"-gg 1", "unknown option -gg"},
-        {"--help", "unknown option --help"},
+        {"--hel", "unknown option --hel"},
         {"-", "unknown option -"},
         {"-g 64", "-g 64: expected"},
         {"-g 0", "-g 0: expected"},
@@ -1825,6 +1825,8 @@ static void test_usage(void) {
         snprintf(line, sizeof line, MADE " %s", bad[i][0]);
         expect_error(line, 2, bad[i][1], false);
     }
+    check(shell("$QUANTIZE --help") == 0 && strstr(output, "--version"), "--help: %s", output);
+    check(shell("$QUANTIZE --version") == 0 && strstr(output, "QQQ"), "--version: %s", output);
     expect_error("$QUANTIZE", 2, "no MODEL", false);
     expect_error("$QUANTIZE -g 128", 2, "no MODEL", false);
     expect_error(MADE " -c data/calib.txt -n 1 -l 4097", 2, "-l 4097: the context of", false);
