@@ -61,24 +61,14 @@ struct GpuModel {
 typedef unsigned long long Choice;
 
 /* Keys and values of one layer: rows of head_dim numbers of 16, 8 or 4 bits, one a token and KV
- * head. 8 and 4 bits have scales for each row, themselves halves:
- *
- *     8: x ~ q s,      s = max|x| / 127,            q = rint(x / s)
- *     4: x ~ q s + m,  s = (max - min) / 15,        q = rint((x - m) / s),   m = min
- *
- * For 4 bits keys, and queries with them, are turned by the Hadamard matrix of head_dim, which
- * spreads the few large dimensions that keys have and leaves every product q k as it was (QuaRot,
- * arXiv 2404.00456). And what is attended to most is read in 16 bits: position 0, and by the token
- * at t those positions p with p / RECENT = t / RECENT. In a word of eight 4-bit numbers dimension
- * 2n is nibble n, 2n + 1 nibble n + 4: a shift and a mask then leave two neighbours in the halves
- * of a register. */
+ * head. What is attended to most is in 16 bits beside 4: position 0, and RECENT positions. */
 constexpr int RECENT = 128;
 
 struct GpuCache {
     int bits;
-    uint8_t *keys, *values;     // [n_sequences][n_kv_heads][context][head_dim * bits / 8]
-    half2 *k_scales, *v_scales; // [n_sequences][n_kv_heads][context] s, m; if not in 16 bits
-    half *first;                // [n_sequences][n_kv_heads][2][head_dim] position 0, for 4 bits
+    uint8_t *keys, *values;            // [n_sequences][n_kv_heads][context][head_dim * bits / 8]
+    half2 *k_scales, *v_scales;        // [n_sequences][n_kv_heads][context] s, m; if not in 16 bits
+    half *position_0;                  // [n_sequences][n_kv_heads][2][head_dim] for 4 bits
     half *recent_keys, *recent_values; // [n_sequences][n_kv_heads][RECENT][head_dim], for 4 bits
     int n_kv_heads, context;
     __device__ size_t row(int sequence, int kv_head) const {
@@ -2205,7 +2195,18 @@ __device__ __forceinline__ float score_scale(int head_dim) {
     return 1.44269504f / sqrtf(head_dim);
 }
 
-/* ---- the cache ------------------------------------------------------------------------------- */
+/* ---- the cache ---------------------------------------------------------------------------------
+ *
+ * In 8 and 4 bits each row has scales, themselves halves:
+ *
+ *     8: x ~ q s,      s = max|x| / 127,            q = rint(x / s)
+ *     4: x ~ q s + m,  s = (max - min) / 15,        q = rint((x - m) / s),   m = min
+ *
+ * For 4 bits keys, and queries with them, are turned by the Hadamard matrix of head_dim, which
+ * spreads the few large dimensions that keys have and leaves every product q k as it was (QuaRot,
+ * arXiv 2404.00456). Read in 16 bits are position 0 and, by the token at t, those positions p with
+ * p / RECENT = t / RECENT. In a word of eight 4-bit numbers dimension 2n is nibble n, 2n + 1 nibble
+ * n + 4: a shift and a mask then leave two neighbours in the halves of a register. */
 
 /* A head's vector over a warp. Lane l has dimensions 2j, 2j + 1 and, head_dim / 2 on, their
  * partners of RoPE, j = l % (head_dim / 4). */
@@ -2319,7 +2320,7 @@ __device__ __forceinline__ void store_token(const GpuCache &cache, size_t head, 
     store_row<HEAD_DIM, BITS>(x, is_key ? cache.keys : cache.values,
                               is_key ? cache.k_scales : cache.v_scales, head * cache.context + pos);
     if (BITS > 4) return;
-    if (pos == 0) x.store(cache.first + (head * 2 + !is_key) * HEAD_DIM);
+    if (pos == 0) x.store(cache.position_0 + (head * 2 + !is_key) * HEAD_DIM);
     half *ring = is_key ? cache.recent_keys : cache.recent_values;
     if (recent) x.store(ring + (head * RECENT + pos % RECENT) * HEAD_DIM);
 }
@@ -2355,7 +2356,7 @@ __global__ void read_cache_kernel(GpuCache cache, int sequence, const half *qkv,
         uint8_t *to_rows = is_key ? to.keys : to.values;
         HeadVector<HEAD_DIM> x;
         if (BITS == 4 && p == 0) {
-            x.load(cache.first + (head * 2 + !is_key) * HEAD_DIM);
+            x.load(cache.position_0 + (head * 2 + !is_key) * HEAD_DIM);
         } else {
             const uint8_t *from =
                 (is_key ? cache.keys : cache.values) + row * (HEAD_DIM * BITS / 8);
@@ -2781,7 +2782,7 @@ __device__ __forceinline__ void attend_first(const DecodeArgs &p, const DecodeBl
                                              const Queries<HEAD_DIM> &queries,
                                              Attended<HEAD_DIM> &a) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const half *k = p.cache.first + b.head * 2 * HEAD_DIM;
+    const half *k = p.cache.position_0 + b.head * 2 * HEAD_DIM;
     float s[4] = {};
     attention_scores(queries, s, [&](int j, uint32_t(&first)[4], uint32_t(&other)[4]) {
         uint4 x = __ldcg((const uint4 *)(k + Share<HEAD_DIM, BITS, 4>::dimension(j, t)));
@@ -3094,7 +3095,7 @@ static GpuCache layer_cache(const GpuState *s, int l) {
     cache.values += rows * c->head_dim * cache.bits / 8;
     cache.k_scales += rows;
     cache.v_scales += rows;
-    cache.first += heads * 2 * c->head_dim;
+    cache.position_0 += heads * 2 * c->head_dim;
     cache.recent_keys += heads * RECENT * c->head_dim;
     cache.recent_values += heads * RECENT * c->head_dim;
     return cache;
@@ -4532,7 +4533,7 @@ static size_t place_buffers(GpuState *s) {
     take(k->values, rows * c->head_dim * k->bits / 8);
     take(k->k_scales, small ? rows : 0);
     take(k->v_scales, small ? rows : 0);
-    take(k->first, small ? heads * 2 * c->head_dim : 0);
+    take(k->position_0, small ? heads * 2 * c->head_dim : 0);
     take(k->recent_keys, recent);
     take(k->recent_values, recent);
     take(h->keys, read);

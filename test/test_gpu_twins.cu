@@ -392,7 +392,7 @@ static void test_head(int N, int K) {
     for (void *p : {(void *)w.bytes, (void *)w.s_channel, (void *)x_gpu, (void *)y}) cudaFree(p);
 }
 
-/* What a row of the cache is read back as: GpuCache's formulas. */
+/* What a row of the cache is read back as: section 4's formulas. */
 static void through_cache(float *x, int n, int bits) {
     float low = INFINITY, high = -INFINITY;
     for (int i = 0; i < n; i++) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
