@@ -4498,7 +4498,7 @@ constexpr size_t CUBLAS_WORKSPACE = 32 << 20; // bytes, as NVIDIA recommends for
 struct Places {
     uint8_t *memory;
     size_t used;
-    template <typename T> void take(T *&p, size_t count) {
+    template <typename T> void operator()(T *&p, size_t count) {
         p = (T *)(memory + used);
         used += (count * sizeof(T) + 255) / 256 * 256;
     }
@@ -4511,8 +4511,7 @@ static size_t place_buffers(GpuState *s) {
     const size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
     const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
     const bool q = s->model->quantized;
-    Places places = {s->memory, 0};
-    auto take = [&](auto *&p, size_t count) { places.take(p, count); };
+    Places take = {s->memory, 0};
     take(s->tokens, T);
     take(s->positions, B);
     take(s->chosen, B);
@@ -4544,7 +4543,7 @@ static size_t place_buffers(GpuState *s) {
     take(s->partial, B * decode_rows(c) * s->splits * HEADS * (c->head_dim + 2));
     take(s->arrived, B * (decode_rows(c) + 1));
     take(s->cublas_workspace, CUBLAS_WORKSPACE);
-    return places.used;
+    return take.used;
 }
 
 /* The sizes of a state, before its memory is there. */
@@ -4788,16 +4787,16 @@ Engine *gpu_engine(const Model *m, int kv_bits) {
 
 /* ---- the quantizer's memory ------------------------------------------------------------------ */
 
-static void place_linear(Places *places, const GpuQuantizer *q, int first, int n, GpuLinear *l) {
+static void place_linear(Places &take, const GpuQuantizer *q, int first, int n, GpuLinear *l) {
     l->N = 0;
     for (int i = first, N; i < first + n; i++) {
         linear_shape(&q->config, i, &N, &l->K);
         l->N += N;
     }
     const size_t weights = (size_t)l->N * l->K;
-    places->take(l->w, weights / 8);
-    places->take(l->s_channel, l->N);
-    places->take(l->s_group, weights / GROUP);
+    take(l->w, weights / 8);
+    take(l->s_channel, l->N);
+    take(l->s_group, weights / GROUP);
     if (q->method.group_size < 0) l->s_group = NULL;
 }
 
@@ -4808,8 +4807,7 @@ static size_t place_buffers(GpuQuantizer *q) {
     const size_t dim = c->dim, hidden = c->hidden_dim, q_dim = (size_t)c->n_heads * c->head_dim;
     const size_t K = max(max(dim, hidden), q_dim), T = (size_t)q->chunk * q->length;
     const bool calibrated = q->n > 0;
-    Places places = {q->memory, 0};
-    auto take = [&](auto *&p, size_t count) { places.take(p, count); };
+    Places take = {q->memory, 0};
     size_t total = 0, most = 0;
     for (int k = 0; k < N_LINEARS; k++) {
         int N, inputs;
@@ -4823,10 +4821,10 @@ static size_t place_buffers(GpuQuantizer *q) {
     take(q->w, total);
     take(q->attention_norm, 2 * dim);
     q->ffn_norm = q->attention_norm + dim;
-    place_linear(&places, q, 0, 3, &q->qkv);
-    place_linear(&places, q, 3, 1, &q->o);
-    place_linear(&places, q, 4, 2, &q->gate_up);
-    place_linear(&places, q, 6, 1, &q->down);
+    place_linear(take, q, 0, 3, &q->qkv);
+    place_linear(take, q, 3, 1, &q->o);
+    place_linear(take, q, 4, 2, &q->gate_up);
+    place_linear(take, q, 6, 1, &q->down);
     take(q->qweight, most / 4);
     take(q->s_group, most / GROUP);
     if (q->method.group_size < 0) q->s_group = NULL;
@@ -4844,28 +4842,28 @@ static size_t place_buffers(GpuQuantizer *q) {
     take(q->cublas_workspace, CUBLAS_WORKSPACE);
 
     const size_t searched = q->method.smooth ? sample_of(q).T : 0;
-    const size_t moments = places.used;
+    const size_t moments = take.used;
     take(q->H, q->calibrate ? K * K : 0);
     take(q->M, q->calibrate ? dim * K : 0);
     take(q->U, q->method.gptq ? K * K : 0);
-    size_t end = places.used;
+    size_t end = take.used;
     if (q->method.smooth) {
-        places.used = moments;
+        take.used = moments;
         take(q->sample[SMOOTH_QKV], searched * dim);
         take(q->sample[SMOOTH_GATE_UP], searched * dim);
         take(q->sample[SMOOTH_DOWN], searched * hidden);
-        end = max(end, places.used);
+        end = max(end, take.used);
     }
-    const size_t scratch = places.used = end; // and now what takes turns
+    const size_t scratch = take.used = end; // and now what takes turns
     auto turn = [&]() {
-        end = max(end, places.used);
-        places.used = scratch;
+        end = max(end, take.used);
+        take.used = scratch;
     };
     const size_t wide = max((size_t)q->qkv.N, (size_t)q->gate_up.N);
     const size_t rows = max(T, searched);
     take(q->in.a, rows * K);
     take(q->in.scale, rows);
-    const size_t pass = places.used;
+    const size_t pass = take.used;
     take(q->f, T * K);
     take(q->x, T * K);
     take(q->wide, T * wide);
@@ -4875,8 +4873,8 @@ static size_t place_buffers(GpuQuantizer *q) {
     const size_t cache = (size_t)q->length * c->n_kv_heads * c->head_dim;
     take(q->keys, calibrated ? cache : 0);
     take(q->values, calibrated ? cache : 0);
-    end = max(end, places.used);
-    places.used = pass; // beside q->in
+    end = max(end, take.used);
+    take.used = pass; // beside q->in
     take(q->output, searched * wide);
     take(q->distance, searched * wide);
     turn();
@@ -4936,12 +4934,12 @@ GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Lin
     if (n_windows == 0) return q;
 
     upload_rope(c, length, q->rope);
-    const size_t numbers = (size_t)n_windows * length * c->dim, size = dtype_size(embedding->dtype);
+    const size_t numbers = (size_t)n_windows * length * c->dim;
+    const size_t row = c->dim * dtype_size(embedding->dtype);
     if (q->outside) {
         cuda_check(cudaMallocHost(&q->x_float, numbers * sizeof(float)), "pinned memory");
         cuda_check(cudaMallocHost(&q->x_quant, numbers * sizeof(float)), "pinned memory");
     }
-    const size_t row = c->dim * size;
     uint8_t *rows = (uint8_t *)allocate((size_t)q->chunk * length, row);
     for_chunks(q, q->n, [&](Chunk chunk) {
         for (int t = 0; t < chunk.T; t++)
