@@ -14,6 +14,7 @@
 #define JSMN_PARENT_LINKS // without them jsmn needs quadratic time for long arrays
 #include <jsmn.h>
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -41,6 +42,18 @@ static void remove_temporaries(void) {
         const char *path = temporaries[--n_temporaries];
         if (unlink(path)) rmdir(path);
     }
+}
+
+/* Ends the program by the signal that it has caught, also where the kernel spares it: process 1 of
+ * a container is not ended by a signal that it does not catch. */
+static void end_by(int signal_number) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, signal_number);
+    signal(signal_number, SIG_DFL);
+    sigprocmask(SIG_UNBLOCK, &set, NULL);
+    raise(signal_number);
+    _exit(128 + signal_number);
 }
 
 /* A name from a file may hold anything; it stays on its line. */
@@ -266,7 +279,8 @@ static const char *known_format(const char *data, size_t bytes) {
     } formats[] = {{"version https://git-lfs", "a Git LFS pointer: the real file was not fetched"},
                    {"GGUF", "a GGUF file; a Hugging Face model is needed"},
                    {"PK\3\4", "a PyTorch file (.pth, .bin); a safetensors file is needed"},
-                   {"\x80\x02", "a Python pickle (.pth, .bin); a safetensors file is needed"}};
+                   {"\x80\2", "a Python pickle (.pth, .bin); a safetensors file is needed"},
+                   {"\x80\4", "a Python pickle (.pth, .bin); a safetensors file is needed"}};
     for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) {
         size_t n = strlen(formats[i].start);
         if (bytes >= n && !memcmp(data, formats[i].start, n)) return formats[i].name;
@@ -400,17 +414,23 @@ bool json_number(const Json *j, int node, double *value) {
 
 static const struct {
     const char *name;
-    size_t size;
-} dtypes[] = {[F32] = {"F32", 4}, [F16] = {"F16", 2}, [BF16] = {"BF16", 2}, [U8] = {"U8", 1},
-              [I8] = {"I8", 1},   [I32] = {"I32", 4}, [I64] = {"I64", 8},   {"I16", 2},
-              {"U16", 2},         {"U32", 4},         {"U64", 8},           {"F64", 8},
-              {"BOOL", 1},        {"C64", 8},         {"F8_E4M3", 1},       {"F8_E5M2", 1},
-              {"F8_E8M0", 1},     {"F8_E4M3FNUZ", 1}, {"F8_E5M2FNUZ", 1}};
+    size_t bits;
+} dtypes[] = {[F32] = {"F32", 32},   [F16] = {"F16", 16},
+              [BF16] = {"BF16", 16}, [U8] = {"U8", 8},
+              [I8] = {"I8", 8},      [I32] = {"I32", 32},
+              [I64] = {"I64", 64},   {"I16", 16},
+              {"U16", 16},           {"U32", 32},
+              {"U64", 64},           {"F64", 64},
+              {"BOOL", 8},           {"C64", 64},
+              {"F8_E4M3", 8},        {"F8_E5M2", 8},
+              {"F8_E8M0", 8},        {"F8_E4M3FNUZ", 8},
+              {"F8_E5M2FNUZ", 8},    {"F6_E2M3", 6},
+              {"F6_E3M2", 6},        {"F4", 4}};
 
 enum { N_DTYPES = sizeof dtypes / sizeof *dtypes };
 
 size_t dtype_size(DType dtype) {
-    return dtypes[dtype].size;
+    return dtypes[dtype].bits / 8;
 }
 
 const char *dtype_name(DType dtype) {
@@ -492,7 +512,8 @@ static void on_bus_error(int signal_number, siginfo_t *info, void *context) {
             if (write(STDERR_FILENO, line, strlen(line)) < 0) _exit(1);
             _exit(1);
         }
-    signal(signal_number, SIG_DFL); // not ours: it will be raised again
+    remove_temporaries(); // not ours, or sent by kill
+    end_by(signal_number);
 }
 
 /* A whole number in [0, max] or -1. */
@@ -528,14 +549,16 @@ static Tensor parse_tensor(const Json *j, int key, const char *path, const char 
     t.dtype = d;
 
     int shape = json_get(j, key + 1, "shape");
-    size_t size = dtypes[d].size;
+    size_t size = dtypes[d].bits; // in bits, until all extents are known
     if (json_type(j, shape) != '[') die("%s: tensor %s has no shape", path, t.name);
     for (int i = json_first(j, shape); i >= 0; i = json_next(j, shape, i)) {
         int64_t extent = json_integer(j, i, 0x1p53);
-        if (extent < 0 || t.n_dims == 4 || __builtin_mul_overflow(size, extent, &size))
+        if (extent < 0 || t.n_dims == MAX_DIMS || __builtin_mul_overflow(size, extent, &size))
             die("%s: tensor %s has a shape that cannot be", path, t.name);
         t.shape[t.n_dims++] = extent;
     }
+    if (size % 8) die("%s: tensor %s has a shape that fills no whole bytes", path, t.name);
+    size /= 8;
 
     int offsets = json_get(j, key + 1, "data_offsets"), first = json_first(j, offsets);
     int second = first < 0 ? -1 : json_next(j, offsets, first);
@@ -678,9 +701,31 @@ static void add_shards(Checkpoint *c, Mapping index) {
     json_free(j);
 }
 
+/* Ends the program: a file of MODEL is missing. Names what may be there instead. */
+static void die_missing(const char *directory, const char *name) {
+    static const struct {
+        const char *start, *end, *what;
+    } others[] = {{"", ".gguf", "a GGUF file"},
+                  {"", ".pth", "a PyTorch file"},
+                  {"pytorch_model", ".bin", "a PyTorch file"},
+                  {"model-", ".safetensors", "a shard without model.safetensors.index.json"}};
+    DIR *files = opendir(directory);
+    for (const struct dirent *file; files && (file = readdir(files));)
+        for (int i = 0; i < 4; i++) {
+            const char *end = strrchr(file->d_name, '.');
+            if (!end || strcmp(end, others[i].end)) continue;
+            if (strncmp(file->d_name, others[i].start, strlen(others[i].start))) continue;
+            die("%s/%s: No such file; there is %s, %s", directory, name, file->d_name,
+                others[i].what);
+        }
+    die("%s/%s: %s", directory, name, strerror(ENOENT));
+}
+
+/* A text of MODEL's directory. */
 static char *text_in(const char *directory, const char *name, bool optional) {
     size_t bytes;
-    char *path = format_text("%s/%s", directory, name), *text = read_file(path, optional, &bytes);
+    char *path = format_text("%s/%s", directory, name), *text = read_file(path, true, &bytes);
+    if (!text && !optional) die_missing(directory, name);
     free(path);
     return text;
 }
@@ -713,21 +758,42 @@ static void open_directory(Checkpoint *c) {
     if (index.data) {
         add_shards(c, *add_mapping(c, index));
     } else {
-        char *path = format_text("%s/model.safetensors", c->path);
-        json_free(add_safetensors(c, *add_mapping(c, map_file(path, false))));
+        Mapping single = map_file(format_text("%s/model.safetensors", c->path), true);
+        if (!single.data) die_missing(c->path, "model.safetensors");
+        json_free(add_safetensors(c, *add_mapping(c, single)));
         sort_tensors(c);
     }
     open_qqq(c);
 }
 
+bool same_file(const char *a, const char *b) {
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
 bool checkpoint_has_file(const Checkpoint *c, const char *path) {
-    struct stat file, other;
-    if (stat(path, &file)) return false;
     for (int i = 0; i < c->n_maps; i++)
-        if (!stat(c->maps[i].path, &other) && file.st_dev == other.st_dev &&
-            file.st_ino == other.st_ino)
-            return true;
+        if (same_file(path, c->maps[i].path)) return true;
     return false;
+}
+
+bool checkpoint_owns(const Checkpoint *c, const char *path) {
+    bool owned = same_file(path, c->path) || checkpoint_has_file(c, path);
+    DIR *files = access(path, F_OK) ? NULL : opendir(c->path);
+    if (!files) return owned;
+    for (const struct dirent *file; !owned && (file = readdir(files));) { // also under other names
+        if (!strcmp(file->d_name, "..")) continue;
+        char *own = format_text("%s/%s", c->path, file->d_name);
+        owned = same_file(path, own);
+        free(own);
+    }
+    closedir(files);
+    char *inner = realpath(path, NULL), *outer = realpath(c->path, NULL);
+    size_t n = outer ? strlen(outer) : 0;
+    owned = owned || (inner && n && !strncmp(inner, outer, n) && inner[n] == '/');
+    free(inner);
+    free(outer);
+    return owned;
 }
 
 static char *metadata_text(const Json *j, const char *key) {
@@ -763,31 +829,36 @@ static void open_model_bin(Checkpoint *c) {
     json_free(j);
 }
 
-/* A Hugging Face cache keeps a model in models--NAME/snapshots/REVISION, and the revision of `main`
- * in models--NAME/refs/main: leads from models--NAME there. */
-static void find_snapshot(Checkpoint *c) {
+char *model_path(const char *path) {
+    char *config = format_text("%s/config.json", path), *ref = format_text("%s/refs/main", path);
+    char *folder = format_text("%s/snapshots", path), *revision = NULL;
+    DIR *snapshots = access(config, F_OK) ? opendir(folder) : NULL;
     size_t bytes;
-    char *ref = format_text("%s/refs/main", c->path);
-    char *snapshots = format_text("%s/snapshots", c->path);
-    if (access(ref, R_OK) == 0 && access(snapshots, R_OK) == 0) {
-        char *revision = read_file(ref, false, &bytes);
-        revision[strcspn(revision, "/\n")] = 0;
-        free(c->path);
-        c->path = format_text("%s/%s", snapshots, revision);
-        free(revision);
+    if (snapshots) revision = read_file(ref, true, &bytes);
+    bool named = revision;
+    for (const struct dirent *d; snapshots && !named && (d = readdir(snapshots));) {
+        if (*d->d_name == '.') continue;
+        if (revision)
+            die("%s: a Hugging Face cache; give one of the directories in %s", path, folder);
+        revision = format_text("%s", d->d_name);
     }
+    if (snapshots) closedir(snapshots);
+    if (revision) revision[strcspn(revision, "/\n")] = 0;
+    char *found = format_text(revision ? "%s/%s" : "%s", revision ? folder : path, revision);
+    free(revision);
+    free(config);
     free(ref);
-    free(snapshots);
+    free(folder);
+    return found;
 }
 
 Checkpoint *checkpoint_open(const char *path) {
     Checkpoint *c = allocate(1, sizeof *c);
-    c->path = format_text("%s", path);
+    c->path = model_path(path);
     c->next = opened;
     opened = c;
     struct sigaction cut = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
     sigaction(SIGBUS, &cut, NULL);
-    find_snapshot(c);
     if (is_directory(c->path)) open_directory(c);
     else open_model_bin(c);
     return c;
@@ -914,10 +985,11 @@ Config config_parse(const char *path, const char *config, const char *generation
 
     // transformers 5 moved rope_theta and rope_scaling's content into rope_parameters.
     int rope = json_get(j, 0, "rope_parameters");
-    bool parameters = json_type(j, rope) == '{';
+    bool parameters = rope >= 0 && !json_is(j, rope, "null");
     if (!parameters) rope = json_get(j, 0, "rope_scaling");
     if (json_type(j, rope) != '{' && rope >= 0 && !json_is(j, rope, "null"))
-        die("%s: rope_scaling is no object", name);
+        die("%s: %s is %s, expected an object", name,
+            parameters ? "rope_parameters" : "rope_scaling", shown(j, rope));
     bool inside = json_get(j, rope, "rope_theta") >= 0;
     c.rope_theta = config_real(j, inside ? rope : 0, "rope_theta");
     const char *key = json_get(j, rope, "rope_type") < 0 ? "type" : "rope_type";
@@ -945,6 +1017,7 @@ Config config_parse(const char *path, const char *config, const char *generation
     if (generation_config) {
         name = format_text("%s: generation_config.json", path);
         j = json_parse(name, generation_config, strlen(generation_config));
+        if (json_type(j, 0) != '{') die("%s: no JSON object", name);
         add_all_eos(&c, j);
         json_free(j);
         free(name);
@@ -957,7 +1030,7 @@ static const Tensor *need(const Checkpoint *c, const Parameter *p) {
     if (!t) die("%s: tensor %s is missing", c->path, p->name);
     int n_dims = p->columns ? 2 : 1, n = 0;
     if (t->n_dims == n_dims && t->shape[0] == p->rows && t->shape[1] == p->columns) return t;
-    char found[96] = "", expected[48];
+    char found[24 * MAX_DIMS] = "", expected[48];
     for (int i = 0; i < t->n_dims; i++)
         n += snprintf(found + n, sizeof found - n, i ? ", %lld" : "%lld", (long long)t->shape[i]);
     snprintf(expected, sizeof expected, p->columns ? "%d, %d" : "%d", p->rows, p->columns);
@@ -1141,9 +1214,16 @@ void describe_model(const Checkpoint *checkpoint, const Model *m, const char *wh
     free(made);
 }
 
-int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n) {
+Tokenizer *checkpoint_tokenizer(const Checkpoint *c) {
     if (!c->tokenizer) die("%s: it has no tokenizer.json", c->path);
-    Tokenizer *tokenizer = tokenizer_load(c->path, c->tokenizer, c->tokenizer_bytes);
+    char *name = format_text("%s: tokenizer.json", c->path);
+    Tokenizer *t = tokenizer_load(name, c->tokenizer, c->tokenizer_bytes);
+    free(name);
+    return t;
+}
+
+int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n) {
+    Tokenizer *tokenizer = checkpoint_tokenizer(c);
     size_t bytes;
     char *text = read_text(path, &bytes);
     int *ids = tokenizer_encode(tokenizer, text, bytes, true, n);
@@ -1350,8 +1430,7 @@ static void on_signal(int signal_number) {
     static const char line[] = "error: interrupted, nothing was written\n";
     remove_temporaries();
     if (write(STDERR_FILENO, line, sizeof line - 1) < 0) _exit(1);
-    signal(signal_number, SIG_DFL);
-    raise(signal_number);
+    end_by(signal_number);
 }
 
 char *json_without(const Json *j, const char *const *keys, int n, const char *more) {

@@ -84,12 +84,14 @@ void put_json_string(FILE *out, const char *text);
 size_t dtype_size(DType dtype);
 const char *dtype_name(DType dtype);
 
+enum { MAX_DIMS = 8 }; // of a tensor
+
 typedef struct {
     char *name; // "model.layers.0.self_attn.q_proj.weight"
     DType dtype;
     int n_dims;
-    int64_t shape[4]; // outermost first
-    const void *data; // into the mapped file, at any alignment
+    int64_t shape[MAX_DIMS]; // outermost first
+    const void *data;        // into the mapped file, at any alignment
     size_t bytes;
     const char *path; // the file it is in, for messages
 } Tensor;
@@ -123,8 +125,16 @@ typedef struct Checkpoint {
 Checkpoint *checkpoint_open(const char *path);
 void checkpoint_close(Checkpoint *c);
 
-/* Whether `path` is one of the files that the checkpoint has mapped, under any name. */
+/* Where a model is: `path`, or if that is a Hugging Face cache's models--ORGANIZATION--NAME, the
+ * directory in its snapshots/ that refs/main names, else the only one there. malloc'ed. */
+char *model_path(const char *path);
+
+/* Whether two paths lead to one file or directory; whether `path` is one of the files that the
+ * checkpoint has mapped; whether it is the model itself, or a file that belongs to its directory.
+ * All under any name. */
+bool same_file(const char *a, const char *b);
 bool checkpoint_has_file(const Checkpoint *c, const char *path);
+bool checkpoint_owns(const Checkpoint *c, const char *path);
 
 /* The tensor of that name, or NULL. */
 const Tensor *checkpoint_find(const Checkpoint *c, const char *name);
@@ -168,6 +178,9 @@ const char *weights_kind(const Model *m);
 /* Says on stderr what a file claims to be: architecture, sizes, dtype and, if it is quantized, the
  * options that made it. `where` is what it runs on, or NULL. */
 void describe_model(const Checkpoint *c, const Model *m, const char *where);
+
+/* The checkpoint's tokenizer, or the end if it has none. */
+Tokenizer *checkpoint_tokenizer(const Checkpoint *c);
 
 /* Token ids [*n] of a text file by the checkpoint's tokenizer, special tokens parsed; `bos` stands
  * in front unless it is -1. malloc'ed. */

@@ -124,6 +124,7 @@ static Options parse_options(int argc, char **argv) {
         die_usage("-a 2: the exhaustive search runs on the CPU only (-d cpu)");
     if (o.format && (o.convert || o.eval))
         die_usage("-x writes a W4A8 directory: -f and -e are for a model.bin");
+    if (o.out && !*o.out) die_usage("OUT is empty, expected the name of a file");
     if (o.out && o.format) o.out[without_slashes(o.out)] = 0;
     if (!o.calibration) o.calibration = beside_program("data/calib.txt");
     return o;
@@ -153,8 +154,6 @@ static int *calibration_tokens(const Options *o, const Checkpoint *checkpoint, c
     for (int i = 0; i < *n_windows * o->length; i++)
         if (tokens[i] >= c->vocab_size)
             die("%s: token %d is outside the embedding", o->calibration, tokens[i]);
-    fprintf(stderr, "calibration: %s, %d windows of %d, on %s\n", base_name(o->calibration),
-            *n_windows, o->length, o->where);
     return tokens;
 }
 
@@ -207,11 +206,6 @@ static char *default_out(const Options *o, const char *model) {
     return out;
 }
 
-static bool same_file(const struct stat *a, const char *path) {
-    struct stat b;
-    return !stat(path, &b) && a->st_dev == b.st_dev && a->st_ino == b.st_ino;
-}
-
 /* Whether a file is what this program writes. */
 static bool is_model_bin(const char *path) {
     char start[64] = {0};
@@ -222,26 +216,24 @@ static bool is_model_bin(const char *path) {
     return n > 8 && strstr(start + 8, "{\"__metadata__\":{\"format\":\"qqq\"") == start + 8;
 }
 
-/* OUT may replace a file, but none that is read here or belongs to MODEL, under any name. */
+/* OUT may replace a file, but none that is read here or belongs to MODEL, under any name; it may be
+ * an empty directory for -x. */
 static void check_out(const Options *o, const Checkpoint *c) {
     struct stat out;
     if (stat(o->out, &out)) return; // a new file
-    if (same_file(&out, c->path)) die("%s: OUT is MODEL", o->out);
+    if (same_file(o->out, c->path)) die("%s: OUT is MODEL", o->out);
     if (!o->format && !S_ISREG(out.st_mode)) die("%s: not a regular file", o->out);
-    if (same_file(&out, o->calibration)) die("%s: OUT is the calibration text", o->out);
-    if (o->eval && same_file(&out, o->eval)) die("%s: OUT is the text of -e", o->out);
+    if (same_file(o->out, o->calibration)) die("%s: OUT is the calibration text", o->out);
+    if (o->eval && same_file(o->out, o->eval)) die("%s: OUT is the text of -e", o->out);
     if (access(o->out, W_OK)) die("%s: cannot be written: %s", o->out, strerror(errno));
-    DIR *directory = o->format ? opendir(o->out) : is_model_bin(o->out) ? NULL : opendir(c->path);
+    if (!o->format && !is_model_bin(o->out) && checkpoint_owns(c, o->out))
+        die("%s: OUT is a file of MODEL", o->out);
+    DIR *directory = o->format ? opendir(o->out) : NULL;
     if (o->format && !directory) die("%s: %s", o->out, strerror(errno));
-    if (!directory) return;
-    for (const struct dirent *file; (file = readdir(directory));) {
-        if (!strcmp(file->d_name, ".") || !strcmp(file->d_name, "..")) continue;
-        if (o->format) die("%s: the directory is not empty; -x makes a new one", o->out);
-        char *path = format_text("%s/%s", c->path, file->d_name);
-        if (same_file(&out, path)) die("%s: OUT is a file of MODEL", o->out);
-        free(path);
-    }
-    closedir(directory);
+    for (const struct dirent *file; directory && (file = readdir(directory));)
+        if (strcmp(file->d_name, ".") && strcmp(file->d_name, ".."))
+            die("%s: the directory is not empty; -x makes a new one", o->out);
+    if (directory) closedir(directory);
 }
 
 /* What of a model the method changes, beside the linears of the layers. */
@@ -632,7 +624,10 @@ static void quantize(Options *o, const Checkpoint *c) {
     char *quantization = describe(o, n_windows);
     Out out = {.o = o, .checkpoint = c};
     open_out(&out, made, quantization);
-    describe_model(c, m, NULL);
+    describe_model(c, m, o->where);
+    if (n_windows)
+        fprintf(stderr, "calibration: %s, %d windows of %d\n", base_name(o->calibration), n_windows,
+                o->length);
     if (o->eval) evaluate(o, c, m, "before: ");
     double scale = quantize_layers(o, m, made, tokens, n_windows, &out);
     for (int i = 0; i < config->dim; i++) made->norm[i] *= scale; // step 6

@@ -266,11 +266,6 @@ static void print_model(Session *s) {
     describe_model(s->checkpoint, s->model, s->where);
 }
 
-static Tokenizer *load_tokenizer(const Checkpoint *c) {
-    if (!c->tokenizer) die("%s: it has no tokenizer.json", c->path);
-    return tokenizer_load(c->path, c->tokenizer, c->tokenizer_bytes);
-}
-
 static Session open_session(const Options *o) {
     Session s = {.path = o->model, .checkpoint = checkpoint_open(o->model)};
     s.model = model_load(s.checkpoint);
@@ -282,7 +277,7 @@ static Session open_session(const Options *o) {
     memcpy(s.stop, c->eos, sizeof c->eos);
     s.n_stop = c->n_eos;
     if (o->task != BENCHMARK) {
-        s.tokenizer = load_tokenizer(s.checkpoint);
+        s.tokenizer = checkpoint_tokenizer(s.checkpoint);
         if (tokenizer_size(s.tokenizer) > c->vocab_size)
             die("%s: its tokenizer has %d tokens, its embedding only %d rows", o->model,
                 tokenizer_size(s.tokenizer), c->vocab_size);
@@ -765,6 +760,9 @@ static Item *read_items(const char *path, int *n) {
 static void zero_shot(Session *s, const Options *o) {
     int n;
     Item *items = read_items(o->file, &n);
+    if (o->items && same_file(o->items, o->file)) die("-o %s: it is the file of -z", o->items);
+    if (o->items && checkpoint_owns(s->checkpoint, o->items))
+        die("-o %s: it is a file of MODEL", o->items);
     FILE *out = o->items ? fopen(o->items, "w") : NULL;
     if (o->items && !out) die("%s: %s", o->items, strerror(errno));
     print_model(s);
@@ -821,9 +819,9 @@ static void zero_shot(Session *s, const Options *o) {
 static void print_token_ids(const Options *o) {
     Tokenizer *tokenizer;
     struct stat st;
-    if (stat(o->model, &st) == 0 && S_ISDIR(st.st_mode)) { // its tokenizer.json is enough
-        char *path = allocate(strlen(o->model) + sizeof "/tokenizer.json", 1);
-        sprintf(path, "%s/tokenizer.json", o->model);
+    char *model = model_path(o->model);
+    if (stat(model, &st) == 0 && S_ISDIR(st.st_mode)) { // its tokenizer.json is enough
+        char *path = format_text("%s/tokenizer.json", model);
         size_t bytes;
         char *json = read_text(path, &bytes);
         tokenizer = tokenizer_load(path, json, bytes);
@@ -831,9 +829,10 @@ static void print_token_ids(const Options *o) {
         free(path);
     } else {
         Checkpoint *c = checkpoint_open(o->model);
-        tokenizer = load_tokenizer(c);
+        tokenizer = checkpoint_tokenizer(c);
         checkpoint_close(c);
     }
+    free(model);
     size_t bytes;
     char *text = read_text(o->file, &bytes);
     Tokens t = {0};
@@ -847,6 +846,13 @@ static void print_token_ids(const Options *o) {
 
 /* ---- 8: benchmark -------------------------------------------------------------------------- */
 
+/* Waits for the GPU, and ends the program if a sequence has no next token. */
+static void require_chosen(Session *s) {
+    for (int b = 0; b < s->engine->n_sequences; b++)
+        if (s->engine->chosen(s->engine)[b] < 0)
+            die("%s: a logit is NaN or infinite: the weights are damaged", s->path);
+}
+
 /* Runs `steps` tokens more of each sequence, or as many as 10 s allow. Returns how many. */
 static int decode(Session *s, int steps, double *time) {
     Engine *e = s->engine;
@@ -856,8 +862,7 @@ static int decode(Session *s, int steps, double *time) {
         e->step(e, NULL, NULL);
         if (!e->on_gpu) *time = seconds() - start;
     }
-    for (int b = 0; b < e->n_sequences; b++) // waits for the GPU
-        if (e->chosen(e)[b] < 0) die("%s: a logit is NaN or infinite", s->path);
+    require_chosen(s);
     *time = seconds() - start;
     return done;
 }
@@ -902,6 +907,7 @@ static void benchmark(Session *s, const Options *o) {
             token = b % c->vocab_size;
             e->feed(e, b, &token, 1, 0);
         }
+        require_chosen(s);
         decode(s, 1, &time[0]); // the weights come from the disk, the GPU makes its graph
         int empty = decode(s, steps, &time[0]);
         for (int b = -1; b < batch; b++) { // -1: to warm up
@@ -915,7 +921,7 @@ static void benchmark(Session *s, const Options *o) {
             double affordable = 15 * n / (seconds() - start);
             if (affordable < prompt) prompt = affordable < n ? n : (int)affordable;
         }
-        e->chosen(e);
+        require_chosen(s);
         time[1] = seconds() - start;
         decode(s, 1, &time[2]);
         int decoded = decode(s, steps, &time[2]);

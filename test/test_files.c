@@ -6,6 +6,7 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <math.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -630,6 +631,20 @@ static int status_of(void (*f)(int), int signal_number) {
     return status;
 }
 
+/* Process 1 of a container, which the kernel spares signals that it does not catch. */
+static void be_process_1(int signal_number) {
+    if (unshare(CLONE_NEWPID) && unshare(CLONE_NEWUSER | CLONE_NEWPID)) _exit(77);
+    pid_t child = fork();
+    if (child < 0) _exit(77);
+    if (child == 0) {
+        write_and_raise(signal_number);
+        _exit(0);
+    }
+    int status;
+    waitpid(child, &status, 0);
+    _exit(WIFEXITED(status) ? WEXITSTATUS(status) : 0);
+}
+
 static void ignore_hangup(int signal_number) {
     signal(signal_number, SIG_IGN); // what nohup does
     Writer *writer = half_written();
@@ -680,17 +695,23 @@ static void test_writer(void) {
             refused(write_with_trouble, &i, troubles[i].message);
             check_untouched(old);
         }
-        static const struct {
-            const char *name;
-            int number;
-        } signals[] = {{"SIGINT", SIGINT}, {"SIGTERM", SIGTERM}, {"SIGHUP", SIGHUP}};
-        for (int i = 0; i < 3; i++) {
-            begin(signals[i].name, left);
-            int status = status_of(write_and_raise, signals[i].number);
-            check(WIFSIGNALED(status) && WTERMSIG(status) == signals[i].number,
+        const int signals[] = {SIGINT,  SIGTERM, SIGHUP,  SIGPIPE,   SIGQUIT,     SIGALRM,
+                               SIGUSR1, SIGUSR2, SIGXCPU, SIGVTALRM, SIGPROF,     SIGPOLL,
+                               SIGABRT, SIGSEGV, SIGTRAP, SIGRTMIN,  SIGRTMIN + 1};
+        for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
+            char *name = text_of("signal %d", signals[i]);
+            begin(name, left);
+            free(name);
+            int status = status_of(write_and_raise, signals[i]);
+            check(WIFSIGNALED(status) && WTERMSIG(status) == signals[i],
                   "not ended by the signal: status %x", status);
             check_untouched(old);
         }
+        begin("a signal to process 1", left);
+        int status = status_of(be_process_1, SIGTERM);
+        if (WIFEXITED(status) && WEXITSTATUS(status) == 77) test_skip("no PID namespaces here");
+        else check(WEXITSTATUS(status) == 128 + SIGTERM, "it goes on: status %x", status);
+        check_untouched(old);
     }
 
     test_begin("an ignored SIGHUP (nohup) stays ignored");
@@ -765,7 +786,10 @@ static const struct {
     {"a shape of strings", ENTRY("\"F32\"", "[\"16\"]", "[0,64]"), "tensor weight_a"},
     {"a negative shape", ENTRY("\"F32\"", "[-4,-4]", "[0,64]"), "tensor weight_a"},
     {"a fractional shape", ENTRY("\"F32\"", "[15.5]", "[0,64]"), "tensor weight_a"},
-    {"a shape of five dimensions", ENTRY("\"F32\"", "[1,1,1,1,16]", "[0,64]"), "tensor weight_a"},
+    {"a shape of nine dimensions", ENTRY("\"F32\"", "[1,1,1,1,1,1,1,1,16]", "[0,64]"),
+     "tensor weight_a"},
+    {"four-bit numbers that end within a byte", ENTRY("\"F4\"", "[127]", "[0,64]"),
+     "weight_a has a shape that fills no whole bytes"},
     {"a shape that overflows", ENTRY("\"F32\"", "[4294967296,4294967296,1]", "[0,64]"),
      "tensor weight_a"},
     {"a shape that overflows to the right size",
@@ -872,7 +896,8 @@ static void test_other_formats(void) {
         {"config.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"},
         {"model.safetensors", "GGUF\3...................", "a GGUF file"},
         {"model.safetensors", "PK\3\4.....................", "a PyTorch file"},
-        {"model.safetensors", "\x80\x02\x8a\nl\xfc\x9c\x46\xf9 j\xa8P\x19.....",
+        {"model.safetensors", "\x80\x02\x8a\nl\xfc\x9c\x46\xf9 j\xa8P\x19.....", "a Python pickle"},
+        {"model.safetensors", "\x80\x04\x95\nl\xfc\x9c\x46\xf9 j\xa8P\x19.....",
          "a Python pickle"}};
     char *config = config_text(NULL);
     Weights w = make_weights(config, BF16, 0);
@@ -884,7 +909,9 @@ static void test_other_formats(void) {
         bool tokenizer = !strcmp(cases[i].file, "tokenizer.json");
         if (tokenizer) { // read when a text is
             char *command = text_of("$RUN " SCRATCH "/format -i a");
-            check(shell("%s", command) == 1 && strstr(output, cases[i].message), "%s", output);
+            check(shell("%s", command) == 1 &&
+                      strstr(output, "format: tokenizer.json: it is a Git LFS"),
+                  "%s", output);
             free(command);
         } else {
             refused(open_model, SCRATCH "/format", cases[i].message);
@@ -892,6 +919,26 @@ static void test_other_formats(void) {
             if (i != 2) refused(open_model, SCRATCH "/format.bin", cases[i].message);
         }
         free(path);
+    }
+
+    test_begin("a directory whose weights are of another format names one of its files");
+    static const struct {
+        const char *file, *message;
+    } beside[] = {
+        {"pytorch_model-00001-of-00002.bin", ", a PyTorch file"},
+        {"consolidated.00.pth", ", a PyTorch file"},
+        {"model-Q4_K_M.gguf", ", a GGUF file"},
+        {"model-00001-of-00004.safetensors", ", a shard without model.safetensors.index"}};
+    for (size_t i = 0; i < sizeof beside / sizeof *beside; i++) {
+        shell("rm -rf " SCRATCH "/beside && mkdir " SCRATCH "/beside && echo >" SCRATCH
+              "/beside/%s",
+              beside[i].file);
+        refused(open_model, SCRATCH "/beside", "beside/config.json: No such file; there is");
+        says(beside[i].file);
+        says(beside[i].message);
+        write_file(SCRATCH "/beside/config.json", config, strlen(config));
+        refused(open_model, SCRATCH "/beside", "beside/model.safetensors: No such file; there is");
+        says(beside[i].message);
     }
 
     test_begin("another architecture is named before its dtypes");
@@ -911,11 +958,21 @@ static void test_other_formats(void) {
     test_begin("a tensor that is not needed may have any dtype");
     write_directory("single", config, &w);
     write_directory("buffer", config, &w);
-    char *lead =
-        text_of("{\"x.inv_freq\":{\"dtype\":\"I64\",\"shape\":[0],\"data_offsets\":[0,0]}");
-    write_safetensors(SCRATCH "/buffer/model.safetensors", lead, &w, 0, w.n);
-    same_logits(SCRATCH "/single", SCRATCH "/buffer");
-    free(lead);
+    static const char *const buffers[][2] = {
+        {"I64", "[0]"}, {"F4", "[0,2]"}, {"BOOL", "[1,1,0,2,2]"}};
+    for (int i = 0; i < 3; i++) {
+        char *lead =
+            text_of("{\"x.inv_freq\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[0,0]}",
+                    buffers[i][0], buffers[i][1]);
+        write_safetensors(SCRATCH "/buffer/model.safetensors", lead, &w, 0, w.n);
+        same_logits(SCRATCH "/single", SCRATCH "/buffer");
+        free(lead);
+    }
+    check(shell("$QUANTIZE " SCRATCH "/buffer " SCRATCH "/buffer.bin -f") == 0, "%s", output);
+    Checkpoint *buffer = checkpoint_open(SCRATCH "/buffer.bin");
+    const Tensor *t = checkpoint_find(buffer, "x.inv_freq");
+    check(t && t->n_dims == 5 && t->shape[2] == 0 && t->shape[4] == 2, "not carried along");
+    checkpoint_close(buffer);
     free_weights(&w);
     free(config);
 
@@ -924,6 +981,16 @@ static void test_other_formats(void) {
           "/models--a--b/snapshots && cp -r " SCRATCH "/single " SCRATCH
           "/models--a--b/snapshots/0123 && printf 0123 >" SCRATCH "/models--a--b/refs/main");
     same_logits(SCRATCH "/single", SCRATCH "/models--a--b");
+    check(shell("cp data/tiny/tokenizer.json " SCRATCH
+                "/models--a--b/snapshots/0123 && $RUN " SCRATCH "/models--a--b -x LICENSE") == 0,
+          "-x: %s", output);
+    unlink(SCRATCH "/models--a--b/refs/main"); // of another revision it has none
+    same_logits(SCRATCH "/single", SCRATCH "/models--a--b");
+    make_directory(SCRATCH "/models--a--b/snapshots/4567");
+    refused(open_model, SCRATCH "/models--a--b", "a Hugging Face cache; give one of the");
+    says("models--a--b/snapshots");
+    write_file(SCRATCH "/models--a--b/refs/main", "89ab", 4);
+    refused(open_model, SCRATCH "/models--a--b", "/snapshots/89ab: No such file");
 }
 
 static void test_bad_safetensors(void) {
@@ -1240,6 +1307,12 @@ static void raise_bus_error(void *path) {
     raise(SIGBUS);
 }
 
+static void write_and_send_bus_error(int signal_number) {
+    Checkpoint *c = checkpoint_open(SCRATCH "/cut");
+    writer_open(cut_file, c, NULL, c->tensors, c->n_tensors);
+    raise(signal_number);
+}
+
 static void test_cut_files(void) {
     bad_input = "files cut while in use";
     // Large enough that what is cut off does not share a page with what is left.
@@ -1265,6 +1338,10 @@ static void test_cut_files(void) {
     test_begin("a bus error of another kind is not taken for a cut file");
     write_directory("cut", config, &w);
     check(!dies(raise_bus_error, SCRATCH "/cut", message, sizeof message), "it says %s", message);
+    cut_file = SCRATCH "/cut_out/sent.bin";
+    int status = status_of(write_and_send_bus_error, SIGBUS);
+    check(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS, "status %x", status);
+    check(system("test -z \"$(ls " SCRATCH "/cut_out)\"") == 0, "half a file is left");
     free_weights(&w);
     free(config);
 }
@@ -1355,6 +1432,8 @@ static void test_bad_configs(void) {
         {"rope_scaling", "{\"type\":\"default\"}", NULL},
         {"rope_scaling", "{\"factor\":8.0}", "type is missing"},
         {"rope_parameters", "{\"rope_theta\":1e4,\"rope_type\":\"yarn\"}", "rope_type is yarn"},
+        {"rope_parameters", "5", "rope_parameters is 5, expected an object"},
+        {"rope_parameters", "null", NULL},
         {"quantization_config", "{\"quant_method\":\"awq\",\"bits\":4}", "quant_method awq"},
         {"eos_token_id", "[0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16]", "eos_token_id"},
     };
@@ -1417,8 +1496,9 @@ static void test_bad_configs(void) {
 
     test_begin("generation_config.json that is no JSON, or has bad ids");
     config_arg = config_text(NULL);
-    char *bad_generation[] = {"", "{", "{\"eos_token_id\": -5}", "{\"eos_token_id\": [\"x\"]}"};
-    for (int i = 0; i < 4; i++) {
+    char *bad_generation[] = {"", "{", "{\"eos_token_id\": -5}", "{\"eos_token_id\": [\"x\"]}",
+                              "[]"};
+    for (int i = 0; i < 5; i++) {
         generation_arg = bad_generation[i];
         refused(parse_config, "the/path", "the/path: generation_config.json");
     }

@@ -2002,6 +2002,13 @@ static void test_bad_files(void) {
         }
     check(shell("cat " SCRATCH "/copy/* | cmp - " SCRATCH "/before") == 0, "MODEL was changed");
 
+    shell("mkdir " SCRATCH "/copy/original && echo {} >" SCRATCH "/copy/original/params.json");
+    expect_error("$QUANTIZE " SCRATCH "/copy " SCRATCH "/copy/original/params.json -f", 1,
+                 "OUT is a file of MODEL", false);
+    check(shell("test \"$(cat " SCRATCH "/copy/original/params.json)\" = {}") == 0, "overwritten");
+    for (int i = 0; i < 2; i++) // but what it has written itself
+        quantize("-f " SCRATCH "/copy " SCRATCH "/copy/original/model.bin");
+
     test_begin("quantize: OUT is a text that is read");
     copy_text("data/calib.txt", 12000, SCRATCH "/text");
     expect_error(MADE_TO("text") " -c " SCRATCH "/text -n 1 -l 64", 1, "OUT is the calibration",
@@ -2072,6 +2079,8 @@ static void test_bad_files(void) {
                      convert ? "-f" : "-b rtn -a 0 -m 0");
             expect_error(command, 1, places[i], false);
         }
+    expect_error("$QUANTIZE " SCRATCH "/made.bin '' -b rtn -a 0 -m 0", 2, "OUT is empty", false);
+    expect_error("$QUANTIZE " SCRATCH "/made.bin '' -x vllm", 2, "OUT is empty", false);
     if (geteuid()) { // root may write anywhere
         chmod(SCRATCH "/locked", 0555);
         expect_error("$QUANTIZE " SCRATCH "/made.bin " SCRATCH "/locked/out.bin -f", 1,
@@ -2145,8 +2154,8 @@ static void interrupt(int number, bool old) {
 static void test_interrupts(void) {
     test_begin("quantize: an interrupt in the middle");
     make_model(SCRATCH "/made.bin", made);
-    const int signals[] = {SIGINT, SIGTERM, SIGHUP};
-    for (int i = 0; i < 6; i++) interrupt(signals[i / 2], i % 2);
+    const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGQUIT, SIGUSR1};
+    for (int i = 0; i < 12; i++) interrupt(signals[i / 2], i % 2);
 }
 
 /* ---- all ----------------------------------------------------------------------------------- */

@@ -222,6 +222,7 @@ static void test_damaged_weights(void) {
     write_file("build/test/damaged/model.safetensors", file, bytes);
     expect("./run build/test/damaged -i Once -t 0 -n 5", 1, "the weights are damaged");
     expect("./run build/test/damaged -e build/test/short.txt -l 256", 1, "the weights are damaged");
+    expect("./run build/test/damaged -b -l 20 -d cpu", 1, "build/test/damaged: a logit is NaN");
     free(config);
     free(tokenizer);
     free(file);

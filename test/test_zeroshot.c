@@ -228,6 +228,19 @@ static void test_bad_items(void) {
     check(shell("./run data/tiny -d cpu -l 2 -z " SCRATCH "_bad.jsonl") == 1 &&
               strstr(output, "line 1: a choice of 5 tokens, expected 1 to 2"),
           "%s", output);
+    const char *own[] = {SCRATCH "_bad.jsonl", SCRATCH "_model/config.json",
+                         SCRATCH "_model/notes"};
+    shell("rm -rf " SCRATCH "_model && cp -rL data/tiny " SCRATCH "_model && echo x >" SCRATCH
+          "_model/notes && cp test/data/zeroshot_choices.jsonl " SCRATCH "_bad.jsonl");
+    for (int i = 0; i < 3; i++) {
+        count_bad_input("items given to ./run -z");
+        check(shell("cp %s " SCRATCH "_kept && ./run " SCRATCH "_model -d cpu -z " SCRATCH
+                    "_bad.jsonl -o %s",
+                    own[i], own[i]) == 1 &&
+                  strstr(output, i ? "it is a file of MODEL" : "it is the file of -z"),
+              "%s: %s", own[i], output);
+        check(shell("cmp " SCRATCH "_kept %s", own[i]) == 0, "%s was overwritten", own[i]);
+    }
     check(shell("./run data/tiny -o x") == 2 && strstr(output, "-o: only with -z"), "%s", output);
 }
 
