@@ -44,9 +44,7 @@ static void remove_temporaries(void) {
     }
 }
 
-/* Ends the program by the signal that it has caught, also where the kernel spares it: process 1 of
- * a container is not ended by a signal that it does not catch. */
-static void end_by(int signal_number) {
+void end_by(int signal_number) {
     sigset_t set;
     sigemptyset(&set);
     sigaddset(&set, signal_number);

@@ -18,6 +18,10 @@ extern "C" {
 void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 void die_usage(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
+/* Ends the program by the signal that it has caught, also where the kernel spares it: process 1 of
+ * a container is not ended by a signal that it does not catch. */
+void end_by(int signal_number) __attribute__((noreturn));
+
 /* count * size bytes, zeroed; free() releases them. format_text() is a printf() into such. */
 void *allocate(size_t count, size_t size) __attribute__((returns_nonnull));
 char *format_text(const char *format, ...) __attribute__((format(printf, 1, 2)));

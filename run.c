@@ -38,7 +38,8 @@ static const char usage[] =
     "  -s SEED            the same seed gives the same text (from the clock)\n"
     "  -m generate|chat   chat reads one message a line from stdin, more lines after a \\ at the "
     "end;\n"
-    "                     Ctrl-C ends an answer, a second one the chat\n"
+    "                     Ctrl-C ends an answer, a second one the chat; rlwrap ./run .. edits "
+    "lines\n"
     "  -y TEXT            system prompt of a chat (none)\n"
     "\n"
     "instead of them\n"
@@ -452,10 +453,7 @@ static void push_turn(Session *s, const char *text, size_t bytes) {
 
 /* Ctrl-C ends an answer; a second time, or when there is none, the program. */
 static void on_interrupt(int number) {
-    if (interrupted) {
-        signal(number, SIG_DFL);
-        raise(number);
-    }
+    if (interrupted) end_by(number);
     interrupted = 1;
 }
 
@@ -507,7 +505,9 @@ static void chat(Session *s, const Options *o) {
     print_model(s);
     s->sampler = new_sampler(o, s->model->config.vocab_size);
     interrupted = 1; // no answer is being made
-    if (signal(SIGINT, on_interrupt) == SIG_IGN) signal(SIGINT, SIG_IGN);
+    struct sigaction before, action = {.sa_handler = on_interrupt, .sa_flags = SA_RESTART};
+    sigaction(SIGINT, &action, &before); // signal() would do so only once
+    if (before.sa_handler == SIG_IGN) sigaction(SIGINT, &before, NULL);
     bool room = !o->prompt || chat_turn(s, o->prompt, strlen(o->prompt), o->n_tokens);
     bool terminal = isatty(STDIN_FILENO);
     for (char *text; room && (text = read_message(terminal)); free(text))

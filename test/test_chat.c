@@ -5,6 +5,7 @@ int run_main(int argc, char **argv);
 #include "../run.c"
 #undef main
 
+#include <poll.h>
 #include <sys/wait.h>
 
 #include "test.h"
@@ -94,19 +95,21 @@ static pid_t start_chat(int *to, int *from) {
     return child;
 }
 
-/* Ctrl-C in the midst of an answer; reads it to its end. */
+/* Ctrl-C in the midst of an answer; reads it to its end, which is where a second of silence is. */
 static void interrupt_answer(pid_t child, int to, int from, const char *message) {
-    char c = 0;
-    check(write(to, message, strlen(message)) > 0 && read(from, &c, 1) == 1, "no answer");
+    char buffer[4096];
+    check(write(to, message, strlen(message)) > 0 && read(from, buffer, 1) == 1, "no answer");
     kill(child, SIGINT);
-    // The answer's own newlines cannot be told from its end; what follows comes after either.
+    struct pollfd more = {.fd = from, .events = POLLIN};
+    while (poll(&more, 1, 1000) > 0 && read(from, buffer, sizeof buffer) > 0) continue;
 }
 
 static void test_interrupt(void) {
-    test_begin("chat: Ctrl-C ends the answer, and the chat goes on");
+    test_begin("chat: Ctrl-C ends each answer, and the chat goes on");
     int to, from, status = 0;
     pid_t child = start_chat(&to, &from);
     interrupt_answer(child, to, from, "Tell me a story\n");
+    interrupt_answer(child, to, from, "And another one\n");
     close(to); // no more messages: the chat ends by itself, and with status 0
     char buffer[4096];
     while (read(from, buffer, sizeof buffer) > 0) continue;

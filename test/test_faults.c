@@ -3,7 +3,6 @@
  * layers; build/fault.so lets calls fail. */
 #define _GNU_SOURCE
 #include <fcntl.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -116,6 +115,7 @@ static pid_t start(void) {
     pid_t child = fork();
     if (child < 0) die("no fork");
     if (child) return child;
+    for (int i = 1; i <= SIGRTMAX; i++) signal(i, SIG_DFL); // also what nohup or a script set aside
     int errors = open(SCRATCH "/stderr", O_WRONLY | O_CREAT | O_TRUNC, 0666);
     dup2(errors, STDERR_FILENO);
     dup2(errors, STDOUT_FILENO);
@@ -124,10 +124,21 @@ static pid_t start(void) {
     _exit(127);
 }
 
+/* What does not end a program: by default, or because the writer ignores it. */
+static bool is_harmless(int number) {
+    static const int harmless[] = {SIGCHLD, SIGCONT, SIGTSTP,  SIGTTIN,
+                                   SIGTTOU, SIGURG,  SIGWINCH, SIGXFSZ};
+    bool found = false;
+    for (size_t i = 0; i < sizeof harmless / sizeof *harmless; i++) found |= harmless[i] == number;
+    return found;
+}
+
 /* Signals at random moments. Whichever comes first, the signal or the end, OUT is whole or as it
  * was; after SIGKILL the temporary file may be left, as OUT.<pid>.tmp. */
-static void test_signals(int number, const char *name) {
-    test_begin(name);
+static void test_signals(int number, const char *name, int tries) {
+    char title[100];
+    snprintf(title, sizeof title, "quantize: %s at random moments", name);
+    test_begin(title);
     uint64_t seed = number;
     shell("rm -f " SCRATCH "/out/*");
     double begin = seconds();
@@ -137,15 +148,16 @@ static void test_signals(int number, const char *name) {
     double whole = seconds() - begin;
     shell("mv " OUT " " SCRATCH "/good.bin");
     int stopped = 0, finished = 0;
-    for (int i = 0; i < 200; i++) {
+    for (int i = 0; i < tries; i++) {
         bool old = i % 2;
         if (old) shell("cp " SCRATCH "/old " OUT);
         double moment = seconds() + (1 + random_float(&seed)) / 2 * whole * 2;
         pid_t child = start();
-        while (seconds() < moment) sched_yield();
+        while (seconds() < moment) usleep(200);
         kill(child, number);
+        kill(child, SIGCONT); // it may have stopped it
         waitpid(child, &status, 0);
-        bool killed = WIFSIGNALED(status) && WTERMSIG(status) == number;
+        bool killed = WIFSIGNALED(status) && WTERMSIG(status) == number && !is_harmless(number);
         check(killed || status == 0, "try %d: status %x", i, status);
         char command[256];
         snprintf(command, sizeof command, "rm -f " OUT ".%d.tmp", (int)child);
@@ -165,6 +177,37 @@ static void test_signals(int number, const char *name) {
     printf("     %d stopped, %d had written OUT\n", stopped, finished);
 }
 
+/* What the programs write, whichever of the descriptors 0 to 2 are closed. */
+static void test_closed(void) {
+    static const char *const commands[] = {GPTQ,
+                                           "./quantize -f " TOY " " OUT,
+                                           EXPORT "vllm",
+                                           EXPORT "qqq",
+                                           "./run " TOY " -z " SCRATCH "/items -o " OUT,
+                                           "./run " TOY " -i a -n 3 -s 1"};
+    static const char *const how[] = {"<&-", ">&-", "2>&-"};
+    test_begin("each of the descriptors 0 to 2 closed");
+    shell("printf '{\"context\": \"a\", \"choices\": [\"b\", \"c\"], \"gold\": 0}' >" SCRATCH
+          "/items");
+    int n = 0;
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        for (int closed = 0; closed < 8; closed++, n++) {
+            char redirections[32] = "";
+            for (int fd = 0; fd < 3; fd++)
+                if (closed >> fd & 1) strcat(strcat(redirections, " "), how[fd]);
+            int status = shell("rm -rf " SCRATCH "/out/*; { %s; } >" SCRATCH "/stdout 2>" SCRATCH
+                               "/stderr %s",
+                               commands[i], redirections);
+            check(status == 0, "%s%s: status %d", commands[i], redirections, status);
+            if (i == 5) continue; // it writes no file
+            if (closed)
+                check(out_is(SCRATCH "/good.bin"), "%s%s: another OUT", commands[i], redirections);
+            else shell("rm -rf " SCRATCH "/good.bin; mv " OUT " " SCRATCH "/good.bin");
+        }
+    printf("     %d runs\n", n);
+    shell("rm -rf " SCRATCH "/out/*");
+}
+
 void test_faults(void) {
     shell("rm -rf " SCRATCH " && mkdir -p " SCRATCH "/out");
     write_file(SCRATCH "/old", "old", 3);
@@ -177,8 +220,10 @@ void test_faults(void) {
     if (shell("build/synthetic " BLOCKS " --dim 128 --hidden 128 --layers 1 --heads 1 --kv-heads 1 "
               "--vocab 266 --tokenizer test/corpus/tokenizer/chat"))
         die("no model to test with: %s", output);
-    test_signals(SIGINT, "quantize: SIGINT at random moments");
-    test_signals(SIGKILL, "quantize: SIGKILL at random moments");
+    test_closed();
+    for (int i = 1; i <= SIGRTMAX; i++)
+        if (i != SIGSTOP && (i < 32 || i >= SIGRTMIN))
+            test_signals(i, strsignal(i), i == SIGINT || i == SIGKILL ? 200 : 8);
     test_disk();
     test_memory();
 }
