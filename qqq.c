@@ -29,10 +29,12 @@ typedef struct {
 
 static float max_magnitude(const float *x, size_t n);
 static float clamp(float x, float low, float high);
+static inline float exponential(float x);
 static float dot(const float *x, const float *y, int n);
 static double dot_double(const double *x, const double *y, int n);
+static void weighted_sum(const float *p, const float *v, size_t stride, int n, int d, float *o);
 static void matmul(int M, int N, int K, const float *x, size_t ldx, View w, float *y, size_t ldy);
-static void float_linear(const Linear *w, const float *x, int T, float *y);
+static void float_linears(const Linear *w, int n, const float *x, int T, float *const *y);
 static bool factor(double *V, size_t K);
 static void invert(const double *V, size_t K, double *U);
 
@@ -94,17 +96,16 @@ static void softmax(float *row, int n, int n_keys, float scale) {
     float max = row[0];
     for (int i = 1; i < n; i++) max = row[i] > max ? row[i] : max;
     double sum = 0; // in float, 8000 terms of one size would lose four digits
-    for (int i = 0; i < n; i++) {
-        row[i] = expf((row[i] - max) * scale);
-        sum += row[i];
-    }
+    for (int i = 0; i < n; i++) row[i] = exponential((row[i] - max) * scale);
+    for (int i = 0; i < n; i++) sum += row[i];
     for (int i = 0; i < n; i++) row[i] /= (float)sum;
     memset(row + n, 0, (n_keys - n) * sizeof *row);
 }
 
-/* att = softmax(q k^T / sqrt(head_dim)) v, causal. Query head h reads KV head h / group. A task is
- * one KV head and a block of queries: their query heads are the rows of two matrix products. */
-static void attention(const Config *c, State *s, int l, int T, int pos) {
+/* att = softmax(q k^T / sqrt(head_dim)) v, causal. Query head h reads KV head h / group. A prompt
+ * is bound by arithmetic. A task is one KV head and a block of queries: their query heads are the
+ * rows of two matrix products. */
+static void attend_prompt(const Config *c, State *s, int l, int T, int pos) {
     enum { BLOCK = 32 };
     int d = c->head_dim, group = c->n_heads / c->n_kv_heads;
     size_t q_dim = (size_t)c->n_heads * d, kv_dim = (size_t)c->n_kv_heads * d;
@@ -137,27 +138,87 @@ static void attention(const Config *c, State *s, int l, int T, int pos) {
     }
 }
 
+/* What a query head makes of some positions: m = max s, l = sum e^(s - m), o = sum e^(s - m) v. */
+typedef struct {
+    float m, l;
+    float *o; // [head_dim]
+} Part;
+
+enum { PART = 64 }; // positions
+
+/* Parts [group] of n <= PART positions; rows of keys and values are `stride` floats apart. */
+static void attend_part(const float *q, int group, int d, const float *keys, const float *values,
+                        size_t stride, int n, Part *parts) {
+    float s[group][PART];
+    for (int i = 0; i < n; i++)
+        for (int g = 0; g < group; g++) s[g][i] = dot(q + g * d, keys + i * stride, d) / sqrtf(d);
+    for (int g = 0; g < group; g++) {
+        float m = s[g][0], l = 0.0f;
+        for (int i = 1; i < n; i++) m = s[g][i] > m ? s[g][i] : m;
+        for (int i = 0; i < n; i++) s[g][i] = exponential(s[g][i] - m);
+        for (int i = 0; i < n; i++) l += s[g][i];
+        weighted_sum(s[g], values, stride, n, d, parts[g].o);
+        parts[g].m = m;
+        parts[g].l = l;
+    }
+}
+
+/* One token is bound by reading the cache, which is streamed once. A task is one KV head and PART
+ * positions; what its query heads make of them is joined in the order of the positions, with
+ * m = max m_i:   att = sum e^(m_i - m) o_i / sum e^(m_i - m) l_i.   arXiv 2311.01282 */
+static void attend_token(const Config *c, State *s, int l, int pos) {
+    int d = c->head_dim, group = c->n_heads / c->n_kv_heads, n_parts = pos / PART + 1;
+    size_t kv_dim = (size_t)c->n_kv_heads * d, layer = (size_t)l * s->context * kv_dim;
+    Part *parts = allocate((size_t)c->n_heads * n_parts, sizeof *parts); // [n_parts][n_heads]
+    float *o = allocate((size_t)c->n_heads * n_parts * d, sizeof *o);
+    for (int i = 0; i < c->n_heads * n_parts; i++) parts[i].o = o + (size_t)i * d;
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic)
+        for (int task = 0; task < n_parts * c->n_kv_heads; task++) {
+            int first = task / c->n_kv_heads * PART, h = task % c->n_kv_heads;
+            int n = pos + 1 - first < PART ? pos + 1 - first : PART;
+            size_t at = layer + first * kv_dim + h * d;
+            attend_part(s->q + (size_t)h * group * d, group, d, s->keys + at, s->values + at,
+                        kv_dim, n, parts + (size_t)task * group);
+        }
+#pragma omp for
+        for (int h = 0; h < c->n_heads; h++) {
+            float m = -INFINITY, sum = 0.0f, *att = s->att + (size_t)h * d;
+            for (int i = 0; i < n_parts; i++) m = fmaxf(m, parts[i * c->n_heads + h].m);
+            memset(att, 0, d * sizeof *att);
+            for (int i = 0; i < n_parts; i++) {
+                const Part *part = &parts[i * c->n_heads + h];
+                float factor = expf(part->m - m);
+                sum += factor * part->l;
+                for (int k = 0; k < d; k++) att[k] += factor * part->o[k];
+            }
+            for (int k = 0; k < d; k++) att[k] /= sum;
+        }
+    }
+    free(parts);
+    free(o);
+}
+
 void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
     size_t kv_dim = (size_t)c->n_kv_heads * c->head_dim;
     float *k = s->keys + ((size_t)l * s->context + pos) * kv_dim; // straight into the cache
     float *v = s->values + ((size_t)l * s->context + pos) * kv_dim;
-    linear(&layer->q, s->xb, T, s->q);
-    linear(&layer->k, s->xb, T, k);
-    linear(&layer->v, s->xb, T, v);
+    linears(&layer->q, 3, s->xb, T, (float *[]){s->q, k, v});
     rope(s, s->q, T, c->n_heads, c->head_dim, pos);
     rope(s, k, T, c->n_kv_heads, c->head_dim, pos);
-    attention(c, s, l, T, pos);
+    if (T == 1) attend_token(c, s, l, pos);
+    else attend_prompt(c, s, l, T, pos);
 }
 
 /* gate <- silu(gate) * up,   silu(z) = z / (1 + exp(-z)).   SwiGLU, arXiv 2002.05202 */
 static void swiglu(float *gate, const float *up, size_t n) {
 #pragma omp parallel for
-    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
 void ffn_block(const Config *c, const Layer *layer, State *s, int T) {
-    linear(&layer->gate, s->xb, T, s->gate);
-    linear(&layer->up, s->xb, T, s->up);
+    linears(&layer->gate, 2, s->xb, T, (float *[]){s->gate, s->up});
     swiglu(s->gate, s->up, (size_t)T * c->hidden_dim);
 }
 
@@ -451,28 +512,31 @@ static void accumulate(const Linear *w, DotU4 *dot_u4, const Activations *x, int
     }
 }
 
-/* y [T][N], or the sums themselves in acc [T][N] if y is NULL. */
-static void integer_product(const Linear *w, DotU4 *dot_u4, const Activations *x, const float *s_a,
-                            int T, float *y, int32_t *acc) {
+/* Of the linears w [n]: y[i] [T][N_i], or the sums themselves in acc [T][N] if y is NULL. */
+static void integer_products(const Linear *w, int n_linears, DotU4 *dot_u4, const Activations *x,
+                             const float *s_a, int T, float *const *y, int32_t *acc) {
     enum { N_BLOCK = 32, T_BLOCK = 32 }; // these tokens stay in the nearest cache for these rows
-    int N = w->N;
-#pragma omp parallel for schedule(dynamic)
-    for (int n0 = 0; n0 < N; n0 += N_BLOCK)
-        for (int t0 = 0; t0 < T; t0 += T_BLOCK)
-            for (int n = n0; n < n0 + N_BLOCK && n < N; n++)
-                for (int t = t0; t < t0 + T_BLOCK && t < T; t += MAX_T) {
-                    int32_t sums[MAX_T];
-                    int n_tokens = T - t < MAX_T ? T - t : MAX_T;
-                    accumulate(w, dot_u4, x, n, t, n_tokens, sums);
-                    for (int i = 0; i < n_tokens; i++) {
-                        size_t at = (size_t)(t + i) * N + n;
-                        if (y) y[at] = ((float)sums[i] * s_a[t + i]) * w->s_channel[n];
-                        else acc[at] = sums[i];
+#pragma omp parallel
+    for (int i = 0; i < n_linears; i++) {
+        const Linear *l = &w[i];
+#pragma omp for schedule(dynamic) nowait
+        for (int n0 = 0; n0 < l->N; n0 += N_BLOCK)
+            for (int t0 = 0; t0 < T; t0 += T_BLOCK)
+                for (int n = n0; n < n0 + N_BLOCK && n < l->N; n++)
+                    for (int t = t0; t < t0 + T_BLOCK && t < T; t += MAX_T) {
+                        int32_t sums[MAX_T];
+                        int n_tokens = T - t < MAX_T ? T - t : MAX_T;
+                        accumulate(l, dot_u4, x, n, t, n_tokens, sums);
+                        for (int k = 0; k < n_tokens; k++) {
+                            size_t at = (size_t)(t + k) * l->N + n;
+                            if (y) y[i][at] = ((float)sums[k] * s_a[t + k]) * l->s_channel[n];
+                            else acc[at] = sums[k];
+                        }
                     }
-                }
+    }
 }
 
-static void w4a8_linear(const Linear *w, const float *x, int T, float *y) {
+static void w4a8_linears(const Linear *w, int n, const float *x, int T, float *const *y) {
     int K = w->K;
     const char *name;
     Activations split = split_activations(w, T);
@@ -483,7 +547,7 @@ static void w4a8_linear(const Linear *w, const float *x, int T, float *y) {
         s_a[t] = quantize_row(x + (size_t)t * K, K, a + (size_t)t * K);
         split_row(a + (size_t)t * K, K, t, &split);
     }
-    integer_product(w, dot_u4_best(&name), &split, s_a, T, y, NULL);
+    integer_products(w, n, dot_u4_best(&name), &split, s_a, T, y, NULL);
     free(a);
     free(s_a);
     free(split.a);
@@ -493,14 +557,18 @@ static void w4a8_linear(const Linear *w, const float *x, int T, float *y) {
 void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc) {
     Activations split = split_activations(w, T);
     for (int t = 0; t < T; t++) split_row(a + (size_t)t * w->K, w->K, t, &split);
-    integer_product(w, dot_u4, &split, NULL, T, NULL, acc);
+    integer_products(w, 1, dot_u4, &split, NULL, T, NULL, acc);
     free(split.a);
     free(split.sums);
 }
 
+void linears(const Linear *w, int n, const float *x, int T, float *const *y) {
+    if (w->qweight) w4a8_linears(w, n, x, T, y);
+    else float_linears(w, n, x, T, y);
+}
+
 void linear(const Linear *w, const float *x, int T, float *y) {
-    if (w->qweight) w4a8_linear(w, x, T, y);
-    else float_linear(w, x, T, y);
+    linears(w, 1, x, T, &y);
 }
 
 /* ============================================================================================
@@ -1345,6 +1413,18 @@ double relative_error(const float *w, const Linear *quantized, const double *H) 
 
 /* ---- sums of products ---- */
 
+static float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static uint32_t float_to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
 #ifdef __AVX512F__
 enum { LANES = 16 };
 #else
@@ -1360,10 +1440,29 @@ static float dot(const float *x, const float *y, int n) {
         for (int v = 0; v < 4; v++)
             sum[v] += *(const Vector *)(x + i + v * LANES) * *(const Vector *)(y + i + v * LANES);
     Vector total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    float rest = 0.0f;
+    float rest = 0.0f, lane[LANES];
     for (; i < n; i++) rest += x[i] * y[i];
-    for (int v = 0; v < LANES; v++) rest += total[v];
-    return rest;
+    memcpy(lane, &total, sizeof lane);
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int v = 0; v < half; v++) lane[v] += lane[v + half];
+    return rest + lane[0];
+}
+
+/* o [d] = sum_i p_i v_i over n rows of v, which are `stride` floats apart. */
+static void weighted_sum(const float *p, const float *v, size_t stride, int n, int d, float *o) {
+    int k = 0;
+    for (; k + 4 * LANES <= d; k += 4 * LANES) {
+        Vector sum[4] = {0};
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < 4; j++)
+                sum[j] += p[i] * *(const Vector *)(v + i * stride + k + j * LANES);
+        memcpy(o + k, sum, sizeof sum);
+    }
+    for (; k < d; k++) {
+        o[k] = 0.0f;
+        for (int i = 0; i < n; i++) o[k] += p[i] * v[i * stride + k];
+    }
 }
 
 static double dot_double(const double *x, const double *y, int n) {
@@ -1375,6 +1474,20 @@ static double dot_double(const double *x, const double *y, int n) {
     for (; i < n; i++) total += x[i] * y[i];
     for (int v = 0; v < L; v++) total += sum[v];
     return total;
+}
+
+/* e^x to 2 units in the last place, in steps that the compiler vectorizes, as expf() is not:
+ * 2^n e^r, n = rint(x / ln 2), r = x - n ln 2 in two steps; the series of e^r. */
+static inline float exponential(float x) {
+    x = clamp(x, -87.0f, 89.0f);                            // from 88.4 on infinity
+    float magic = 0x1.8p23f, n = x * 0x1.715476p0f + magic; // n in the lowest bits
+    float scale = bits_to_float((float_to_bits(n) + 127) << 23);
+    n -= magic;
+    float r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
+    float y =
+        1.0f +
+        r * (1.0f + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r / 720)))));
+    return y * scale;
 }
 
 /* ---- y = x W^T in float32
@@ -1466,25 +1579,30 @@ void add_moments(double *M, const float *a, int N, const float *b, int K, int T)
     free(a_t);
 }
 
-static void float_linear(const Linear *w, const float *x, int T, float *y) {
-    size_t N = w->N, K = w->K;
-    if (T == 1) { // bound by reading W: row by row
-#pragma omp parallel for
-        for (size_t n = 0; n < N; n++) {
-            float sum = 0.0f, line[TILE_DEPTH];
-            for (size_t k = 0; k < K; k += TILE_DEPTH) {
-                int depth = K - k < TILE_DEPTH ? K - k : TILE_DEPTH;
-                floats(w->w, w->dtype, n * K + k, depth, line);
-                sum += dot(x + k, line, depth);
+static void float_linears(const Linear *w, int n_linears, const float *x, int T, float *const *y) {
+    size_t K = w->K;
+#pragma omp parallel
+    for (int i = 0; i < n_linears; i++) {
+        const Linear *l = &w[i];
+        size_t N = l->N;
+        if (T == 1) { // bound by reading W: row by row
+#pragma omp for nowait
+            for (size_t n = 0; n < N; n++) {
+                float sum = 0.0f, line[TILE_DEPTH];
+                for (size_t k = 0; k < K; k += TILE_DEPTH) {
+                    int depth = K - k < TILE_DEPTH ? K - k : TILE_DEPTH;
+                    floats(l->w, l->dtype, n * K + k, depth, line);
+                    sum += dot(x + k, line, depth);
+                }
+                y[i][n] = sum;
             }
-            y[n] = sum;
+            continue;
         }
-        return;
+#pragma omp for schedule(dynamic) nowait
+        for (size_t n = 0; n < N; n += TILE_COLUMNS)
+            matmul_panel(T, K, x, K, (View){l->w, l->dtype, K, 1}, n,
+                         N - n < TILE_COLUMNS ? N - n : TILE_COLUMNS, y[i] + n, N);
     }
-#pragma omp parallel for schedule(dynamic)
-    for (size_t n = 0; n < N; n += TILE_COLUMNS)
-        matmul_panel(T, K, x, K, (View){w->w, w->dtype, K, 1}, n,
-                     N - n < TILE_COLUMNS ? N - n : TILE_COLUMNS, y + n, N);
 }
 
 /* ---- the versions of dot_u4_c() for processors that can do more ---- */
@@ -1628,18 +1746,6 @@ static void invert(const double *V, size_t K, double *U) {
 }
 
 /* ---- floats of 16 bits ---- */
-
-static float bits_to_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-static uint32_t float_to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
 
 static float f16_to_float(uint16_t h) {
     // Moved into place the exponent is 112 too small; the product is exact, also for subnormals.

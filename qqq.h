@@ -244,8 +244,10 @@ void dequantize_row(const Linear *l, int n, float *w);
 Linear quantized_new(int N, int K, int group_size);
 void linear_free(Linear *l);
 
-/* y [T][N] = x [T][K] W^T; a quantized linear quantizes x per token first. */
+/* y [T][N] = x [T][K] W^T; a quantized linear quantizes x per token first. linears(): the same for
+ * w [n] of one kind, which share their input; y[i] [T][N_i]. */
 void linear(const Linear *w, const float *x, int T, float *y);
+void linears(const Linear *w, int n, const float *x, int T, float *const *y);
 
 /* The integer dot product under it: acc[t] = sum_k s_group[k / 128] u_k a_tk for T tokens, T <= 8;
  * w [K/2] is a row of qweight, s_group [K/128] or NULL for ones, a [T][2][K/2] holds the even
