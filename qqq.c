@@ -153,8 +153,8 @@ static void attend_part(const float *q, int group, int d, const float *keys, con
     for (int i = 0; i < n; i++)
         for (int g = 0; g < group; g++) s[g][i] = dot(q + g * d, keys + i * stride, d) / sqrtf(d);
     for (int g = 0; g < group; g++) {
-        float m = s[g][0], l = 0.0f;
-        for (int i = 1; i < n; i++) m = s[g][i] > m ? s[g][i] : m;
+        float m = -INFINITY, l = 0.0f;
+        for (int i = 0; i < n; i++) m = s[g][i] > m ? s[g][i] : m;
         for (int i = 0; i < n; i++) s[g][i] = exponential(s[g][i] - m);
         for (int i = 0; i < n; i++) l += s[g][i];
         weighted_sum(s[g], values, stride, n, d, parts[g].o);
