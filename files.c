@@ -344,6 +344,10 @@ int json_get(const Json *j, int node, const char *key) {
     return -1;
 }
 
+bool json_absent(const Json *j, int node) {
+    return node < 0 || (json_type(j, node) == 'p' && json_is(j, node, "null"));
+}
+
 bool json_is(const Json *j, int node, const char *s) {
     char type = json_type(j, node);
     if (type != '"' && type != 'p') return false;
@@ -596,9 +600,12 @@ static const Mapping *add_mapping(Checkpoint *c, Mapping m) {
     return &c->maps[c->n_maps++];
 }
 
-/* No object of the header has a key twice. */
-static void require_unique_keys(const Json *j) {
+/* No object of the header has a key twice, and no number is beyond double's range. */
+static void check_header(const Json *j) {
     for (int node = 0; node < j->n; node++) {
+        const char *text = j->text + j->tokens[node].start; // behind a number is more
+        if (json_type(j, node) == 'p' && !isfinite(strtod(text, NULL)))
+            die("%s: a number out of range: %s", j->name, shown(j, node));
         int n = 0, size = json_type(j, node) == '{' ? j->tokens[node].size : 0;
         if (size < 2) continue;
         char **keys = allocate(size, sizeof *keys);
@@ -627,9 +634,9 @@ static Json *add_safetensors(Checkpoint *c, const Mapping m) {
     }
     Json *j = json_parse(m.path, m.data + 8, length);
     if (json_type(j, 0) != '{') die("%s: the safetensors header is no JSON object", m.path);
-    require_unique_keys(j);
+    check_header(j);
     int metadata = json_get(j, 0, "__metadata__");
-    if (metadata >= 0 && json_type(j, metadata) != '{' && !json_is(j, metadata, "null"))
+    if (json_type(j, metadata) != '{' && !json_absent(j, metadata))
         die("%s: __metadata__ is no object", m.path);
     for (int i = json_first(j, metadata); i >= 0; i = json_next(j, metadata, i))
         if (json_type(j, i + 1) != '"') die("%s: __metadata__ holds what is no string", m.path);
@@ -908,8 +915,8 @@ static double config_real(const Json *j, int object, const char *key) {
 /* true or false; absent and null are false. */
 static bool config_true(const Json *j, const char *key) {
     int node = json_get(j, 0, key);
-    bool is_true = json_is(j, node, "true") && json_type(j, node) == 'p';
-    if (node >= 0 && !is_true && !json_is(j, node, "false") && !json_is(j, node, "null"))
+    bool literal = json_type(j, node) == 'p', is_true = literal && json_is(j, node, "true");
+    if (!is_true && !json_absent(j, node) && !(literal && json_is(j, node, "false")))
         die("%s: %s is %s, expected true or false", j->name, key, shown(j, node));
     return is_true;
 }
@@ -934,7 +941,7 @@ static void add_eos(Config *c, const Json *j, int node) {
 /* eos_token_id is a number, a list of them, or absent. */
 static void add_all_eos(Config *c, const Json *j) {
     int node = json_get(j, 0, "eos_token_id");
-    if (node >= 0 && json_type(j, node) != '[' && !json_is(j, node, "null")) add_eos(c, j, node);
+    if (json_type(j, node) != '[' && !json_absent(j, node)) add_eos(c, j, node);
     for (int i = json_type(j, node) == '[' ? json_first(j, node) : -1; i >= 0;
          i = json_next(j, node, i))
         add_eos(c, j, i);
@@ -945,7 +952,7 @@ Config config_parse(const char *path, const char *config, const char *generation
     Json *j = json_parse(name, config, strlen(config));
     config_expect(j, 0, "model_type", "llama");
     int quantization = json_get(j, 0, "quantization_config");
-    if (json_type(j, quantization) == '{')
+    if (!json_absent(j, quantization))
         die("%s: quantization_config, quant_method %s: the weights are quantized already, and not "
             "by this program",
             name, shown(j, json_get(j, quantization, "quant_method")));
@@ -961,14 +968,12 @@ Config config_parse(const char *path, const char *config, const char *generation
     c.hidden_dim = config_integer(j, "intermediate_size", 1, MAX);
     c.n_layers = config_integer(j, "num_hidden_layers", 1, 4096);
     c.n_heads = config_integer(j, "num_attention_heads", 1, 4096);
-    int kv = json_get(j, 0, "num_key_value_heads");
-    bool mha = kv < 0 || json_is(j, kv, "null");
+    bool mha = json_absent(j, json_get(j, 0, "num_key_value_heads"));
     c.n_kv_heads = mha ? c.n_heads : config_integer(j, "num_key_value_heads", 1, 4096);
     if (c.n_heads % c.n_kv_heads)
         die("%s: num_attention_heads %d is no multiple of num_key_value_heads %d", name, c.n_heads,
             c.n_kv_heads);
-    int head_dim = json_get(j, 0, "head_dim");
-    bool given = head_dim >= 0 && !json_is(j, head_dim, "null");
+    bool given = !json_absent(j, json_get(j, 0, "head_dim"));
     if (!given && c.dim % c.n_heads)
         die("%s: hidden_size %d is no multiple of num_attention_heads %d", name, c.dim, c.n_heads);
     c.head_dim = given ? config_integer(j, "head_dim", 2, 4096) : c.dim / c.n_heads;
@@ -976,16 +981,16 @@ Config config_parse(const char *path, const char *config, const char *generation
     if (c.n_heads * c.head_dim > MAX)
         die("%s: %d heads of %d, expected at most %d channels", name, c.n_heads, c.head_dim, MAX);
     c.vocab_size = config_integer(j, "vocab_size", 1, 1 << 24);
-    c.max_context = config_integer(j, "max_position_embeddings", 1, 1 << 24);
+    c.max_context = config_integer(j, "max_position_embeddings", 2, 1 << 24);
     c.norm_eps = config_real(j, 0, "rms_norm_eps");
     if (!(c.norm_eps > 0 && c.norm_eps < INFINITY)) die("%s: rms_norm_eps is no float", name);
     c.tied = config_true(j, "tie_word_embeddings");
 
     // transformers 5 moved rope_theta and rope_scaling's content into rope_parameters.
     int rope = json_get(j, 0, "rope_parameters");
-    bool parameters = rope >= 0 && !json_is(j, rope, "null");
+    bool parameters = !json_absent(j, rope);
     if (!parameters) rope = json_get(j, 0, "rope_scaling");
-    if (json_type(j, rope) != '{' && rope >= 0 && !json_is(j, rope, "null"))
+    if (json_type(j, rope) != '{' && !json_absent(j, rope))
         die("%s: %s is %s, expected an object", name,
             parameters ? "rope_parameters" : "rope_scaling", shown(j, rope));
     bool inside = json_get(j, rope, "rope_theta") >= 0;
@@ -1005,7 +1010,7 @@ Config config_parse(const char *path, const char *config, const char *generation
 
     int bos = json_get(j, 0, "bos_token_id");
     c.bos = json_integer(j, bos, INT32_MAX);
-    if (c.bos < 0 && bos >= 0 && !json_is(j, bos, "null"))
+    if (c.bos < 0 && !json_absent(j, bos))
         die("%s: bos_token_id is %s, expected a token id", name, shown(j, bos));
     if (c.bos >= c.vocab_size)
         die("%s: bos_token_id %d is outside the vocabulary of %d", name, c.bos, c.vocab_size);

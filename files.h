@@ -63,6 +63,9 @@ void json_free(Json *json);
 char json_type(const Json *json, int node);
 int json_get(const Json *json, int node, const char *key);
 
+/* Whether the node is none, or null: "null" in quotes is a string. */
+bool json_absent(const Json *json, int node);
+
 /* Loops over the children of an array (its elements) or an object (its keys; each value is the
  * node after its key, key + 1): for (int i = json_first(j, n); i >= 0; i = json_next(j, n, i)). */
 int json_first(const Json *json, int node);

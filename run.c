@@ -271,8 +271,6 @@ static Session open_session(const Options *o) {
     Session s = {.path = o->model, .checkpoint = checkpoint_open(o->model)};
     s.model = model_load(s.checkpoint);
     const Config *c = &s.model->config;
-    if (c->max_context < 2)
-        die("%s: max_position_embeddings is %d, expected 2 or more", o->model, c->max_context);
     if (o->length > c->max_context)
         die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
     memcpy(s.stop, c->eos, sizeof c->eos);

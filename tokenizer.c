@@ -175,7 +175,7 @@ static void expect(const File *f, const char *where, int object, const char *key
 /* A member that would change text or tokens if it were there: only null or "" will do. */
 static void expect_none(const File *f, int object, const char *key) {
     int node = json_get(f->json, object, key);
-    if (node < 0 || json_is(f->json, node, "null") || json_is(f->json, node, "")) return;
+    if (json_absent(f->json, node) || json_is(f->json, node, "")) return;
     die("%s: \"%s\" is %.200s, expected null", f->name, key, shown(f, node));
 }
 

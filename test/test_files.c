@@ -1425,7 +1425,14 @@ static void test_bad_configs(void) {
         {"bos_token_id", "\"1\"", "bos_token_id is 1, expected a token id"},
         {"bos_token_id", "[1]", "bos_token_id"},
         {"bos_token_id", "-1", "bos_token_id"},
+        {"bos_token_id", "\"null\"", "bos_token_id is null, expected a token id"},
+        {"eos_token_id", "\"null\"", "eos_token_id"},
+        {"head_dim", "\"null\"", "head_dim"},
+        {"num_key_value_heads", "\"null\"", "num_key_value_heads"},
+        {"max_position_embeddings", "1", "max_position_embeddings"},
+        {"rope_scaling", "\"null\"", "rope_scaling is null, expected an object"},
         {"attention_bias", "1", "attention_bias is 1, expected true or false"},
+        {"attention_bias", "\"false\"", "attention_bias is false, expected true or false"},
         {"mlp_bias", "\"true\"", "mlp_bias"},
         {"tie_word_embeddings", "0", "tie_word_embeddings"},
         {"rope_parameters", "{\"rope_theta\":10000.0}", NULL},
@@ -1436,6 +1443,7 @@ static void test_bad_configs(void) {
         {"rope_parameters", "5", "rope_parameters is 5, expected an object"},
         {"rope_parameters", "null", NULL},
         {"quantization_config", "{\"quant_method\":\"awq\",\"bits\":4}", "quant_method awq"},
+        {"quantization_config", "\"awq\"", "quantization_config"},
         {"eos_token_id", "[0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16]", "eos_token_id"},
     };
     generation_arg = NULL;

@@ -522,6 +522,7 @@ static const Broken broken[] = {
     {"merges that are no array", "\"merges\":[", "\"merges\":{},\"x\":[", "expected an array"},
     {"dropout", "\"dropout\":null", "\"dropout\":0.1", "dropout"},
     {"a prefix of subwords", "\"dropout\":null", "\"continuing_subword_prefix\":\"##\"", "prefix"},
+    {"the prefix null", "\"dropout\":null", "\"continuing_subword_prefix\":\"null\"", "prefix"},
     {"a suffix of words", "\"dropout\":null", "\"end_of_word_suffix\":\"</w>\"", "suffix"},
     {"ignore_merges that is no bool", "_merges\":false", "_merges\":\"false\"", "ignore_merges"},
 
