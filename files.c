@@ -626,12 +626,13 @@ static void check_header(const Json *j) {
 static Json *add_safetensors(Checkpoint *c, const Mapping m) {
     uint64_t length = 0;
     for (size_t i = 0; i < 8 && i < m.bytes; i++) length |= (uint64_t)(uint8_t)m.data[i] << 8 * i;
-    if (m.bytes < 8 || length > m.bytes - 8) {
+    if (m.bytes < 8 || length > m.bytes - 8 || length > MAX_JSON) { // GGUF of 14 GB
         const char *format = known_format(m.data, m.bytes);
         if (format) die("%s: it is %s", m.path, format);
+    }
+    if (m.bytes < 8 || length > m.bytes - 8)
         die("%s: not a safetensors file: a header of %llu bytes in a file of %zu", m.path,
             (unsigned long long)length, m.bytes);
-    }
     Json *j = json_parse(m.path, m.data + 8, length);
     if (json_type(j, 0) != '{') die("%s: the safetensors header is no JSON object", m.path);
     check_header(j);

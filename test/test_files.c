@@ -1063,6 +1063,9 @@ static void test_bad_safetensors(void) {
         check(truncate(file, 8 + sizes[i]) == 0, "not truncated");
         refused(open_model, SCRATCH "/bad", wanted);
     }
+    write_file(file, "GGUF\0\0\0", 8); // which the file is long enough for, taken for a length
+    check(truncate(file, 1200000000) == 0, "not truncated");
+    refused(open_model, SCRATCH "/bad", "it is a GGUF file");
     write_file(file, "", 0);
     free(config);
 
