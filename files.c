@@ -17,6 +17,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -1218,16 +1219,19 @@ void describe_model(const Checkpoint *checkpoint, const Model *m, const char *wh
     free(made);
 }
 
-Tokenizer *checkpoint_tokenizer(const Checkpoint *c) {
+Tokenizer *checkpoint_tokenizer(const Checkpoint *c, int vocab_size) {
     if (!c->tokenizer) die("%s: it has no tokenizer.json", c->path);
     char *name = format_text("%s: tokenizer.json", c->path);
     Tokenizer *t = tokenizer_load(name, c->tokenizer, c->tokenizer_bytes);
+    if (tokenizer_size(t) > vocab_size)
+        die("%s: its tokenizer has %d tokens, its embedding only %d rows", c->path,
+            tokenizer_size(t), vocab_size);
     free(name);
     return t;
 }
 
 int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n) {
-    Tokenizer *tokenizer = checkpoint_tokenizer(c);
+    Tokenizer *tokenizer = checkpoint_tokenizer(c, INT_MAX);
     size_t bytes;
     char *text = read_text(path, &bytes);
     int *ids = tokenizer_encode(tokenizer, text, bytes, true, n);

@@ -186,8 +186,8 @@ const char *weights_kind(const Model *m);
  * options that made it. `where` is what it runs on, or NULL. */
 void describe_model(const Checkpoint *c, const Model *m, const char *where);
 
-/* The checkpoint's tokenizer, or the end if it has none. */
-Tokenizer *checkpoint_tokenizer(const Checkpoint *c);
+/* The checkpoint's tokenizer, or the end if it has none, or one of more than vocab_size tokens. */
+Tokenizer *checkpoint_tokenizer(const Checkpoint *c, int vocab_size);
 
 /* Token ids [*n] of a text file by the checkpoint's tokenizer, special tokens parsed; `bos` stands
  * in front unless it is -1. malloc'ed. */

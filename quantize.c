@@ -513,9 +513,16 @@ static void transcribe(Options *o, const Checkpoint *c, Model *m) {
     close_out(&out, m);
 }
 
+/* Loads the model, and its tokenizer if it has one: what ./run would refuse is refused here. */
+static Model *load(const Checkpoint *c) {
+    Model *m = model_load(c);
+    if (c->tokenizer) tokenizer_free(checkpoint_tokenizer(c, m->config.vocab_size));
+    return m;
+}
+
 static void convert(const Options *o, const Checkpoint *c) {
     if (c->quantization) die("%s: it is quantized already: %s", o->model, c->quantization);
-    model_free(model_load(c)); // what ./run would refuse is refused here
+    model_free(load(c));
     Tensor *list = allocate(c->n_tensors, sizeof *list);
     int n = 0;
     for (int i = 0; i < c->n_tensors; i++) // but the texts, which writer_open() adds
@@ -602,7 +609,7 @@ static Model *new_model(const Options *o, const Model *m) {
 }
 
 static void quantize(Options *o, const Checkpoint *c) {
-    Model *m = model_load(c);
+    Model *m = load(c);
     const Config *config = &m->config;
     if (m->group_size) {
         transcribe(o, c, m);

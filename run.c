@@ -275,12 +275,7 @@ static Session open_session(const Options *o) {
         die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
     memcpy(s.stop, c->eos, sizeof c->eos);
     s.n_stop = c->n_eos;
-    if (o->task != BENCHMARK) {
-        s.tokenizer = checkpoint_tokenizer(s.checkpoint);
-        if (tokenizer_size(s.tokenizer) > c->vocab_size)
-            die("%s: its tokenizer has %d tokens, its embedding only %d rows", o->model,
-                tokenizer_size(s.tokenizer), c->vocab_size);
-    }
+    if (o->task != BENCHMARK) s.tokenizer = checkpoint_tokenizer(s.checkpoint, c->vocab_size);
     bool gpu = choose_gpu(o->device, c, s.model->group_size != 0, s.where, sizeof s.where);
     s.engine = engine_new(s.model, gpu, o->kv_bits);
     return s;
@@ -827,7 +822,7 @@ static void print_token_ids(const Options *o) {
         free(path);
     } else {
         Checkpoint *c = checkpoint_open(o->model);
-        tokenizer = checkpoint_tokenizer(c);
+        tokenizer = checkpoint_tokenizer(c, INT_MAX);
         checkpoint_close(c);
     }
     free(model);

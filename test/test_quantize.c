@@ -1939,6 +1939,18 @@ static void test_bad_weights(void) {
         make_model(SCRATCH "/broken.bin", s);
         expect_error(BROKEN "-f", 1, "model.norm.weight holds NaN", false);
     }
+    shell("cp -rL " SCRATCH "/cut " SCRATCH "/broken && cd " SCRATCH
+          "/broken && chmod u+w * && echo {} >tokenizer.json");
+    expect_error("$QUANTIZE " SCRATCH "/broken " OUT " -f", 1, "broken: tokenizer.json", false);
+    expect_error("$QUANTIZE " SCRATCH "/broken " OUT " -b rtn -a 0 -m 0", 1,
+                 "broken: tokenizer.json", false);
+    check(shell("cd " SCRATCH "/broken && cp ../../../../data/tiny/tokenizer.json . && sed -i "
+                "'s/\"added_tokens\": \\[/&{\"id\":4096,\"content\":\"<more>\"},/' "
+                "tokenizer.json") == 0,
+          "%s", output);
+    expect_error("$QUANTIZE " SCRATCH "/broken " OUT " -f", 1,
+                 "its tokenizer has 4097 tokens, its embedding only 4096 rows", false);
+    shell("rm -r " SCRATCH "/broken");
 
     test_begin("quantize: shapes that do not fit");
     Made s = made;
