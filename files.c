@@ -1520,11 +1520,17 @@ static sigset_t block_signals(void) {
     return before;
 }
 
-/* The file that is to be replaced: a link is followed, and its target must be there. */
-static char *target_of(const char *path) {
-    struct stat st;
-    if (lstat(path, &st) || !S_ISLNK(st.st_mode)) return format_text("%s", path);
-    char *target = realpath(path, NULL);
+/* What is to be made or replaced: a link is followed, and its target must be there. */
+static char *target_of(const char *path, bool directory) {
+    struct stat st, own;
+    bool there = !stat(path, &st);
+    if (there && !(directory ? S_ISDIR(st.st_mode) : S_ISREG(st.st_mode)))
+        die("%s: cannot be written: not a %s", path, directory ? "directory" : "regular file");
+    for (int fd = STDOUT_FILENO; there && fd <= STDERR_FILENO; fd++)
+        if (!fstat(fd, &own) && own.st_dev == st.st_dev && own.st_ino == st.st_ino)
+            die("%s: cannot be written: stdout or stderr goes there", path);
+    if (lstat(path, &st) || S_ISREG(st.st_mode)) return format_text("%s", path);
+    char *target = realpath(path, NULL); // also of "name/.", beside which nothing can be made
     if (!target) die("%s: cannot be written: a link to no file", path);
     return target;
 }
@@ -1551,11 +1557,12 @@ static Writer *writer_new(const char *path, bool directory) {
     signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
     catch_signals(on_signal);
     Writer *w = allocate(1, sizeof *w);
-    w->path = target_of(path);
-    char *name = format_text("%s.%d.tmp", w->path, (int)getpid());
-    for (int i = 1; i < 100 && access(name, F_OK) == 0; i++) { // of an earlier process of this id
+    w->path = target_of(path, directory);
+    char *name = NULL;
+    struct stat st;
+    for (int id = getpid(); !name || !lstat(name, &st); id++) { // of an earlier process of this id
         free(name);
-        name = format_text("%s.%d.tmp", w->path, (int)getpid() + i);
+        name = format_text("%s.%d.tmp", w->path, id);
     }
     create(w, name, directory);
     return w;
@@ -1641,6 +1648,10 @@ Writer *writer_open(const char *path, const Checkpoint *c, const char *quantizat
     return w;
 }
 
+Writer *writer_open_text(const char *path) {
+    return writer_new(path, false);
+}
+
 Writer *writer_open_directory(const char *path, size_t shard_bytes, const Tensor *tensors, int n) {
     // Shard s has tensors first[s] .. first[s + 1] - 1.
     int *first = allocate(n + 2, sizeof *first), n_shards = 0;
@@ -1678,7 +1689,7 @@ Writer *writer_open_directory(const char *path, size_t shard_bytes, const Tensor
 }
 
 void writer_text(Writer *w, const char *name, const char *text, size_t bytes) {
-    create(w, format_text("%s/%s", temporaries[0], name), false);
+    if (name) create(w, format_text("%s/%s", temporaries[0], name), false);
     write_at(w, w->n_files - 1, text, bytes, 0);
     w->bytes += bytes;
 }

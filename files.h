@@ -221,6 +221,9 @@ typedef struct Writer Writer;
 Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
                     const Tensor *tensors, int n);
 
+/* Starts the text file `path`, which writer_text() without a name writes. */
+Writer *writer_open_text(const char *path);
+
 /* Starts the directory `path`, which must not exist or be empty, with tensors [n] in
  * model.safetensors; if they have more than shard_bytes, in shards of at most as many with an
  * index. writer_text() adds a file to it. */

@@ -186,9 +186,8 @@ static char *describe(const Options *o, int windows) {
 }
 
 /* NAME-w4a8.bin, NAME.bin if it is only converted, or the directory NAME-vllm or NAME-qqq, in the
- * current directory; NAME is MODEL's, of
- * a directory when links are resolved, in a Hugging Face cache, which has
- * models--ORGANIZATION--NAME/snapshots/REVISION, that NAME. */
+ * current directory. NAME is MODEL's; a directory's when links are resolved; and in a Hugging Face
+ * cache, models--ORGANIZATION--NAME/snapshots/REVISION, that NAME. */
 static char *default_out(const Options *o, const char *model) {
     static const char *const endings[] = {"-w4a8.bin", "-vllm", "-qqq"};
     struct stat st;
@@ -226,10 +225,13 @@ static void check_out(const Options *o, const Checkpoint *c) {
     if (same_file(o->out, o->calibration)) die("%s: OUT is the calibration text", o->out);
     if (o->eval && same_file(o->out, o->eval)) die("%s: OUT is the text of -e", o->out);
     if (access(o->out, W_OK)) die("%s: cannot be written: %s", o->out, strerror(errno));
-    if (!o->format && !is_model_bin(o->out) && checkpoint_owns(c, o->out))
+    bool read = checkpoint_has_file(c, o->out);
+    if (read || (!o->format && !is_model_bin(o->out) && checkpoint_owns(c, o->out)))
         die("%s: OUT is a file of MODEL", o->out);
     DIR *directory = o->format ? opendir(o->out) : NULL;
     if (o->format && !directory) die("%s: %s", o->out, strerror(errno));
+    if (o->format && same_file(o->out, "."))
+        die("%s: the current directory; -x makes a new one", o->out);
     for (const struct dirent *file; directory && (file = readdir(directory));)
         if (strcmp(file->d_name, ".") && strcmp(file->d_name, ".."))
             die("%s: the directory is not empty; -x makes a new one", o->out);
@@ -267,7 +269,7 @@ static void add(Out *out, const char *name, const char *suffix, DType dtype, int
 
 /* A half; a number beyond its range ends the program. */
 static uint16_t half_of(float x, const char *name) {
-    if (!(fabsf(x) < 65520)) die("%s: a tensor holds %g, which no half can", name, x);
+    if (!(fabsf(x) < 65520)) die("%s holds %g, beyond F16's 65504", name, x);
     return float_to_f16(x);
 }
 
@@ -346,15 +348,17 @@ static void put_part(Out *out, const char *name, const char *suffix, const void 
 static void put_vllm(Out *out, const char *name, const Linear *l) {
     size_t N = l->N, K = l->K, n = N * (l->s_group ? K / GROUP : 1);
     uint16_t *scales = allocate(n, sizeof *scales);
+    char *scale_name = format_text("%sweight_scale", name);
     for (size_t i = 0; i < n; i++) {
         float scale = l->s_channel[i / (n / N)] * (l->s_group ? l->s_group[i] : 1);
-        scales[i] = half_of(scale, name);
+        scales[i] = half_of(scale, scale_name);
         out->n_small += fabsf(scale) < 0x1p-14f;
     }
     out->n_scales += n;
     put_part(out, name, "weight_packed", l->qweight, N * K / 2);
     put_part(out, name, "weight_scale", scales, n * sizeof *scales);
     put_part(out, name, "weight_shape", (int64_t[]){N, K}, 2 * sizeof(int64_t));
+    free(scale_name);
     free(scales);
 }
 

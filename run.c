@@ -130,6 +130,7 @@ static Options parse_options(int argc, char **argv) {
     }
     if (chat && o.task != GENERATE) die_usage("-m chat: not together with -e, -z, -x or -b");
     if (o.items && o.task != ZERO_SHOT) die_usage("-o: only with -z");
+    if (o.items && !*o.items) die_usage("-o: the name of the file is empty");
     if (o.kv_bits != 16 && o.kv_bits != 8 && o.kv_bits != 4)
         die_usage("-k %d: expected 16, 8 or 4", o.kv_bits);
     if (o.system && !chat) die_usage("-y: a system prompt needs -m chat");
@@ -756,8 +757,11 @@ static void zero_shot(Session *s, const Options *o) {
     if (o->items && same_file(o->items, o->file)) die("-o %s: it is the file of -z", o->items);
     if (o->items && checkpoint_owns(s->checkpoint, o->items))
         die("-o %s: it is a file of MODEL", o->items);
-    FILE *out = o->items ? fopen(o->items, "w") : NULL;
-    if (o->items && !out) die("%s: %s", o->items, strerror(errno));
+    Writer *writer = o->items ? writer_open_text(o->items) : NULL;
+    char *lines;
+    size_t bytes;
+    FILE *out = open_memstream(&lines, &bytes);
+    if (!out) die("out of memory");
     print_model(s);
     Scorer z = {.s = s,
                 .max_length = o->length ? o->length : s->model->config.max_context,
@@ -771,11 +775,10 @@ static void zero_shot(Session *s, const Options *o) {
         for (int k = 0; k < item->n; k++) {
             ll[k] = log_likelihood(&z, item->where, item->contexts[k], item->choices[k], &greedy);
             ll_norm[k] = ll[k] / characters(item->choices[k]);
-            if (out) fprintf(out, k ? ", %.5f" : "{\"loglikelihoods\": [%.5f", ll[k]);
+            fprintf(out, k ? ", %.5f" : "{\"loglikelihoods\": [%.5f", ll[k]);
         }
-        if (out)
-            fprintf(out, item->kind == LAST ? "], \"greedy\": %s}\n" : "]}\n",
-                    greedy ? "true" : "false");
+        fprintf(out, item->kind == LAST ? "], \"greedy\": %s}\n" : "]}\n",
+                greedy ? "true" : "false");
         double most = ll[0];
         for (int k = 1; k < item->n; k++) most = fmax(most, ll[k]);
         for (int k = 0; k < item->n; k++) {
@@ -791,7 +794,9 @@ static void zero_shot(Session *s, const Options *o) {
         free(ll);
         free(ll_norm);
     }
-    if (out && (ferror(out) | fclose(out))) die("%s: %s", o->items, strerror(errno));
+    if (ferror(out) || fclose(out) || !lines) die("out of memory");
+    if (writer) writer_text(writer, NULL, lines, bytes), writer_close(writer);
+    free(lines);
     if (items[0].kind == WEIGHTED) print_mean("mc2", mass, squares, n);
     else print_mean("acc", acc, acc, n); // 0 and 1 are their own squares
     if (items[0].kind == CHOICE) print_mean("acc_norm", norm, norm, n);

@@ -351,9 +351,12 @@ static void test_float_model(void) {
     same_directories("direct-qqq", "channel-qqq");
     test_begin("-x into an empty directory, and from a QQQ directory");
     mkdir(SCRATCH "/empty", 0777);
+    mkdir(SCRATCH "/dot", 0777);
     make("g128-back.bin", "empty", "-x vllm");
+    make("g128-back.bin", "dot/.", "-x vllm");
     make("g128-qqq", "from-qqq", "-x vllm");
     same_directories("empty", "from-qqq");
+    same_directories("dot", "from-qqq");
 }
 
 static void test_tied(void) {
@@ -435,6 +438,12 @@ static void test_refusals(void) {
     refuse(out, 1, "g128.bin chat/config.json -x vllm", "chat/config.json: Not a directory");
     refuse(out, 1, "g128.bin g128.bin -x qqq", "OUT is MODEL");
     refuse(out, 1, "g128.bin no/where -x qqq", "no/where: cannot be written");
+    count_bad_input(out);
+    check(shell("mkdir " SCRATCH "/here && cd " SCRATCH
+                "/here && ../../../../$QUANTIZE ../g128.bin . "
+                "-x qqq; status=$?; rmdir ../here && exit $status") == 1 &&
+              strstr(output, "the current directory; -x makes a new one"),
+          "%s", output);
     refuse(out, 1, "g128-vllm d.bin", "quantization_config");
 
     test_begin("shapes that a format has no place for");

@@ -2020,6 +2020,9 @@ static void test_bad_files(void) {
     check(shell("test \"$(cat " SCRATCH "/copy/original/params.json)\" = {}") == 0, "overwritten");
     for (int i = 0; i < 2; i++) // but what it has written itself
         quantize("-f " SCRATCH "/copy " SCRATCH "/copy/original/model.bin");
+    shell("cp " SCRATCH "/copy/original/model.bin " SCRATCH "/copy/model.safetensors");
+    expect_error("$QUANTIZE " SCRATCH "/copy " SCRATCH "/copy/model.safetensors -f", 1,
+                 "OUT is a file of MODEL", false); // unless it is the weights that are read
 
     test_begin("quantize: OUT is a text that is read");
     copy_text("data/calib.txt", 12000, SCRATCH "/text");
@@ -2043,11 +2046,18 @@ static void test_bad_files(void) {
     check(shell("test -L " SCRATCH "/dangling.bin && test ! -e " SCRATCH "/nowhere.bin") == 0,
           "the link was touched");
 
+    test_begin("quantize: OUT is where the report goes");
+    for (int fd = 1; fd <= 2; fd++)
+        check(shell("$QUANTIZE " SCRATCH "/made.bin " SCRATCH "/own -f %d>" SCRATCH "/own", fd) ==
+                      1 &&
+                  shell("test $(wc -c <" SCRATCH "/own) -lt 200") == 0,
+              "descriptor %d: %s", fd, output);
+
     test_begin("quantize: stale temporary files do not block, and stay");
-    check(shell("sh -c 'for i in 0 1 2; do touch " SCRATCH "/stale.bin.$(($$ + i)).tmp; done; exec "
-                "./quantize " SCRATCH "/made.bin " SCRATCH
+    check(shell("sh -c 'for i in $(seq 0 110); do ln -s nowhere " SCRATCH
+                "/stale.bin.$(($$ + i)).tmp; done; exec ./quantize " SCRATCH "/made.bin " SCRATCH
                 "/stale.bin -b rtn -a 0 -m 0' && test -s " SCRATCH
-                "/stale.bin && test $(ls " SCRATCH "/stale.bin.*.tmp | wc -l) = 3") == 0,
+                "/stale.bin && test $(ls " SCRATCH "/stale.bin.*.tmp | wc -l) = 111") == 0,
           "%s", output);
 
     test_begin("closed descriptors are no files");

@@ -241,6 +241,20 @@ static void test_bad_items(void) {
               "%s: %s", own[i], output);
         check(shell("cmp " SCRATCH "_kept %s", own[i]) == 0, "%s was overwritten", own[i]);
     }
+    const char *places[] = {SCRATCH "_kept", "no/where", "/dev/null"},
+               *says[] = {"line 1: a choice of 5 tokens", "no/where: cannot be written",
+                          "/dev/null: cannot be"};
+    shell("echo old >" SCRATCH
+          "_kept && printf '{\"context\": \"a\", \"choices\": [\"one two three "
+          "four five\"]}' >" SCRATCH "_bad.jsonl");
+    for (int i = 0; i < 3; i++) {
+        count_bad_input("items given to ./run -z");
+        check(shell("./run data/tiny -d cpu -l 2 -z " SCRATCH "_bad.jsonl -o %s", places[i]) == 1 &&
+                  strstr(output, says[i]),
+              "%s: %s", places[i], output);
+    }
+    check(shell("test \"$(cat " SCRATCH "_kept*)\" = old") == 0, "a part was written");
+    check(shell("./run data/tiny -z x -o ''") == 2 && strstr(output, "-o: the name"), "%s", output);
     check(shell("./run data/tiny -o x") == 2 && strstr(output, "-o: only with -z"), "%s", output);
 }
 
