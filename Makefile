@@ -134,7 +134,7 @@ $(BUILD)/test_kernels $(BUILD)/bench_gemm $(BUILD)/ladder: $(BUILD)/kernels.cu.o
 $(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/bench_gemm $(BUILD)/ladder: $(BUILD)/%: $(BUILD)/test/%.cu.o $(OBJECTS)
 	$(NVCC) $^ -o $@ $(LIBS) -lgomp -lcublas
 
-test-gpu: all $(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/tests
+test-gpu: all $(BUILD)/test_kernels $(BUILD)/test_gpu_twins $(BUILD)/tests $(BUILD)/synthetic
 	$(BUILD)/test_kernels
 	$(BUILD)/test_gpu_twins
 	$(BUILD)/tests gpu

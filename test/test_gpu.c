@@ -231,6 +231,31 @@ static void test_program(void) {
           "%s", gpu);
 }
 
+/* Shapes that the kernels cannot take. */
+static void test_unfit(void) {
+    static const char *const shapes[][2] = {
+        {"--dim 96 --hidden 128 --heads 3", "heads of 32, on the GPU 64 or 128"},
+        {"--dim 128 --hidden 100 --heads 2", "ffn 100, on the GPU multiples of 8"}};
+    test_begin("GPU: a model that it cannot take runs on the CPU and says so, unless -d cuda asks");
+    for (int i = 0; i < 2; i++) {
+        shell(
+            "build/synthetic build/test/unfit %s --layers 1 --kv-heads 1 --vocab 4096 --tokenizer "
+            "data/tiny/tokenizer.json",
+            shapes[i][0]);
+        const char *commands[] = {
+            "./run build/test/unfit -n 1 -s 1",
+            "./quantize build/test/unfit build/test/unfit.bin -g -1 -n 1 -l 64"};
+        for (int k = 0; k < 2; k++) {
+            check(shell("%s", commands[k]) == 0 && strstr(output, ", on the CPU: ") &&
+                      strstr(output, shapes[i][1]),
+                  "%s: %s", commands[k], output);
+            check(shell("%s -d cuda", commands[k]) == 1 && strstr(output, "error: -d cuda: ") &&
+                      strstr(output, shapes[i][1]),
+                  "%s -d cuda: %s", commands[k], output);
+        }
+    }
+}
+
 void test_gpu(void) {
     char why[300] = "built without CUDA";
     Config any = {.head_dim = 64, .n_heads = 1, .n_kv_heads = 1};
@@ -240,6 +265,7 @@ void test_gpu(void) {
         return;
     }
     test_program();
+    test_unfit();
     test_oracle(0, "test/data/tiny_oracle.json");
     test_oracle(1, "test/data/small_oracle.json");
     for (int f = 0; f < N_FORMATS; f++) test_batch(0, f, 0.05f);
