@@ -5,7 +5,6 @@
  *
  * Text goes to stdout, everything else to stderr. */
 #define _POSIX_C_SOURCE 200809L
-#include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <limits.h>
@@ -231,6 +230,27 @@ static void push_text(Tokens *t, const Tokenizer *tokenizer, const char *text, s
     free(ids);
 }
 
+/* Bytes of the white space at the beginning or the end of text [n], one character of what Python's
+ * strip() takes for such; 0: there is none. */
+static size_t space_bytes(const char *text, size_t n, bool at_end) {
+    static const char *const spaces[] = {
+        "\x1c",   "\x1d",   "\x1e",     "\x1f",   " ",      "\t",     "\n",     "\v",
+        "\f",     "\r",     "\xc2\x85", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002",
+        "\u2003", "\u2004", "\u2005",   "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
+        "\u2028", "\u2029", "\u202f",   "\u205f", "\u3000"};
+    for (size_t i = 0; i < sizeof spaces / sizeof *spaces; i++) {
+        size_t bytes = strlen(spaces[i]);
+        if (n >= bytes && !memcmp(at_end ? text + n - bytes : text, spaces[i], bytes)) return bytes;
+    }
+    return 0;
+}
+
+/* The length of text [n] without white space at its end. */
+static size_t stripped_length(const char *text, size_t n) {
+    for (size_t bytes; (bytes = space_bytes(text, n, true));) n -= bytes;
+    return n;
+}
+
 /* How long the tokens took. */
 typedef struct {
     int prompt_tokens;
@@ -416,8 +436,8 @@ static void push_message(Session *s, const char *role, const char *text, size_t 
 
 /* Cuts white space at both ends, as the published template does. */
 static const char *trim(const char *text, size_t *bytes) {
-    while (*bytes > 0 && isspace((unsigned char)text[*bytes - 1])) --*bytes;
-    while (*bytes > 0 && isspace((unsigned char)*text)) text++, --*bytes;
+    *bytes = stripped_length(text, *bytes);
+    for (size_t n; (n = space_bytes(text, *bytes, false)); *bytes -= n) text += n;
     return text;
 }
 
@@ -621,20 +641,6 @@ static void free_item(Item *item) {
     free(item->choices);
     free(item->right);
     free((void *)item->where);
-}
-
-/* The length of text [n] without white space at its end, what Python's rstrip() takes for such. */
-static size_t stripped_length(const char *text, size_t n) {
-    static const char *const spaces[] = {
-        "\x1c",   "\x1d",   "\x1e",     "\x1f",   " ",      "\t",     "\n",     "\v",
-        "\f",     "\r",     "\xc2\x85", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002",
-        "\u2003", "\u2004", "\u2005",   "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
-        "\u2028", "\u2029", "\u202f",   "\u205f", "\u3000"};
-    for (size_t i = 0; i < sizeof spaces / sizeof *spaces; i++) {
-        size_t bytes = strlen(spaces[i]);
-        if (n >= bytes && !memcmp(text + n - bytes, spaces[i], bytes)) n -= bytes, i = -1;
-    }
-    return n;
 }
 
 static int characters(const char *text) {
