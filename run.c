@@ -76,9 +76,14 @@ static char *read_prompt(const char *value) {
     if (strcmp(value, "-") && *value != '@') return format_text("%s", value);
     char *text = NULL;
     size_t bytes = 0;
-    if (*value == '@') text = read_text(value + 1, &bytes);
-    else if (getdelim(&text, &bytes, 0, stdin) < 0) die("-i -: stdin is empty");
-    bytes = strlen(text);
+    if (*value == '@') {
+        text = read_text(value + 1, &bytes);
+    } else {
+        ssize_t n = getdelim(&text, &bytes, 0, stdin); // with the NUL, if there is one
+        if (n < 0) die("-i -: stdin is empty");
+        bytes = n;
+    }
+    if (strlen(text) < bytes) die("-i %s: a NUL in the text", value);
     if (bytes && text[bytes - 1] == '\n') text[bytes - 1] = 0;
     return text;
 }

@@ -269,6 +269,20 @@ static void test_generate(void) {
         "echo ab");
 }
 
+static void test_prompt_files(void) {
+    test_begin("run: a prompt from a file and from stdin");
+    const char *direct = "./run data/tiny -d cpu -i 'Once upon\na time' -t 0 -n 9 2>/dev/null";
+    write_file("build/test/prompt.txt", "Once upon\na time\n", 17);
+    expect_same(direct, "./run data/tiny -d cpu -i @build/test/prompt.txt -t 0 -n 9 2>/dev/null");
+    expect_same(direct, "./run data/tiny -d cpu -i - -t 0 -n 9 <build/test/prompt.txt 2>/dev/null");
+    expect_error("./run data/tiny -i @build/test/nothing", 1, "build/test/nothing: No such file");
+    expect_error("./run data/tiny -i @build/test", 1, "build/test: not a regular file");
+    expect_error("./run data/tiny -i - </dev/null", 1, "-i -: stdin is empty");
+    write_file("build/test/prompt.txt", "Once\0upon", 9);
+    expect_error("./run data/tiny -i @build/test/prompt.txt", 1, "a NUL in the text");
+    expect_error("./run data/tiny -i - <build/test/prompt.txt", 1, "-i -: a NUL in the text");
+}
+
 static void test_context(void) {
     test_begin("run: the prompt against the context");
     // "Once upon a time" and BOS fill the context exactly: one token can still follow.
@@ -493,6 +507,7 @@ void test_run(void) {
     test_bad_files();
     test_damaged_weights();
     test_generate();
+    test_prompt_files();
     test_context();
     test_oracle();
     test_chat();
