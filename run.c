@@ -455,8 +455,8 @@ static void push_chat_start(Session *s, const char *system) {
     push(&s->queue, &bos, 1);
     if (!system && eom < 0) return;
     size_t bytes = system ? strlen(system) : 0;
-    const char *text = trim(system, &bytes);
-    char *block = format_text("%s%.*s", eom >= 0 ? dates : "", (int)bytes, bytes ? text : "");
+    const char *text = trim(system ? system : "", &bytes);
+    char *block = format_text("%s%.*s", eom >= 0 ? dates : "", (int)bytes, text);
     push_message(s, "system", block, strlen(block));
     push(&s->queue, &eot, 1);
     free(block);
