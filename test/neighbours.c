@@ -1,8 +1,9 @@
 /* The neighbours: the methods beside QQQ, each as one short function, under the same forward pass,
  * in one table. `make compare` prints it; -h lists the options.
  *
- *   0 the bench and common quantizers · 1 RTN and SmoothQuant · 2 ZeroQuant · 3 LUT-GEMM · 4 GPTQ ·
- *   5 SpQR · 6 KIVI · 7 KVQuant · 8 ZeroQuant's distillation · 9 QQQ · 10 the table
+ *   0 the bench and common quantizers · 1 RTN · 2 SmoothQuant · 3 ZeroQuant · 4 LUT-GEMM · 5 GPTQ ·
+ *   6 SpQR · 7 KIVI · 8 Fisher information · 9 KVQuant · 10 ZeroQuant's distillation · 11 QQQ ·
+ *   12 the table
  *
  * All but QQQ are fake quantization: weights, activations or the KV cache are rounded to values
  * that fit the bits and then multiplied in float32, so they show a method's quality and not its
@@ -18,7 +19,13 @@
 
 /* ---- 0: the bench and common quantizers ------------------------------------------------------ */
 
-enum { LENGTH = 2048, WINDOWS = 32 }; // of the calibration
+enum { LENGTH = 2048, WINDOWS = 32, FISHER_WINDOWS = 16 }; // of the calibration
+
+/* What KVQuant's calibration sees of one layer's keys, or values: they and their Fisher
+ * information. */
+typedef struct {
+    float *x, *fisher; // [FISHER_WINDOWS * LENGTH][kv_dim]
+} Sample;
 
 /* The float model, the texts, and what several rows share. */
 typedef struct {
@@ -29,7 +36,7 @@ typedef struct {
     int windows;              // of the evaluation text
     uint64_t perturb;         // a seed; 0: weights as they are
     float *input_max;         // [n_layers][2][dim] SmoothQuant's; NULL until asked for
-    struct Sample *kv;        // [n_layers][2] KVQuant's
+    Sample *kv;               // [n_layers][2] KVQuant's, the same
     FILE *linears, *channels; // of the analysis
 } Bench;
 
@@ -80,7 +87,18 @@ static void round_symmetric(float *x, int n, int bits) {
     for (int i = 0; i < n; i++) x[i] = clamp(rintf(x[i] / scale), -top - 1, top) * scale;
 }
 
-/* ---- 1: RTN and SmoothQuant ------------------------------------------------------------------ */
+static float to_half(float x) {
+    uint16_t half = float_to_f16(x);
+    floats(&half, F16, 0, 1, &x);
+    return x;
+}
+
+/* ---- 1: RTN ---------------------------------------------------------------------------------- */
+
+/* Round to nearest, of which all others are refinements: the asymmetric quantizer
+ *     s = (max(0, max x) - min(0, min x)) / (2^b - 1),  z = rint(-min(0, min x) / s),
+ *     x^ = s (clamp(rint(x / s) + z, 0, 2^b - 1) - z)
+ * on each row of W or group of its columns, and on each token of x. */
 
 /* Both attention products with rounded operands, each along the axis that is summed over: rows of q
  * and k, of the probabilities, and channels of v over the whole window (which so looks ahead). */
@@ -117,16 +135,21 @@ static void rtn(Bench *b, const Row *row, Variant *v) {
     v->bits = mean_bits(&b->m->config, row->w, row->w, row->w + 16, row->group);
 }
 
+/* ---- 2: SmoothQuant -------------------------------------------------------------------------- */
+
+/* SmoothQuant, arXiv 2211.10438: channel j of the input of q, k, v or of gate, up is divided by
+ *     s_j = max|x_j|^alpha / max_n|W_nj|^(1 - alpha)
+ * in the norm before it, and column j of the weights multiplied; then RTN. */
+
 /* max[k] = max|x_k|, what a tap sees of the inputs of q and gate. */
 static void see_max(void *arg, int l, int linear, const float *x, int T, int K) {
     if (linear != 0 && linear != 4) return;
     float *max = (float *)arg + (size_t)(2 * l + linear / 4) * K;
-    for (size_t i = 0; i < (size_t)T * K; i++) max[i % K] = fmaxf(max[i % K], fabsf(x[i]));
+    for (int t = 0; t < T; t++, x += K)
+        for (int k = 0; k < K; k++) max[k] = fmaxf(max[k], fabsf(x[k]));
 }
 
-/* SmoothQuant, arXiv 2211.10438: channel j of the input of q, k, v or of gate, up is divided by
- *     s_j = max|x_j|^alpha / max_n|W_nj|^(1 - alpha)
- * (in the norm before it), column j of the weights w [count] multiplied. */
+/* For the weights w [count], which share their input. */
 static void smooth_inputs(float *norm, Linear *w, int count, const float *x_max, float alpha) {
     size_t dim = w->K;
     for (size_t j = 0; j < dim; j++) {
@@ -163,7 +186,7 @@ static void smoothquant(Bench *b, const Row *row, Variant *v) {
     v->bits = symmetric ? row->w : mean_bits(c, row->w, row->w, row->w + 16, 0);
 }
 
-/* ---- 2: ZeroQuant ---------------------------------------------------------------------------- */
+/* ---- 3: ZeroQuant ---------------------------------------------------------------------------- */
 
 /* ZeroQuant, arXiv 2206.01861, as DeepSpeed does it: s = 2 max|x| / 2^b,
  * x^ = s clamp(rint(x / s), -2^(b-1), 2^(b-1) - 1), so the largest positive number saturates. A
@@ -193,154 +216,132 @@ static void zeroquant(Bench *b, const Row *row, Variant *v) {
         mean_bits(c, row->w, row->ffn_w ? row->ffn_w : row->w, 16, row->group ? row->group : -1);
 }
 
-/* ---- 3: LUT-GEMM: binary coding -------------------------------------------------------------- */
+/* ---- 4: LUT-GEMM ----------------------------------------------------------------------------- */
 
+/* LUT-GEMM, arXiv 2206.09557; its binary coding is that of arXiv 1802.00150: a group of weights
+ *     w ~ sum_i alpha_i b_i,  b_i in {-1, +1}
+ *     greedy: r = w; for each i: b_i = sign(r), alpha_i = mean|r|, r -= alpha_i b_i
+ *     a round: alpha = argmin |w - sum_i alpha_i b_i|^2, then each b to the nearest sum
+ * 0 rounds are greedy, 1 refined, 2 and more alternating. An extension adds an offset: one alpha
+ * more, after the others, whose b is all +1. */
 enum { MAX_BITS = 4 };
 
-/* A group of weights w ~ sum_i alpha_i b_i + offset, b_i in {-1, +1} (greedy: or 0). */
-typedef struct {
-    float alpha[MAX_BITS + 1]; // the last one is the offset
-} Coding;
-
-/* alpha, or alpha and offset, by least squares for given signs b [bits][n]: (B^T B) x = B^T w, by
- * elimination; the original takes as many steps of conjugate gradients as there are bits. */
-static void fit_coding(const float *w, int n, int bits, bool offset, float (*b)[n], Coding *f) {
+/* alpha [planes] by least squares for given b [planes][n], the first `bits` of them |alpha|,
+ * falling: (B^T B) alpha = B^T w, by elimination; the original takes as many steps of conjugate
+ * gradients as there are bits. */
+static void fit_alpha(const float *w, int n, int bits, int planes, float (*b)[n], float *alpha) {
     double A[MAX_BITS + 1][MAX_BITS + 2] = {0}; // [unknown][unknown], then the right side
-    int unknowns = bits + offset;
-    for (int i = 0; i < unknowns; i++) {
-        for (int j = 0; j <= i; j++) {
-            float dot = 0;
-            for (int k = 0; k < n; k++) dot += (i < bits ? b[i][k] : 1) * (j < bits ? b[j][k] : 1);
-            A[i][j] = A[j][i] = dot;
+    for (int i = 0; i < planes; i++) {
+        for (int j = 0; j < planes; j++) {
+            int dot = 0;
+            for (int k = 0; k < n; k++) dot += (int)(b[i][k] * b[j][k]);
+            A[i][j] = dot;
         }
-        for (int k = 0; k < n; k++) A[i][unknowns] += (i < bits ? b[i][k] : 1) * w[k];
-        A[i][i] += offset ? 1e-4 : 1e-6; // two planes may be the same
+        for (int k = 0; k < n; k++) A[i][planes] += b[i][k] * w[k];
+        A[i][i] += planes > bits ? 1e-4 : 1e-6; // two planes may be the same
     }
-    for (int i = 0; i < unknowns; i++)
-        for (int r = 0; r < unknowns; r++)
-            for (int j = unknowns; j >= i && r != i; j--) A[r][j] -= A[r][i] / A[i][i] * A[i][j];
-    for (int i = 0; i < unknowns; i++) A[i][unknowns] /= A[i][i];
-    if (offset) f->alpha[MAX_BITS] = A[bits][unknowns];
-    for (int i = 0; i < bits; i++) { // |alpha|, falling
-        float a = fabs(A[i][unknowns]);
+    for (int i = 0; i < planes; i++)
+        for (int r = 0; r < planes; r++)
+            for (int j = planes; j >= i && r != i; j--) A[r][j] -= A[r][i] / A[i][i] * A[i][j];
+    for (int i = 0; i < planes; i++) {
+        float a = A[i][planes] / A[i][i];
         int j = i;
-        for (; j > 0 && f->alpha[j - 1] < a; j--) f->alpha[j] = f->alpha[j - 1];
-        f->alpha[j] = a;
+        for (; i < bits && j > 0 && alpha[j - 1] < fabsf(a); j--) alpha[j] = alpha[j - 1];
+        alpha[j] = i < bits ? fabsf(a) : a;
     }
 }
 
 /* b = the nearest of the 2^bits sums for each weight; of two the larger one. */
-static void nearest_signs(const float *w, int n, int bits, const Coding *f, float (*b)[n]) {
-    int count = 1 << bits, order[1 << MAX_BITS] = {0};
-    float value[1 << MAX_BITS];
+static void nearest_signs(const float *w, int n, int bits, const float *alpha, float (*b)[n]) {
+    int count = 1 << bits, pattern[1 << MAX_BITS] = {0}, at[n];
+    float sums[1 << MAX_BITS]; // ascending
     for (int p = 0; p < count; p++) {
         float sum = 0;
-        for (int i = 0; i < bits; i++) sum += p >> i & 1 ? -f->alpha[i] : f->alpha[i];
+        for (int i = 0; i < bits; i++) sum += p >> i & 1 ? -alpha[i] : alpha[i];
         int j = p;
-        for (; j > 0 && value[j - 1] > sum; j--) value[j] = value[j - 1], order[j] = order[j - 1];
-        value[j] = sum;
-        order[j] = p;
+        for (; j > 0 && sums[j - 1] > sum; j--) sums[j] = sums[j - 1], pattern[j] = pattern[j - 1];
+        sums[j] = sum, pattern[j] = p;
     }
-    for (int k = 0; k < n; k++) {
-        float x = w[k] - f->alpha[MAX_BITS];
-        int at = 0;
-        for (int j = 0; j + 1 < count; j++) at += x >= (value[j + 1] + value[j]) / 2;
-        for (int i = 0; i < bits; i++) b[i][k] = order[at] >> i & 1 ? -1 : 1;
-    }
+    memset(at, 0, sizeof at);
+    for (int j = 0; j + 1 < count; j++)
+        for (int k = 0; k < n; k++) at[k] += w[k] - alpha[bits] >= (sums[j + 1] + sums[j]) / 2;
+    for (int i = 0; i < bits; i++)
+        for (int k = 0; k < n; k++) b[i][k] = pattern[at[k]] >> i & 1 ? -1 : 1;
 }
 
-/* LUT-GEMM, arXiv 2206.09557; binary coding as in arXiv 1802.00150, w [n] ~ sum_i alpha_i b_i:
- *     greedy: r = w; for each i: b_i = sign(r), alpha_i = mean|r|, r -= alpha_i b_i
- *     a round: alpha = argmin |w - sum_i alpha_i b_i|^2, then each b to the nearest sum
- * 0 rounds are greedy, 1 refined, 2 and more alternating. The offset is an extension. */
-static Coding binary_coding(const float *w, int n, int bits, int rounds, bool offset,
-                            float (*b)[n]) {
-    Coding f = {0};
-    if (offset) {
-        float low = w[0], high = w[0];
-        for (int k = 1; k < n; k++) low = fminf(low, w[k]), high = fmaxf(high, w[k]);
-        f.alpha[MAX_BITS] = (high + low) * 0.5f;
-    }
-    float *r = new_floats(n);
-    for (int k = 0; k < n; k++) r[k] = w[k] - f.alpha[MAX_BITS];
+/* Replaces w [n] by what its coding stands for, alpha [bits + 1] and b [bits + 1][n]. */
+static void binary_coding(float *w, int n, const Row *row, float (*b)[n], float *alpha) {
+    int bits = row->w;
+    float low = w[0], high = w[0], r[n];
+    for (int k = 0; k < n; k++) low = fminf(low, w[k]), high = fmaxf(high, w[k]), b[bits][k] = 1;
+    alpha[bits] = row->offset ? (high + low) * 0.5f : 0;
+    for (int k = 0; k < n; k++) r[k] = w[k] - alpha[bits];
     for (int i = 0; i < bits; i++) {
         float sum = 0;
         for (int k = 0; k < n; k++) sum += fabsf(r[k]);
-        f.alpha[i] = sum / n;
+        alpha[i] = sum / n;
         for (int k = 0; k < n; k++) {
             b[i][k] = (r[k] > 0) - (r[k] < 0);
-            r[k] -= f.alpha[i] * b[i][k];
+            r[k] -= alpha[i] * b[i][k];
         }
     }
-    free(r);
-    for (int round = 0; round < rounds; round++) {
-        fit_coding(w, n, bits, offset, b, &f);
-        nearest_signs(w, n, bits, &f, b);
+    for (int round = 0; round < row->rounds; round++) {
+        fit_alpha(w, n, bits, bits + row->offset, b, alpha);
+        nearest_signs(w, n, bits, alpha, b);
     }
-    return f;
-}
-
-/* The weights that a coding stands for. */
-static void decode(const Coding *f, int n, int bits, float (*b)[n], float *w) {
     for (int k = 0; k < n; k++) {
-        w[k] = f->alpha[MAX_BITS];
-        for (int i = 0; i < bits; i++) w[k] += f->alpha[i] * b[i][k];
+        w[k] = alpha[bits];
+        for (int i = 0; i < bits; i++) w[k] += alpha[i] * b[i][k];
     }
 }
 
 static void lut_gemm(Bench *b, const Row *row, Variant *v) {
-    for (int l = 0; l < b->m->config.n_layers; l++)
-        for (int k = 0; k < N_LINEARS; k++) {
-            const Linear *w = &v->m.layers[l].linears[k];
-            int n = row->group > 0 ? row->group : w->K;
+    for (int i = 0; i < b->m->config.n_layers * N_LINEARS; i++) {
+        const Linear *w = &v->m.layers[i / N_LINEARS].linears[i % N_LINEARS];
+        int n = row->group > 0 ? row->group : w->K;
 #pragma omp parallel for schedule(dynamic)
-            for (size_t i = 0; i < (size_t)w->N * w->K / n; i++) {
-                float(*signs)[n] = allocate(row->w, sizeof *signs), *group = weights_of(w) + i * n;
-                Coding f = binary_coding(group, n, row->w, row->rounds, row->offset, signs);
-                decode(&f, n, row->w, signs, group);
-                free(signs);
-            }
+        for (size_t j = 0; j < (size_t)w->N * w->K / n; j++) {
+            float signs[MAX_BITS + 1][n], alpha[MAX_BITS + 1];
+            binary_coding(weights_of(w) + j * n, n, row, signs, alpha);
         }
-    double extra = 16 * (row->w + row->offset);
-    v->bits = mean_bits(&b->m->config, row->w, row->w, extra, row->group);
+    }
+    double alphas = row->w + row->offset;
+    v->bits = mean_bits(&b->m->config, row->w, row->w, 16 * alphas, row->group);
 }
 
-/* The multiplication without multiplications: y_n = sum over groups and i of
- *     alpha_(n,group,i) sum_(t in the group) T_t[byte t of plane i of row n],
- * T_t [256] the sums of 8 inputs with all signs. planes [N][bits][K/8], bit j of a byte set for +1
- * of column 8 t + j; codings [N][K/n]. x [K], y [N], n a multiple of 8. */
-void lut_multiply(const float *x, const uint8_t *planes, const Coding *codings, int N, int K, int n,
-                  int bits, float *y);
+/* The multiplication without multiplications: y_n = sum over planes i and groups of
+ *     alpha_(n,i,group) sum_(t in the group) T_t[byte t of plane i of row n],
+ * T_t [256] the sums of 8 inputs with all signs. b [N][planes][K/8], bit j of a byte set for +1 of
+ * column 8 t + j; alpha [N][planes][K/n]. x [K], y [N], n a multiple of 8. */
+void lut_multiply(const float *x, const uint8_t *b, const float *alpha, int N, int K, int n,
+                  int planes, float *y);
 
-void lut_multiply(const float *x, const uint8_t *planes, const Coding *codings, int N, int K, int n,
-                  int bits, float *y) {
+void lut_multiply(const float *x, const uint8_t *b, const float *alpha, int N, int K, int n,
+                  int planes, float *y) {
     float(*table)[256] = allocate(K / 8, sizeof *table);
     for (int t = 0; t < K / 8; t++) {
         for (int j = 0; j < 8; j++) table[t][0] -= x[8 * t + j];
         for (int j = 0; j < 8; j++)
             for (int m = 0; m < 1 << j; m++) table[t][m | 1 << j] = table[t][m] + 2 * x[8 * t + j];
     }
-    for (int row = 0; row < N; row++) {
-        y[row] = 0;
-        for (int g = 0; g < K / n; g++) {
-            const Coding *f = &codings[(size_t)row * (K / n) + g];
-            float inputs = 0;
-            for (int t = g * n / 8; t < (g + 1) * n / 8; t++) inputs += table[t][255];
-            y[row] += f->alpha[MAX_BITS] * inputs;
-            for (int i = 0; i < bits; i++) {
-                const uint8_t *plane = planes + ((size_t)row * bits + i) * (K / 8);
-                float sum = 0;
-                for (int t = g * n / 8; t < (g + 1) * n / 8; t++) sum += table[t][plane[t]];
-                y[row] += f->alpha[i] * sum;
-            }
+    memset(y, 0, N * sizeof *y);
+    for (int i = 0; i < N * planes; i++, b += K / 8)
+        for (int group = 0; group < K / n; group++) {
+            float sum = 0;
+            for (int t = group * n / 8; t < (group + 1) * n / 8; t++) sum += table[t][b[t]];
+            y[i / planes] += *alpha++ * sum;
         }
-    }
     free(table);
 }
 
-/* ---- 4: layer by layer: GPTQ ----------------------------------------------------------------- */
+/* ---- 5: GPTQ --------------------------------------------------------------------------------- */
 
-/* Hessians H = X^T X of the inputs of q, o, gate and down; NULL for the linears that share them. */
+/* GPTQ, arXiv 2210.17323: columns one by one, in the order of falling H_ii, H = X^T X,
+ *     q_i = round(w_i),  e = (w_i - q_i) / U_ii,  w_j -= e U_ij for j > i,   H^-1 = U^T U.
+ * The range of a row is that of the untouched weights. That of a group is taken when its first
+ * column is reached, of columns in the new order, or before all, of columns as they stand. */
+
+/* Hessians H of the inputs of q, o, gate and down; NULL for the linears that share them. */
 static void see_hessian(void *arg, int l, int linear, const float *x, int T, int K) {
     double **H = arg;
     (void)l;
@@ -351,14 +352,15 @@ static void see_hessian(void *arg, int l, int linear, const float *x, int T, int
 typedef long QuantizeByHessian(const Row *row, float *w, int N, const double *H, int K);
 
 /* The protocol of GPTQ: for each layer all Hessians from one pass of the windows over the layer as
- * it was; its linears are quantized; the next one is fed by what the quantized layer puts out. */
-static long layer_by_layer(Bench *b, const Row *row, Variant *v, QuantizeByHessian *quantize) {
+ * it was; its linears are quantized; the next one is fed by what the quantized layer puts out.
+ * Returns the share of outliers. */
+static double layer_by_layer(Bench *b, const Row *row, Variant *v, QuantizeByHessian *quantize) {
     const Config *c = &v->m.config;
     const int shared[N_LINEARS] = {0, 0, 0, 3, 4, 4, 6}; // whose input a linear reads
     size_t window = (size_t)LENGTH * c->dim;
     float *x = new_floats(WINDOWS * window);
     embed(&v->m, b->calib, WINDOWS * LENGTH, x);
-    long outliers = 0;
+    double outliers = 0, weights = 0;
     for (int l = 0; l < c->n_layers; l++) {
         Layer *layer = &v->m.layers[l];
         double *H[N_LINEARS] = {0};
@@ -375,18 +377,15 @@ static long layer_by_layer(Bench *b, const Row *row, Variant *v, QuantizeByHessi
             for (int k = 0; k < N_LINEARS && !pass; k++) {
                 const Linear *w = &layer->linears[k];
                 outliers += quantize(row, weights_of(w), w->N, H[shared[k]], w->K);
+                weights += (double)w->N * w->K;
             }
         }
         for (int k = 0; k < N_LINEARS; k++) free(H[k]);
     }
     free(x);
-    return outliers;
+    return outliers / weights;
 }
 
-/* GPTQ, arXiv 2210.17323: columns one by one, in the order of falling H_ii,
- *     q_i = round(w_i),  e = (w_i - q_i) / U_ii,  w_j -= e U_ij for j > i,   H^-1 = U^T U.
- * The range of a row is that of the untouched weights. That of a group is taken when its first
- * column is reached, of columns in the new order, or before all, of columns as they stand. */
 static long gptq_asymmetric(const Row *row, float *w, int N, const double *H, int n_columns) {
     size_t K = n_columns;
     Inverse inverse = hessian_inverse(H, K, !row->no_order);
@@ -418,11 +417,14 @@ static void gptq_row(Bench *b, const Row *row, Variant *v) {
     v->bits = mean_bits(&b->m->config, row->w, row->w, row->w + 16, row->group);
 }
 
-/* ---- 5: SpQR --------------------------------------------------------------------------------- */
+/* ---- 6: SpQR --------------------------------------------------------------------------------- */
 
+/* SpQR, arXiv 2306.03078: GPTQ with groups so small that their scales and zeros are quantized too;
+ * a weight stays in 16 bits where ((w_i - q_i) / U_ii)^2 > t,
+ *     t = threshold mean_j( var_n(W_nj) / U_jj^2 ),  what it costs against an average weight. */
 enum { SET = 16 }; // rows whose scales, and zeros, are quantized together, to 3 bits
 
-/* SpQR's quantizer: 0 need not be in the range and z is not rounded. Skips element `without`. */
+/* Its quantizer: 0 need not be in the range and z is not rounded. Skips element `without`. */
 static Range plain_range(const float *x, size_t stride, int n, int bits, int without) {
     float low = INFINITY, high = -INFINITY;
     for (int i = 0; i < n; i++) {
@@ -477,7 +479,7 @@ static void bilevel_ranges(const float *x, const double *u, int n, int bits, dou
     }
 }
 
-/* t = threshold mean_j( var_n(W_nj) / u_j^2 ): what an outlier costs, against an average weight. */
+/* t, from W's columns in order and u, the diagonal of U. */
 static double outlier_cost(const float *w, int N, const int *order, const double *u, int n_columns,
                            double threshold) {
     size_t K = n_columns;
@@ -491,8 +493,6 @@ static double outlier_cost(const float *w, int N, const int *order, const double
     return threshold * total;
 }
 
-/* SpQR, arXiv 2306.03078: GPTQ with small groups whose scales and zeros are quantized themselves;
- * a weight stays in 16 bits where ((w_i - q_i) / U_ii)^2 > t. */
 static long spqr(const Row *row, float *w, int N, const double *H, int n_columns) {
     size_t K = n_columns, group = row->group;
     if (N % SET || K % group) die("SpQR needs rows in sets of %d, columns in groups", SET);
@@ -532,20 +532,17 @@ static long spqr(const Row *row, float *w, int N, const double *H, int n_columns
 }
 
 static void spqr_row(Bench *b, const Row *row, Variant *v) {
-    double weights = 0;
-    for (int k = 0; k < N_LINEARS; k++)
-        weights += (double)b->m->layers[0].linears[k].N * b->m->layers[0].linears[k].K;
-    double share = layer_by_layer(b, row, v, spqr) / (weights * b->m->config.n_layers);
-    v->bits = row->w + 6.0 / row->group + 64.0 / (row->group * SET) + 32 * share;
+    double outliers = layer_by_layer(b, row, v, spqr);
+    v->bits = row->w + 6.0 / row->group + 64.0 / (row->group * SET) + 32 * outliers;
 }
 
-/* ---- 6: KIVI --------------------------------------------------------------------------------- */
+/* ---- 7: KIVI --------------------------------------------------------------------------------- */
 
-static float to_half(float x) {
-    uint16_t half = float_to_f16(x);
-    floats(&half, F16, 0, 1, &x);
-    return x;
-}
+/* KIVI, arXiv 2402.02750: keys in groups of g tokens of one channel, values in groups of g channels
+ * of one token; the newest tokens stay float until RESIDUAL keys are there to be rounded at once,
+ * values one by one. "stream" is what decoding token by token sees; else the whole window is
+ * rounded first, which is harsher, and looks ahead. */
+enum { RESIDUAL = 128 };
 
 /* x^ = rint((x - min) / s) s + min,  s = (max - min) / (2^b - 1), both in 16 bits; n numbers,
  * `stride` apart. */
@@ -563,12 +560,6 @@ static void round_kivi(float *x, size_t stride, int n, int bits) {
     }
 }
 
-enum { RESIDUAL = 128 };
-
-/* KIVI, arXiv 2402.02750: keys in groups of g tokens of one channel, values in groups of g channels
- * of one token; the newest tokens stay float until RESIDUAL keys are there to be rounded at once,
- * values one by one. "stream" is what decoding token by token sees; else the whole window is
- * rounded first, which is harsher, and looks ahead. */
 static void kivi_cache(const Config *c, State *s, const Row *row, int T) {
     int d = c->head_dim, kv_dim = c->n_kv_heads * d, bits = row->w, g = row->group,
         g_v = g < d ? g : d;
@@ -604,176 +595,132 @@ static void kivi(Bench *b, const Row *row, Variant *v) {
     v->bits = row->w + 16.0 / row->group + 16.0 / (row->group < d ? row->group : d);
 }
 
-/* ---- 7: KVQuant ------------------------------------------------------------------------------ */
+/* ---- 8: Fisher information ------------------------------------------------------------------- */
 
+/* Keys before RoPE and values of the first calibration windows, and the squared gradient of each
+ * window's loss with respect to them: [n_layers][2]. */
+static Sample *fisher_samples(Bench *b, const Variant *v) {
+    const Config *c = &v->m.config;
+    size_t n = (size_t)LENGTH * c->n_kv_heads * c->head_dim;
+    Sample *samples = allocate(2 * c->n_layers, sizeof *samples);
+    Trace *traces = allocate(c->n_layers, sizeof *traces);
+    for (int i = 0; i < 2 * c->n_layers; i++)
+        samples[i] = (Sample){new_floats(FISHER_WINDOWS * n), new_floats(FISHER_WINDOWS * n)};
+    for (int l = 0; l < c->n_layers; l++) traces[l] = trace_new(c, LENGTH);
+    for (int w = 0; w < FISHER_WINDOWS; w++) {
+        model_backward(&v->m, b->s, b->calib + w * LENGTH, LENGTH, traces);
+        for (int i = 0; i < 2 * c->n_layers; i++) {
+            const Trace *t = &traces[i / 2];
+            const float *gradient = i % 2 ? t->dv : t->dk;
+            float *x = samples[i].x + w * n, *fisher = samples[i].fisher + w * n;
+            linear(&v->m.layers[i / 2].linears[1 + i % 2], t->h1, LENGTH, x);
+            for (size_t j = 0; j < n; j++) fisher[j] = gradient[j] * gradient[j];
+        }
+    }
+    for (int l = 0; l < c->n_layers; l++) trace_free(&traces[l]);
+    free(traces);
+    return samples;
+}
+
+/* ---- 9: KVQuant ------------------------------------------------------------------------------ */
+
+/* KVQuant, arXiv 2401.18079: numbers within limits [low, high], normalized to -1 .. 1, become the
+ * nearest entry of a look-up table, x^ = lut_i (high - low) / 2 + (high + low) / 2, found by
+ *     min over lut of sum F (y - lut(y))^2,   F = (d loss / d x)^2, the Fisher information.
+ * Keys, before RoPE, have limits of each channel from calibration, values of each token, found at
+ * run time; one table a layer for its keys, one for its values. The 1 % of numbers beyond the
+ * limits and the first token stay as they are. */
 typedef struct {
-    float low, high; // of a key channel [kv_dim]; beyond them it is an outlier
+    float low, high;
 } Limits;
 
-/* What it keeps of one layer. */
 typedef struct KvTables {
-    Limits *limits;       // [kv_dim] of the keys
-    float lut[2][16];     // [keys, values][2^bits], ascending
-    long outliers, total; // met so far
+    Limits *channels; // [kv_dim] of the keys
+    float lut[2][16]; // [keys, values][2^bits], ascending
 } KvTables;
 
-/* What calibration sees of one layer's keys before RoPE, or of its values. */
-typedef struct Sample {
-    float *x;      // [FISHER_WINDOWS * LENGTH][kv_dim]
-    float *fisher; // the squared gradient of the loss, the same shape
-} Sample;
+static const double KEPT = 0.995; // half of the outliers are at each end
 
-enum { FISHER_WINDOWS = 16 };
-static const double KEPT = 0.995; // 1 % of outliers, half of them at each end
-
-static int by_value(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
+static Limits limits_of(const float *sorted, int n, double kept) {
+    return (Limits){quantile(sorted, n, 1 - kept), quantile(sorted, n, kept)};
 }
 
-/* The quantile of sorted numbers, interpolated. */
-static float quantile(const float *sorted, int n, double q) {
-    double at = q * (n - 1);
-    int i = at;
-    return sorted[i] + (sorted[i + 1 < n ? i + 1 : i] - sorted[i]) * (at - i);
-}
-
-static Limits quantiles(const float *x, size_t stride, int n, double kept) {
-    float *sorted = new_floats(n);
-    for (int i = 0; i < n; i++) sorted[i] = x[i * stride];
-    qsort(sorted, n, sizeof *sorted, by_value);
-    Limits limits = {quantile(sorted, n, 1 - kept), quantile(sorted, n, kept)};
-    free(sorted);
-    return limits;
-}
-
-/* How many of the sorted points [n] are below x. */
-static size_t count_below(float (*points)[2], size_t n, float x) {
-    size_t low = 0, high = n;
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        if (points[middle][0] < x) low = middle + 1;
-        else high = middle;
-    }
-    return low;
-}
-
-/* k-means on a line, weighted: points [n][2] are value and weight, sorted here; lut [k]. Prefix
- * sums make a round cost k binary searches. It starts from the (i + 1/2) / k quantiles. */
-static void k_means(float (*points)[2], size_t n, int k, float *lut) {
-    qsort(points, n, sizeof *points, by_value);
-    double *weight = allocate(n + 1, sizeof *weight), *moment = allocate(n + 1, sizeof *moment);
-    for (size_t i = 0; i < n; i++) {
-        weight[i + 1] = weight[i] + points[i][1];
-        moment[i + 1] = moment[i] + (double)points[i][0] * points[i][1];
-    }
-    double center[16] = {0};
-    for (size_t i = 0, at = 0; i < (size_t)k; i++) {
-        while (at + 1 < n && weight[at + 1] < weight[n] * (i + .5) / k) at++;
-        center[i] = points[at][0];
-    }
-    for (int round = 0, moved = 1; round < 50 && moved; round++) {
-        size_t begin = 0;
-        double next[16] = {0};
-        moved = 0;
-        for (int i = 0; i < k; i++) {
-            float edge = i + 1 < k ? (center[i + 1] + center[i]) / 2 : INFINITY;
-            size_t end = count_below(points, n, edge);
-            double w = weight[end] - weight[begin];
-            next[i] = w > 0 ? (moment[end] - moment[begin]) / w : center[i];
-            moved |= next[i] != center[i];
-            begin = end;
-        }
-        memcpy(center, next, sizeof center);
-    }
-    for (int i = 0; i < k; i++) lut[i] = center[i];
-    free(weight), free(moment);
-}
-
-/* x [n] within limits becomes y in -1..1. */
 static float normalized(Limits l, float x) {
     return (x - (l.high + l.low) / 2) / ((l.high - l.low) / 2);
 }
 
-/* The look-up table of keys, with limits per channel, or of values, with limits per token: k-means
- * of all normalized numbers but outliers and each window's first token. */
+/* The look-up table of keys, with the limits of channels, which are found first, or of values: from
+ * all normalized numbers but outliers and each window's first token. */
 static void fit_table(const Sample *sample, int kv_dim, int window, int windows, const Row *row,
-                      Limits *key_limits, float *lut) {
+                      Limits *channels, float *lut) {
     size_t tokens = (size_t)window * windows, n = 0;
-    float(*points)[2] = allocate(tokens * kv_dim, sizeof *points);
+    float(*points)[2] = allocate(tokens * kv_dim, sizeof *points), *sorted = new_floats(tokens);
     double kept = row->no_outliers ? 1 : KEPT;
-    for (int i = 0; i < kv_dim && key_limits; i++)
-        key_limits[i] = quantiles(sample->x + i, kv_dim, tokens, kept);
+    for (int i = 0; i < kv_dim && channels; i++)
+        channels[i] = limits_of(sort(sample->x + i, kv_dim, tokens, sorted), tokens, kept);
     for (size_t t = 0; t < tokens; t++) {
         const float *x = sample->x + t * kv_dim;
         Limits token = {0};
-        if (!key_limits) token = quantiles(x, 1, kv_dim, kept);
+        if (!channels) token = limits_of(sort(x, 1, kv_dim, sorted), kv_dim, kept);
         for (int i = 0; i < kv_dim && t % window; i++) {
-            float y = normalized(key_limits ? key_limits[i] : token, x[i]);
-            if (!(y >= -1 && y <= 1)) continue;
-            points[n][0] = y;
-            points[n++][1] = row->no_fisher ? 1 : sample->fisher[t * kv_dim + i];
+            float y = normalized(channels ? channels[i] : token, x[i]);
+            float weight = row->no_fisher ? 1 : sample->fisher[t * kv_dim + i];
+            if (y >= -1 && y <= 1) points[n][0] = y, points[n++][1] = weight;
         }
     }
     int k = 1 << row->w;
-    if (row->uniform)
-        for (int i = 0; i < k; i++) lut[i] = -1 + 2.0f * i / (k - 1);
-    else k_means(points, n, k, lut);
-    for (int i = 0; i < kv_dim && key_limits; i++)
-        key_limits[i] = (Limits){to_half(key_limits[i].low), to_half(key_limits[i].high)};
-    free(points);
+    if (!row->uniform) k_means(points, n, k, lut);
+    for (int i = 0; i < k && row->uniform; i++) lut[i] = -1 + 2.0f * i / (k - 1);
+    for (int i = 0; i < kv_dim && channels; i++)
+        channels[i] = (Limits){to_half(channels[i].low), to_half(channels[i].high)};
+    free(points), free(sorted);
 }
 
-/* The nearest of lut [k], scaled to the limits; of two the lower. */
+/* The nearest entry of lut [k], of two the lower. */
 static float look_up(const float *lut, int k, Limits l, float x) {
-    float range = (l.high - l.low) / 2, y = range > 0 ? normalized(l, x) : 0;
+    float y = normalized(l, x);
     int i = 0;
     while (i + 1 < k && (lut[i + 1] + lut[i]) / 2 < y) i++;
-    return range > 0 ? lut[i] * range + (l.high + l.low) / 2 : 0;
+    return lut[i] * ((l.high - l.low) / 2) + (l.high + l.low) / 2;
 }
 
-/* KVQuant, arXiv 2401.18079: keys before RoPE, with limits of each channel from calibration; values
- * with limits of each token, found at run time; both by a table that weighs errors with the Fisher
- * information. Outliers and the first token stay as they are. keys, values [T][kv_dim]. */
-static void kvquant_cache(KvTables *tables, int kv_dim, const Row *row, float *keys, float *values,
-                          int T) {
-    int size = 1 << row->w;
-    bool keep = !row->no_outliers;
+/* keys, values [T][kv_dim]; returns the number of outliers. */
+static long kvquant_cache(const KvTables *tables, int kv_dim, const Row *row, float *keys,
+                          float *values, int T) {
     long outliers = 0;
 #pragma omp parallel for reduction(+ : outliers)
     for (int t = 1; t < T; t++) {
-        float *k = keys + (size_t)t * kv_dim, *v = values + (size_t)t * kv_dim, inside[kv_dim];
+        float *k = keys + (size_t)t * kv_dim, *v = values + (size_t)t * kv_dim, sorted[kv_dim];
         for (int i = 0; i < kv_dim; i++) {
-            Limits limits = tables->limits[i];
-            bool out = keep && (k[i] < limits.low || k[i] > limits.high);
-            if (out) outliers++;
-            else k[i] = look_up(tables->lut[0], size, limits, k[i]);
+            Limits channel = tables->channels[i];
+            bool out = !row->no_outliers && (k[i] < channel.low || k[i] > channel.high);
+            if (!out) k[i] = look_up(tables->lut[0], 1 << row->w, channel, k[i]);
+            outliers += out;
         }
-        Limits edge = quantiles(v, 1, kv_dim, KEPT), limits = {INFINITY, -INFINITY};
-        memcpy(inside, v, sizeof inside);
-        qsort(inside, kv_dim, sizeof *inside, by_value);
-        float median = inside[(kv_dim - 1) / 2];
+        Limits kept = limits_of(sort(v, 1, kv_dim, sorted), kv_dim, KEPT);
+        Limits rest = {INFINITY, -INFINITY};
+        float median = sorted[(kv_dim - 1) / 2]; // stands for outliers
+        bool out[kv_dim];
         for (int i = 0; i < kv_dim; i++) {
-            bool out = keep && (v[i] <= edge.low || v[i] >= edge.high);
-            limits.low = fminf(limits.low, out ? median : v[i]);
-            limits.high = fmaxf(limits.high, out ? median : v[i]);
+            out[i] = !row->no_outliers && (v[i] <= kept.low || v[i] >= kept.high);
+            rest.low = fminf(rest.low, out[i] ? median : v[i]);
+            rest.high = fmaxf(rest.high, out[i] ? median : v[i]);
+            outliers += out[i];
         }
-        for (int i = 0; i < kv_dim; i++) {
-            bool out = keep && (v[i] <= edge.low || v[i] >= edge.high);
-            if (out) outliers++;
-            else v[i] = look_up(tables->lut[1], size, limits, v[i]);
-        }
+        for (int i = 0; i < kv_dim; i++)
+            if (!out[i]) v[i] = look_up(tables->lut[1], 1 << row->w, rest, v[i]);
     }
-    tables->outliers += outliers;
-    tables->total += 2L * (T - 1) * kv_dim;
+    return outliers;
 }
 
-static Sample *fisher_samples(Bench *b);
-
+/* Bits: 16 and 16 for an outlier's value and index, of a value 16 and 16 a token for its limits. */
 static void kvquant_attention(Variant *v, State *s, int l, int T) {
     const Config *c = &v->m.config;
+    int kv_dim = c->n_kv_heads * c->head_dim;
     project(v, s, l, T);
-    kvquant_cache(&v->tables[l], c->n_kv_heads * c->head_dim, v->row, s->keys, s->values, T);
+    v->outliers += kvquant_cache(&v->tables[l], kv_dim, v->row, s->keys, s->values, T);
+    v->cached += 2.0 * (T - 1) * kv_dim;
+    v->bits = v->row->w + 32 * v->outliers / v->cached + 16.0 / kv_dim;
     turn_all(c, s, T);
     attend(c, s, T, NULL, 0, NULL);
 }
@@ -781,70 +728,24 @@ static void kvquant_attention(Variant *v, State *s, int l, int T) {
 static void kvquant(Bench *b, const Row *row, Variant *v) {
     const Config *c = &v->m.config;
     int kv_dim = c->n_kv_heads * c->head_dim;
-    if (!b->kv) b->kv = fisher_samples(b);
+    if (!b->kv) b->kv = fisher_samples(b, v);
     v->attention = kvquant_attention;
     v->row = row;
     v->tables = allocate(c->n_layers, sizeof *v->tables);
 #pragma omp parallel for schedule(dynamic)
     for (int i = 0; i < 2 * c->n_layers; i++) {
-        KvTables *tables = &v->tables[i / 2];
-        if (i % 2 == 0) tables->limits = allocate(kv_dim, sizeof *tables->limits);
-        fit_table(&b->kv[i], kv_dim, LENGTH, FISHER_WINDOWS, row, i % 2 ? NULL : tables->limits,
-                  tables->lut[i % 2]);
+        KvTables *t = &v->tables[i / 2];
+        if (i % 2 == 0) t->channels = allocate(kv_dim, sizeof *t->channels);
+        fit_table(&b->kv[i], kv_dim, LENGTH, FISHER_WINDOWS, row, i % 2 ? NULL : t->channels,
+                  t->lut[i % 2]);
     }
 }
 
-/* A value of 16 bits and an index of 16 bits for an outlier; an offset and a range for a token. */
-static double kvquant_bits(const Variant *v) {
-    const Config *c = &v->m.config;
-    double outliers = 0, total = 0;
-    for (int l = 0; l < c->n_layers; l++)
-        outliers += v->tables[l].outliers, total += v->tables[l].total;
-    return v->row->w + 32 * outliers / total + 16.0 / (c->n_kv_heads * c->head_dim);
-}
+/* ---- 10: ZeroQuant's distillation ------------------------------------------------------------ */
 
-/* ---- 8: gradients: Fisher, distillation ------------------------------------------------------ */
-
-/* Keys before RoPE and values of the first calibration windows, and the squared gradient of each
- * window's loss with respect to them: [n_layers][2]. */
-static Sample *fisher_samples(Bench *b) {
-    Variant v = variant_new(b->m, b->perturb);
-    const Config *c = &v.m.config;
-    size_t kv = (size_t)LENGTH * c->n_kv_heads * c->head_dim, n = (size_t)LENGTH * c->dim;
-    Sample *samples = allocate(2 * c->n_layers, sizeof *samples);
-    Trace *traces = allocate(c->n_layers, sizeof *traces);
-    for (int i = 0; i < 2 * c->n_layers; i++)
-        samples[i] = (Sample){new_floats(FISHER_WINDOWS * kv), new_floats(FISHER_WINDOWS * kv)};
-    for (int l = 0; l < c->n_layers; l++) traces[l] = trace_new(c, LENGTH);
-    float *dx = new_floats(n), *dy = new_floats(n), *out = new_floats(n);
-    for (int w = 0; w < FISHER_WINDOWS; w++) {
-        const int *tokens = b->calib + w * LENGTH;
-        embed(&v.m, tokens, LENGTH, b->s->x);
-        for (int l = 0; l < c->n_layers; l++) {
-            copy_floats(traces[l].x, b->s->x, n);
-            trace_layer(c, &v.m.layers[l], b->s, LENGTH, &traces[l]);
-        }
-        copy_floats(out, b->s->x, n);
-        output_loss(&v.m, b->s, tokens, LENGTH, dy);
-        memset(dx, 0, n * sizeof *dx);
-        norm_backward(out, v.m.norm, dy, LENGTH, c->dim, c->norm_eps, dx, NULL);
-        for (int l = c->n_layers - 1; l >= 0; l--) {
-            const Layer *layer = &v.m.layers[l];
-            layer_backward(c, layer, b->s, &traces[l], LENGTH, dx, NULL);
-            for (int is_v = 0; is_v < 2; is_v++) {
-                const Sample *sample = &samples[2 * l + is_v];
-                const float *gradient = is_v ? traces[l].dv : traces[l].dk;
-                linear(is_v ? &layer->v : &layer->k, traces[l].h1, LENGTH, sample->x + w * kv);
-                for (size_t i = 0; i < kv; i++)
-                    sample->fisher[w * kv + i] = gradient[i] * gradient[i];
-            }
-        }
-    }
-    for (int l = 0; l < c->n_layers; l++) trace_free(&traces[l]);
-    free(traces), free(dx), free(dy), free(out);
-    variant_free(&v);
-    return samples;
-}
+/* ZeroQuant's layer-by-layer knowledge distillation (LKD):
+ *     min over W and the norms of mean (layer(X; round(W)) - Y)^2,  dW = d round(W)
+ * with X and Y of the float model; of the last layer, as its authors' followers do, or of all. */
 
 /* Trains layer l of the float weights in v behind the quantizer: x, y [WINDOWS][LENGTH][dim] are
  * its inputs and outputs in the float model; a step sees four windows. */
@@ -889,9 +790,6 @@ static void distill(Bench *b, const Row *row, Variant *v, int l, const float *x,
     free(dx);
 }
 
-/* ZeroQuant's layer-by-layer knowledge distillation (LKD):
- *     min over W and the norms of mean (layer(X; round(W)) - Y)^2,  dW = d round(W)
- * with X and Y of the float model; of the last layer, as its authors' followers do, or of all. */
 static void lkd(Bench *b, const Row *row, Variant *v) {
     const Config *c = &v->m.config;
     size_t n = (size_t)LENGTH * c->dim;
@@ -911,7 +809,7 @@ static void lkd(Bench *b, const Row *row, Variant *v) {
     zeroquant(b, row, v);
 }
 
-/* ---- 9: QQQ ---------------------------------------------------------------------------------- */
+/* ---- 11: QQQ --------------------------------------------------------------------------------- */
 
 /* QQQ, arXiv 2406.09904: the program itself, W4A8 in integers; bits as the file has them. */
 static void qqq(Bench *b, const Row *row, Variant *v) {
@@ -931,7 +829,7 @@ static void qqq(Bench *b, const Row *row, Variant *v) {
     v->bits = group > 0 ? per_row + mean_bits(&v->m.config, 0, 0, 8, group) : per_row;
 }
 
-/* ---- 10: the table --------------------------------------------------------------------------- */
+/* ---- 12: the table --------------------------------------------------------------------------- */
 
 // clang-format off
 static const Row rows[] = {
@@ -1024,9 +922,8 @@ static void run_row(Bench *b, const Row *row) {
     double loss = 0;
     for (int w = 0; w < b->windows; w++)
         loss += variant_loss(&v, b->s, b->eval + (size_t)w * LENGTH, LENGTH) / b->windows;
-    double ppl = exp(loss), bits = v.tables ? kvquant_bits(&v) : v.bits;
-    printf("%s,%s,%.3f,%.4f,%.1f,%.1f\n", row->method, row->setting, bits, ppl, seconds() - start,
-           cpu_seconds() - cpu_start);
+    printf("%s,%s,%.3f,%.4f,%.1f,%.1f\n", row->method, row->setting, v.bits, exp(loss),
+           seconds() - start, cpu_seconds() - cpu_start);
     fflush(stdout);
     if (b->linears) {
         char name[160];
@@ -1035,7 +932,7 @@ static void run_row(Bench *b, const Row *row) {
         analyze(&original, &v, b->s, b->eval, LENGTH, name, b->linears, b->channels);
         variant_free(&original);
     }
-    for (int l = 0; l < v.m.config.n_layers && v.tables; l++) free(v.tables[l].limits);
+    for (int l = 0; l < v.m.config.n_layers && v.tables; l++) free(v.tables[l].channels);
     free(v.tables);
     variant_free(&v);
 }

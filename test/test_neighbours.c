@@ -100,40 +100,41 @@ static void test_smoothquant(void) {
 }
 
 /* W in binary coding; y = W x by look-up tables too, if x is given. */
-static float *coded(int group, int bits, int rounds, bool offset, const float *x, float *y) {
-    float *w = golden_copy("W"), signs[MAX_BITS][K];
-    Coding *codings = allocate(N * K / group, sizeof *codings);
-    uint8_t *planes = allocate(N * MAX_BITS, K / 8);
-    for (int i = 0; i < N * K / group; i++) {
-        float(*b)[group] = (void *)signs;
-        codings[i] = binary_coding(w + i * group, group, bits, rounds, offset, b);
-        decode(&codings[i], group, bits, b, w + i * group);
-        for (int j = 0; j < bits; j++)
-            for (int k = 0; k < group; k++) {
-                int column = i * group % K + k, row = i * group / K;
-                if (b[j][k] > 0) planes[(row * bits + j) * (K / 8) + column / 8] |= 1 << column % 8;
-            }
+static float *coded(Row row, const float *x, float *y) {
+    int n = row.group, groups = K / n, planes = row.w + 1;
+    float *w = golden_copy("W"), *alphas = new_floats((size_t)N * planes * groups);
+    uint8_t *bytes = allocate(N * planes, K / 8);
+    for (int i = 0; i < N * groups; i++) {
+        float b[MAX_BITS + 1][n], alpha[MAX_BITS + 1];
+        binary_coding(w + i * n, n, &row, b, alpha);
+        for (int j = 0; j < planes; j++) {
+            int plane = i / groups * planes + j, first = i % groups * n;
+            alphas[plane * groups + i % groups] = alpha[j];
+            for (int k = 0; k < n; k++)
+                if (b[j][k] > 0) bytes[(plane * K + first + k) / 8] |= 1 << k % 8;
+        }
     }
-    if (x) lut_multiply(x, planes, codings, N, K, group, bits, y);
-    free(codings), free(planes);
+    if (x) lut_multiply(x, bytes, alphas, N, K, n, planes, y);
+    free(alphas), free(bytes);
     return w;
 }
 
 static void test_lut_gemm(void) {
     static const struct {
         const char *name;
-        int group, bits, rounds;
-        bool offset, same;
-    } cases[] = {{"bcq.q4.g128.r0", 128, 4, 0, false, true},
-                 {"bcq.q4.g128.r1", 128, 4, 1, false, true},
-                 {"bcq.q4.g128.r30.errors", 128, 4, 30, false, false},
-                 {"bcq.q3.g128.r30.errors", 128, 3, 30, false, false},
-                 {"bcq.q3.g-1.r30.errors", K, 3, 30, false, false},
-                 {"bcq.q4.g128.r30.offset.errors", 128, 4, 30, true, false}};
+        Row row;
+        bool same;
+    } cases[] = {{"bcq.q4.g128.r0", {.w = 4, .group = 128}, true},
+                 {"bcq.q4.g128.r1", {.w = 4, .group = 128, .rounds = 1}, true},
+                 {"bcq.q4.g128.r30.errors", {.w = 4, .group = 128, .rounds = 30}, false},
+                 {"bcq.q3.g128.r30.errors", {.w = 3, .group = 128, .rounds = 30}, false},
+                 {"bcq.q3.g-1.r30.errors", {.w = 3, .group = K, .rounds = 30}, false},
+                 {"bcq.q4.g128.r30.offset.errors",
+                  {.w = 4, .group = 128, .rounds = 30, .offset = true},
+                  false}};
     test_begin("neighbours: LUT-GEMM's binary coding as the original's");
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        float *w =
-            coded(cases[i].group, cases[i].bits, cases[i].rounds, cases[i].offset, NULL, NULL);
+        float *w = coded(cases[i].row, NULL, NULL);
         if (cases[i].same) expect_golden(cases[i].name, w, 1e-5f);
         else expect_errors(cases[i].name, w, 1e-3f);
         free(w);
@@ -142,7 +143,8 @@ static void test_lut_gemm(void) {
     for (int i = 0; i < 4; i++) {
         float y[N], want[N];
         const float *x = golden_values("x", NULL) + i * K;
-        float *w = coded(i % 2 ? 128 : K, 3 + i / 2, 2, i > 1, x, y);
+        const Row row = {.w = 3 + i / 2, .group = i % 2 ? 128 : K, .rounds = 2, .offset = i > 1};
+        float *w = coded(row, x, y);
         product(x, 1, w, N, K, want);
         for (int n = 0; n < N; n++)
             check(fabsf(y[n] - want[n]) < 1e-3f, "output %d: %g, expected %g", n, y[n], want[n]);
@@ -227,18 +229,19 @@ static void test_kvquant(void) {
     const Sample samples[2] = {
         {(float *)golden_values("kvq.k", NULL), (float *)golden_values("kvq.fisher", NULL)},
         {(float *)golden_values("kvq.v", NULL), (float *)golden_values("kvq.fisher", NULL)}};
-    KvTables tables = {.limits = allocate(D, sizeof *tables.limits)};
+    KvTables tables = {.channels = allocate(D, sizeof *tables.channels)};
     char name[32];
     test_begin("neighbours: KVQuant's thresholds, tables and cache as the original's");
     for (int bits = 2; bits <= 4; bits++) {
         const Row row = {.w = bits};
         for (int i = 0; i < 2; i++) {
-            fit_table(&samples[i], D, WINDOW, 2, &row, i ? NULL : tables.limits, tables.lut[i]);
+            fit_table(&samples[i], D, WINDOW, 2, &row, i ? NULL : tables.channels, tables.lut[i]);
             snprintf(name, sizeof name, "kvq.%d.lut_%c", bits, "kv"[i]);
             expect_golden(name, tables.lut[i], 1e-5f);
         }
         float low[D], high[D];
-        for (int i = 0; i < D; i++) low[i] = tables.limits[i].low, high[i] = tables.limits[i].high;
+        for (int i = 0; i < D; i++)
+            low[i] = tables.channels[i].low, high[i] = tables.channels[i].high;
         expect_golden("kvq.k_lo", low, 1e-6f);
         expect_golden("kvq.k_hi", high, 1e-6f);
         float *keys = golden_copy("kvq.k"), *values = golden_copy("kvq.v");
@@ -249,7 +252,7 @@ static void test_kvquant(void) {
         expect_golden(name, values, 1e-5f);
         free(keys), free(values);
     }
-    free(tables.limits);
+    free(tables.channels);
 }
 
 /* ---- the forward and the backward pass ------------------------------------------------------ */
@@ -359,6 +362,61 @@ static void test_adamw(void) {
     check(fabs(w - want) < 1e-5, "%.8f, expected %.8f", w, want);
 }
 
+/* What a line of the analysis says of numbers a and of what they became. */
+static void expect_line(const char *what, const double found[3], const float *a, const float *b,
+                        size_t n) {
+    double sums[5] = {0}; // of powers of a
+    double noise = 0;
+    for (size_t i = 0; i < n; i++) {
+        for (int k = 1; k < 5; k++) sums[k] += pow(a[i], k) / n;
+        noise += pow((double)a[i] - b[i], 2) / n;
+    }
+    double m = sums[1], variance = sums[2] - m * m;
+    double fourth = sums[4] - 4 * m * sums[3] + 6 * m * m * sums[2] - 3 * m * m * m * m;
+    double want[3] = {10 * log10(sums[2] / noise), noise, fourth / (variance * variance) - 3};
+    for (int i = 0; i < 3 && !isnan(found[i]); i++) {
+        double tolerance = 1e-3 * fabs(want[i]) + (i == 1 ? 0 : 1e-3);
+        check(found[i] == want[i] || fabs(found[i] - want[i]) < tolerance, "%s: %g, expected %g",
+              what, found[i], want[i]);
+    }
+}
+
+static void test_analysis(const Model *m, State *s, const int *tokens) {
+    test_begin("neighbours: the analysis has SQNR, MSE and kurtosis of every linear");
+    enum { T = 64 };
+    const Config *c = &m->config;
+    Variant original = variant_new(m, 0), v = variant_new(m, 0);
+    round_model(&v, &(Row){.w = 4}, round_asymmetric);
+    char *text[2], name[32];
+    size_t bytes[2], n = (size_t)T * c->dim;
+    FILE *linears = open_memstream(&text[0], &bytes[0]);
+    FILE *channels = open_memstream(&text[1], &bytes[1]);
+    analyze(&original, &v, s, tokens, T, "method,setting", linears, channels);
+    fclose(linears), fclose(channels);
+    int lines[2] = {0},
+        want[2] = {c->n_layers * N_LINEARS, c->n_layers * (2 * c->dim + c->hidden_dim)};
+    for (int i = 0; i < 2; i++) {
+        for (const char *at = text[i]; (at = strchr(at, '\n')); at++) lines[i]++;
+        check(lines[i] == want[i], "%d lines, expected %d", lines[i], want[i]);
+    }
+    double x[3], w[3], y[3];
+    int read = sscanf(text[0], "method,setting,0,%31[^,],%lf,%lf,%lf,%lf,%lf,%lf,%lf,%lf", name,
+                      &x[0], &x[1], &w[0], &w[1], &y[0], &y[1], &x[2], &w[2]);
+    check(read == 9 && !strcmp(name, linear_names[0]), "line %.200s", text[0]);
+    const Linear *q = &original.m.layers[0].q, *rounded = &v.m.layers[0].q;
+    float *in = new_floats(n), *out = new_floats(2 * (size_t)T * q->N);
+    embed(m, tokens, T, in);
+    rmsnorm(in, m->layers[0].attention_norm, T, c->dim, c->norm_eps, in);
+    linear(q, in, T, out);
+    linear(rounded, in, T, out + (size_t)T * q->N);
+    y[2] = NAN; // its kurtosis is not there
+    expect_line("x", x, in, in, n);
+    expect_line("w", w, weights_of(q), weights_of(rounded), (size_t)q->N * q->K);
+    expect_line("y", y, out, out + (size_t)T * q->N, (size_t)T * q->N);
+    free(in), free(out), free(text[0]), free(text[1]);
+    variant_free(&original), variant_free(&v);
+}
+
 /* What rows share, for the embedded model with windows of T tokens. */
 static void test_forward_pass(void) {
     enum { T = 384 };
@@ -407,6 +465,8 @@ static void test_forward_pass(void) {
     check(fabs((f[1] - f[0]) / (2 * h) / slope - 1) < 0.02, "slope %g, gradient %g",
           (f[1] - f[0]) / (2 * h), slope);
 
+    test_analysis(m, s, tokens);
+
     test_begin("neighbours: one thread or three, the same bits");
     float *w[2][2], *inputs[2];
     double losses[2], *gradients[2];
@@ -418,6 +478,8 @@ static void test_forward_pass(void) {
         w[1][i] = by_hessian(gptq_asymmetric, (Row){.w = 3, .group = 128}, NULL);
         v.attention = kivi_attention, v.row = &(Row){.w = 2, .group = 32, .stream = true};
         losses[i] = variant_loss(&v, s, tokens, T);
+        v.attention = rounded_attention, v.x_bits = 6;
+        losses[i] += variant_loss(&v, s, tokens, T);
         inputs[i] = memcpy(new_floats(size), dx, size * sizeof *dx);
         copy_floats(trace.x, x, size);
         trace_layer(&one, layer, s, T, &trace);

@@ -89,6 +89,49 @@ void round_rows(RoundRow *round, float *x, size_t n_rows, int n, int bits) {
     for (size_t i = 0; i < n_rows; i++) round(x + i * n, n, bits);
 }
 
+static int by_value(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+const float *sort(const float *x, size_t stride, int n, float *sorted) {
+    for (int i = 0; i < n; i++) sorted[i] = x[i * stride];
+    qsort(sorted, n, sizeof *sorted, by_value);
+    return sorted;
+}
+
+float quantile(const float *sorted, int n, double q) {
+    double at = q * (n - 1);
+    int i = at;
+    return sorted[i] + (sorted[i + 1 < n ? i + 1 : i] - sorted[i]) * (at - i);
+}
+
+void k_means(float (*points)[2], size_t n, int k, float *centers) {
+    qsort(points, n, sizeof *points, by_value);
+    double *weight = allocate(n + 1, sizeof *weight), *moment = allocate(n + 1, sizeof *moment);
+    for (size_t i = 0; i < n; i++) { // of all points before one
+        weight[i + 1] = weight[i] + points[i][1];
+        moment[i + 1] = moment[i] + (double)points[i][0] * points[i][1];
+    }
+    double center[16];
+    for (size_t i = 0, at = 0; i < (size_t)k; i++) {
+        while (at + 1 < n && weight[at + 1] < weight[n] * (i + .5) / k) at++;
+        center[i] = points[at][0];
+    }
+    size_t end[16] = {0}; // of the points that are nearest to a center
+    for (int round = 0; round < 50; round++)
+        for (int i = 0; i < k; i++) {
+            float edge = i + 1 < k ? (center[i + 1] + center[i]) / 2 : INFINITY;
+            size_t begin = i ? end[i - 1] : 0;
+            while (end[i] < n && points[end[i]][0] < edge) end[i]++;
+            while (end[i] > 0 && points[end[i] - 1][0] >= edge) end[i]--;
+            double w = weight[end[i]] - weight[begin];
+            if (w > 0) center[i] = (moment[end[i]] - moment[begin]) / w;
+        }
+    for (int i = 0; i < k; i++) centers[i] = center[i];
+    free(weight), free(moment);
+}
+
 /* ---- 2: the forward pass ------------------------------------------------------------------- */
 
 /* The input of linears first .. last: shown to the tap, then rounded. */
@@ -181,11 +224,15 @@ void product(const float *x, int M, const float *w, int N, int K, float *y) {
     linear(&(Linear){.N = N, .K = K, .dtype = F32, .w = (float *)w}, x, M, y);
 }
 
+enum { BLOCK = 16 }; // floats of a cache line
+
 /* y [columns][rows] = x^T, rows of x `stride` floats apart. */
 void transpose(const float *x, int rows, int columns, size_t stride, float *y) {
 #pragma omp parallel for
-    for (int j = 0; j < columns; j++)
-        for (int i = 0; i < rows; i++) y[(size_t)j * rows + i] = x[i * stride + j];
+    for (int j0 = 0; j0 < columns; j0 += BLOCK)
+        for (int i = 0; i < rows; i++)
+            for (int j = j0; j < j0 + BLOCK && j < columns; j++)
+                y[(size_t)j * rows + i] = x[i * stride + j];
 }
 
 /* y [rows][columns] = part of x, whose rows are `stride` floats apart. */
@@ -253,6 +300,7 @@ void attend(const Config *c, State *s, int T, RoundRow *round_p, int p_bits, con
             if (old) {
                 gather(old->keys + at, n_keys, d, kv_dim, k);
                 product(q, n, k, n_keys, d, p_old);
+#pragma omp parallel for
                 for (int i = 0; i < n; i++)
                     memcpy(p + (size_t)i * n_keys, p_old + (size_t)i * n_keys,
                            (t0 + i) / old->residual * old->residual * sizeof *p);
@@ -260,13 +308,16 @@ void attend(const Config *c, State *s, int T, RoundRow *round_p, int p_bits, con
             causal_softmax(p, n, n_keys, t0, d);
             if (round_p) round_rows(round_p, p, n, n_keys, p_bits);
             float *attention = s->att + (size_t)t0 * q_dim + h * d;
-            memset(p_old, 0, sizeof *p_old * n * n_keys);
-            for (int i = 0; i < n && old; i++)
-                for (int j = 0; j < t0 + i - old->residual; j++) {
-                    p_old[(size_t)i * n_keys + j] = p[(size_t)i * n_keys + j];
-                    p[(size_t)i * n_keys + j] = 0;
-                }
-            for (int part = 0; part < (old ? 2 : 1); part++) {
+            int parts = old ? 2 : 1;
+#pragma omp parallel for
+            for (int i = 0; i < n * (parts - 1); i++) { // probabilities of old values move to p_old
+                float *p_i = p + (size_t)i * n_keys, *p_old_i = p_old + (size_t)i * n_keys;
+                size_t n_old = t0 + i > old->residual ? t0 + i - old->residual : 0;
+                copy_floats(p_old_i, p_i, n_old);
+                memset(p_i, 0, n_old * sizeof *p_i);
+                memset(p_old_i + n_old, 0, (n_keys - n_old) * sizeof *p_i);
+            }
+            for (int part = 0; part < parts; part++) {
                 transpose((part ? old->values : s->values) + at, n_keys, d, kv_dim, k);
                 product(part ? p_old : p, n, k, d, n_keys, out);
                 for (int i = 0; i < n; i++)
@@ -278,6 +329,7 @@ void attend(const Config *c, State *s, int T, RoundRow *round_p, int p_bits, con
     }
     free(q), free(k), free(out), free(p), free(p_old);
 }
+
 /* ---- 4: the backward pass ------------------------------------------------------------------ */
 
 Trace trace_new(const Config *c, size_t T) {
@@ -419,6 +471,23 @@ void layer_backward(const Config *c, const Layer *layer, const State *s, Trace *
     norm_backward(t->x, layer->attention_norm, dh, T, c->dim, c->norm_eps, dx,
                   g ? g->norms[0] : NULL);
     free(d_act), free(d_up), free(dh), free(d_att), free(dq);
+}
+
+void model_backward(const Model *m, State *s, const int *tokens, int T, Trace *traces) {
+    const Config *c = &m->config;
+    size_t n = (size_t)T * c->dim;
+    float *dx = new_floats(n), *dy = new_floats(n), *out = new_floats(n);
+    embed(m, tokens, T, s->x);
+    for (int l = 0; l < c->n_layers; l++) {
+        copy_floats(traces[l].x, s->x, n);
+        trace_layer(c, &m->layers[l], s, T, &traces[l]);
+    }
+    copy_floats(out, s->x, n);
+    output_loss(m, s, tokens, T, dy);
+    norm_backward(out, m->norm, dy, T, c->dim, c->norm_eps, dx, NULL);
+    for (int l = c->n_layers - 1; l >= 0; l--)
+        layer_backward(c, &m->layers[l], s, &traces[l], T, dx, NULL);
+    free(dx), free(dy), free(out);
 }
 
 void adamw(float *w, const double *gradient, float (*moments)[2], size_t n, double rate, int step) {

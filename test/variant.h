@@ -20,7 +20,8 @@ struct Variant {
     struct KvTables *tables; // [n_layers]
     Model *loaded;           // QQQ's: m is a copy of it, and its layers are its own
     Checkpoint *file;
-    double bits; // of a weight of the linears, or of an element of the KV cache
+    double bits;             // of a weight of the linears, or of an element of the KV cache
+    double outliers, cached; // elements of the KV cache, met so far
 };
 
 /* Of all threads, and of the programs that ended: what a row costs on a machine that does other
@@ -52,6 +53,15 @@ void round_asymmetric(float *x, int n, int bits);
 
 /* Each of the rows [n_rows][n] by itself. */
 void round_rows(RoundRow *round, float *x, size_t n_rows, int n, int bits);
+
+/* x [n], `stride` floats apart, ascending in sorted [n], which is returned; and the quantile of
+ * such numbers, interpolated. */
+const float *sort(const float *x, size_t stride, int n, float *sorted);
+float quantile(const float *sorted, int n, double q);
+
+/* Weighted k-means on a line, for at most 16 centers, ascending [k]: points [n][2], value and
+ * weight, are sorted. It starts from the (i + 1/2) / k quantiles and ends after 50 rounds. */
+void k_means(float (*points)[2], size_t n, int k, float *centers);
 
 /* x [T][dim] of tokens [T]. */
 void embed(const Model *m, const int *tokens, int T, float *x);
@@ -116,6 +126,9 @@ void trace_layer(const Config *c, const Layer *layer, State *s, int T, Trace *t)
 /* dx [T][dim], the gradient of the layer's output, becomes that of its input; g may be NULL. */
 void layer_backward(const Config *c, const Layer *layer, const State *s, Trace *t, int T, float *dx,
                     Gradient *g);
+
+/* A model's forward pass and that of the gradient of its loss: a trace for each layer. */
+void model_backward(const Model *m, State *s, const int *tokens, int T, Trace *traces);
 
 /* The same of rmsnorm(), added to dx [T][dim] and dw [dim], which may be NULL. */
 void norm_backward(const float *x, const float *w, const float *dy, int T, int dim, float eps,
