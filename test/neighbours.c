@@ -538,14 +538,14 @@ static void spqr_row(Bench *b, const Row *row, Variant *v) {
 
 /* ---- 7: KIVI --------------------------------------------------------------------------------- */
 
-/* KIVI, arXiv 2402.02750: keys in groups of g tokens of one channel, values in groups of g channels
- * of one token; the newest tokens stay float until RESIDUAL keys are there to be rounded at once,
+/* KIVI, arXiv 2402.02750: s = (max - min) / (2^b - 1),  x^ = rint((x - min) / s) s + min,  s and
+ * min in 16 bits. Keys in groups of g tokens of one channel, values in groups of g channels of one
+ * token; the newest tokens stay float until RESIDUAL keys are there to be rounded at once,
  * values one by one. "stream" is what decoding token by token sees; else the whole window is
  * rounded first, which is harsher, and looks ahead. */
 enum { RESIDUAL = 128 };
 
-/* x^ = rint((x - min) / s) s + min,  s = (max - min) / (2^b - 1), both in 16 bits; n numbers,
- * `stride` apart. */
+/* A group: n numbers, `stride` apart. */
 static void round_kivi(float *x, size_t stride, int n, int bits) {
     float low = x[0], high = x[0];
     for (int i = 1; i < n; i++) {
@@ -597,8 +597,9 @@ static void kivi(Bench *b, const Row *row, Variant *v) {
 
 /* ---- 8: Fisher information ------------------------------------------------------------------- */
 
-/* Keys before RoPE and values of the first calibration windows, and the squared gradient of each
- * window's loss with respect to them: [n_layers][2]. */
+/* F = (d loss / d x)^2, loss the mean of -log p in a window, x the keys before RoPE, and the
+ * values: x and F of the first calibration windows, [n_layers][2]. arXiv 2401.18079, as KVQuant
+ * needs it. */
 static Sample *fisher_samples(Bench *b, const Variant *v) {
     const Config *c = &v->m.config;
     size_t n = (size_t)LENGTH * c->n_kv_heads * c->head_dim;

@@ -99,7 +99,7 @@ static void test_smoothquant(void) {
     free(w);
 }
 
-/* W in binary coding; y = W x by look-up tables too, if x is given. */
+/* W in binary coding; y = W x by look-up tables too, unless NULL. */
 static float *coded(Row row, const float *x, float *y) {
     int n = row.group, groups = K / n, planes = row.w + 1;
     float *w = golden_copy("W"), *alphas = new_floats((size_t)N * planes * groups);
@@ -114,7 +114,7 @@ static float *coded(Row row, const float *x, float *y) {
                 if (b[j][k] > 0) bytes[(plane * K + first + k) / 8] |= 1 << k % 8;
         }
     }
-    if (x) lut_multiply(x, bytes, alphas, N, K, n, planes, y);
+    if (y) lut_multiply(x, bytes, alphas, N, K, n, planes, y);
     free(alphas), free(bytes);
     return w;
 }
