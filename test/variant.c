@@ -1,5 +1,5 @@
-/* Variants of a model: 1 copies · 2 the forward pass · 3 attention · 4 the backward pass ·
- * 5 analysis. The contracts stand in variant.h. */
+/* Variants of a model: 1 copies, the common quantizer, sorted numbers · 2 the forward pass ·
+ * 3 attention · 4 the backward pass · 5 analysis. The contracts stand in variant.h. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdlib.h>
@@ -9,7 +9,7 @@
 
 #include "variant.h"
 
-/* ---- 1: copies ----------------------------------------------------------------------------- */
+/* ---- 1: copies, the common quantizer, sorted numbers --------------------------------------- */
 
 double cpu_seconds(void) {
     struct tms t;
@@ -395,8 +395,9 @@ void norm_backward(const float *x, const float *w, const float *dy, int T, int d
 }
 
 /* a = P v, P = softmax(S), S = q k^T / sqrt(d):
- *     dv = P^T da,  dP = da v^T,  dS = P (dP - sum P dP),  dq = dS k / sqrt(d),  dk = dS^T q /
- * sqrt(d) dq [T][q_dim]; dk, dv into the trace; before RoPE all of them. */
+ *     dv = P^T da,  dP = da v^T,  dS = P (dP - sum P dP),
+ *     dq = dS k / sqrt(d),  dk = dS^T q / sqrt(d)
+ * dq [T][q_dim]; dk, dv into the trace; all of them before RoPE. */
 static void attention_backward(const Config *c, const State *s, Trace *tr, const float *da, int T,
                                float *dq) {
     int d = c->head_dim, q_dim = c->n_heads * d, kv_dim = c->n_kv_heads * d;
