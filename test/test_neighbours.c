@@ -417,6 +417,46 @@ static void test_analysis(const Model *m, State *s, const int *tokens) {
     variant_free(&original), variant_free(&v);
 }
 
+static void test_rounded_attention(Variant *v, State *s, const int *tokens, int T) {
+    test_begin("neighbours: attention with operands of 4 bits, against the definition");
+    const Config *c = &v->m.config;
+    int d = c->head_dim, q_dim = c->n_heads * d, kv_dim = c->n_kv_heads * d, bits = v->x_bits = 4;
+    embed(&v->m, tokens, T, s->x);
+    rmsnorm(s->x, v->m.layers[0].attention_norm, T, c->dim, c->norm_eps, s->xb);
+    rounded_attention(v, s, 0, T);
+    float *found = new_floats((size_t)T * q_dim), *row = new_floats(T);
+    copy_floats(found, s->att, (size_t)T * q_dim);
+    project(v, s, 0, T);
+    turn_all(c, s, T);
+    for (int i = 0; i < T * c->n_heads; i++) round_asymmetric(s->q + i * d, d, bits);
+    for (int i = 0; i < T * c->n_kv_heads; i++) round_asymmetric(s->keys + i * d, d, bits);
+    for (int i = 0; i < kv_dim; i++) {
+        for (int t = 0; t < T; t++) row[t] = s->values[t * kv_dim + i];
+        round_asymmetric(row, T, bits);
+        for (int t = 0; t < T; t++) s->values[t * kv_dim + i] = row[t];
+    }
+    double off = 0, size = 0;
+    for (int i = 0; i < T * c->n_heads; i++) {
+        int t = i / c->n_heads, at = i % c->n_heads / (c->n_heads / c->n_kv_heads) * d;
+        double sum = 0;
+        for (int j = 0; j <= t; j++) {
+            double score = 0;
+            for (int k = 0; k < d; k++) score += s->q[i * d + k] * s->keys[j * kv_dim + at + k];
+            sum += row[j] = exp(score / sqrt(d));
+        }
+        for (int j = 0; j <= t; j++) row[j] /= sum;
+        round_asymmetric(row, t + 1, bits);
+        for (int k = 0; k < d; k++) {
+            double out = 0;
+            for (int j = 0; j <= t; j++) out += row[j] * s->values[j * kv_dim + at + k];
+            off += pow(out - found[i * d + k], 2);
+            size += out * out;
+        }
+    }
+    check(off < 1e-4 * size, "off by %g of its size", sqrt(off / size));
+    free(found), free(row);
+}
+
 /* What rows share, for the embedded model with windows of T tokens. */
 static void test_forward_pass(void) {
     enum { T = 384 };
@@ -466,6 +506,7 @@ static void test_forward_pass(void) {
           (f[1] - f[0]) / (2 * h), slope);
 
     test_analysis(m, s, tokens);
+    test_rounded_attention(&v, s, tokens, T);
 
     test_begin("neighbours: one thread or three, the same bits");
     float *w[2][2], *inputs[2];
