@@ -7,7 +7,8 @@
 PERPLEXITY is what ./run MODEL.bin -l 2048 -e TEXT prints. The weights that compressed-tensors unpacks
 must be exactly (half)(s_channel s_group) q, all other tensors those of model.bin as halves; and the
 perplexity, with activations quantized by the engine, must agree within 0.3 %: it rounds 127.5 otherwise
-than we do. Not part of make test, which needs no Python.
+than we do. (Not so for a model whose outliers nothing smooths, -b rtn -a 0: there each flip grows.) Not part of
+make test, which needs no Python.
 """
 import sys
 
