@@ -269,7 +269,7 @@ static void add(Out *out, const char *name, const char *suffix, DType dtype, int
 
 /* A half; a number beyond its range ends the program. */
 static uint16_t half_of(float x, const char *name) {
-    if (!(fabsf(x) < 65520)) die("%s holds %g, beyond F16's 65504", name, x);
+    if (!(fabsf(x) < 65520)) die("%s holds %g, which no half can", name, x);
     return float_to_f16(x);
 }
 

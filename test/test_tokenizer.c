@@ -292,7 +292,7 @@ static char *colliding_json(void) {
         for (int w = 0; w < FOUR && n < COLLIDING; w++) {
             uint64_t pair = (uint64_t)word_id(w / right, letters) << 32 |
                             (uint64_t)word_id(w % right, 4 - letters);
-            if ((pair * 0x9e3779b97f4a7c15 >> 32) % (1 << 19) >= (1 << 19) / 100) continue;
+            if (pair * 0x9e3779b97f4a7c15 >> 45 >= (1 << 19) / 100) continue;
             fprintf(m, n++ ? ",\"%s %s\"" : "\"%s %s\"", word_text(w / right, letters),
                     word_text(w % right, 4 - letters));
             if (!made[w]) fprintf(v, ",\"%s\":%d", word_text(w, 4), id++);
