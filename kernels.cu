@@ -62,8 +62,6 @@ typedef unsigned long long Choice;
 
 /* Keys and values of one layer: rows of head_dim numbers of 16, 8 or 4 bits, one a token and KV
  * head. What is attended to most is in 16 bits beside 4: position 0, and RECENT positions. */
-constexpr int RECENT = 128;
-
 struct GpuCache {
     int bits;
     uint8_t *keys, *values;            // [n_sequences][n_kv_heads][context][head_dim * bits / 8]

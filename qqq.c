@@ -27,12 +27,13 @@ typedef struct {
     size_t row, column;
 } View;
 
+static void require_recent(const State *s, int T, int pos);
 static float max_magnitude(const float *x, size_t n);
 static float clamp(float x, float low, float high);
 static inline float exponential(float x);
 static float dot(const float *x, const float *y, int n);
 static double dot_double(const double *x, const double *y, int n);
-static void weighted_sum(const float *p, const float *v, size_t stride, int n, int d, float *o);
+static void weighted_sum(const float *p, const float *v, int n, int d, float *o);
 static void matmul(int M, int N, int K, const float *x, size_t ldx, View w, float *y, size_t ldy);
 static void float_linears(const Linear *w, int n, const float *x, int T, float *const *y);
 static bool factor(double *V, size_t K);
@@ -54,6 +55,8 @@ void forward(const Model *m, State *s, const int *tokens, int T, int pos) {
     const Config *c = &m->config;
     if (T < 1 || T > s->max_T || pos < 0 || pos > s->context - T)
         die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
+    if (s->kv_bits == 4) require_recent(s, T, pos);
+    s->end = pos + T;
     for (int t = 0; t < T; t++) {
         if (tokens[t] < 0 || tokens[t] >= c->vocab_size)
             die("token %d is outside the vocabulary of %d", tokens[t], c->vocab_size);
@@ -102,6 +105,142 @@ static void softmax(float *row, int n, int n_keys, float scale) {
     memset(row + n, 0, (n_keys - n) * sizeof *row);
 }
 
+/* ---- the KV cache
+ *
+ * A row is a key (after RoPE) or a value of one head and position: in floats (-k 16), or as
+ *
+ *     8 bits: x = q s,        s = max|x| / 127,         q = rint(x / s)
+ *     4 bits: x = q s + m,    s = (max - min) / 15,     q = rint((x - m) / s),     m = min
+ *
+ * with s and m, halves, before the codes q. For 4 bits keys, and queries with them, are turned by
+ * H_d / sqrt(d), which spreads the few large dimensions that keys have and leaves each product q k
+ * as it was (QuaRot, arXiv 2404.00456). And what is attended to most is read as it was: position 0
+ * and, by the token at t, the positions p with p / RECENT = t / RECENT. A prompt and one token read
+ * the same rows. ---- */
+
+size_t kv_row_bytes(const Config *c, int kv_bits) {
+    size_t d = c->head_dim;
+    return kv_bits == 16 ? d * sizeof(float) : d * kv_bits / 8 + 2 * sizeof(uint16_t);
+}
+
+static void write_row(const float *x, int d, int bits, uint8_t *row) {
+    if (bits == 16) {
+        memcpy(row, x, d * sizeof *x);
+        return;
+    }
+    uint16_t halves[2];
+    float low = x[0], high = x[0], scales[2]; // s, m
+    for (int i = 1; i < d; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+    }
+    scales[0] = bits == 8 ? max_magnitude(x, d) / 127 : (high - low) / 15;
+    scales[1] = bits == 8 ? 0 : low;
+    if (!all_finite(x, d)) scales[0] = NAN; // so that it shows in the output
+    for (int i = 0; i < 2; i++) halves[i] = float_to_f16(scales[i]);
+    memcpy(row, halves, sizeof halves);
+    floats(halves, F16, 0, 2, scales);
+    int8_t q[d];
+    bool usable = scales[0] > 0 && scales[0] < INFINITY;
+    float least = bits == 8 ? -127 : 0, most = bits == 8 ? 127 : 15;
+    for (int i = 0; i < d; i++)
+        q[i] = usable ? (int8_t)clamp(rintf((x[i] - scales[1]) / scales[0]), least, most) : 0;
+    row += 2 * sizeof(uint16_t);
+    if (bits == 8) memcpy(row, q, d);
+    for (int i = 0; bits == 4 && i < d / 2; i++) row[i] = q[i] | q[i + d / 2] << 4;
+}
+
+static void read_row(const uint8_t *row, int d, int bits, float *x) {
+    if (bits == 16) {
+        memcpy(x, row, d * sizeof *x);
+        return;
+    }
+    float scales[2];
+    floats(row, F16, 0, 2, scales);
+    row += 2 * sizeof(uint16_t);
+    float s = scales[0], m = scales[1];
+    if (bits == 8)
+        for (int i = 0; i < d; i++) x[i] = (int8_t)row[i] * s;
+    if (bits == 4)
+        for (int i = 0; i < d / 2; i++) {
+            x[i] = (row[i] & 0x0f) * s + m;
+            x[i + d / 2] = (row[i] >> 4) * s + m;
+        }
+}
+
+/* Keys, then values, of layer l: number `head` < 2 n_kv_heads of its heads. */
+static uint8_t *row_of(const Config *c, const State *s, int l, int head, int p) {
+    size_t row = ((size_t)l * 2 * c->n_kv_heads + head) * s->context + p;
+    return s->rows + row * kv_row_bytes(c, s->kv_bits);
+}
+
+static float *exact_row(const Config *c, const State *s, int l, int head, int p) {
+    size_t first = ((size_t)l * 2 * c->n_kv_heads + head) * (1 + RECENT);
+    return s->exact + (first + (p ? 1 + p % RECENT : 0)) * c->head_dim;
+}
+
+/* Keys and values of T tokens, from s->keys and s->values into the cache. */
+static void write_cache(const Config *c, State *s, int l, int T, int pos) {
+    int d = c->head_dim, n = c->n_kv_heads;
+#pragma omp parallel for if (T > 1)
+    for (int p = pos; p < pos + T; p++)
+        for (int head = 0; head < 2 * n; head++) {
+            const float *x = (head < n ? s->keys : s->values) + ((size_t)p * n + head % n) * d;
+            write_row(x, d, s->kv_bits, row_of(c, s, l, head, p));
+            if (s->exact) memcpy(exact_row(c, s, l, head, p), x, d * sizeof *x);
+        }
+}
+
+/* Positions first .. first + n - 1 of a head, as the token at `pos` reads them, to x [n][d]. */
+static void read_cache(const Config *c, const State *s, int l, int head, int first, int n, int pos,
+                       float *x) {
+    int d = c->head_dim;
+    for (int p = first; p < first + n; p++, x += d)
+        if (s->exact && (p == 0 || p >= pos / RECENT * RECENT))
+            memcpy(x, exact_row(c, s, l, head, p), d * sizeof *x);
+        else read_row(row_of(c, s, l, head, p), d, s->kv_bits, x);
+}
+
+/* Where they are as floats: in the cache, or else in x. */
+static const float *cache_rows(const Config *c, const State *s, int l, int head, int first, int n,
+                               int pos, float *x) {
+    if (s->kv_bits == 16) return (const float *)(const void *)row_of(c, s, l, head, first);
+    read_cache(c, s, l, head, first, n, pos, x);
+    return x;
+}
+
+/* All that a prompt attends to, in s->keys and s->values. */
+static void read_layer(const Config *c, State *s, int l, int T, int pos) {
+    int d = c->head_dim, n = c->n_kv_heads;
+#pragma omp parallel for
+    for (int p = 0; p < pos + T; p++)
+        for (int head = 0; head < 2 * n; head++) {
+            float *x = (head < n ? s->keys : s->values) + ((size_t)p * n + head % n) * d;
+            read_cache(c, s, l, head, p, 1, pos, x);
+        }
+}
+
+/* x [n][d] <- x H_d / sqrt(d) */
+static void turn(float *x, int n, int d) {
+#pragma omp parallel for if (n > 64)
+    for (int i = 0; i < n; i++) {
+        double row[d];
+        for (int k = 0; k < d; k++) row[k] = x[(size_t)i * d + k];
+        hadamard(row, d);
+        for (int k = 0; k < d; k++) x[(size_t)i * d + k] = row[k];
+    }
+}
+
+/* A cache in 4 bits has the positions since the last multiple of RECENT, and no others, as they
+ * were. */
+static void require_recent(const State *s, int T, int pos) {
+    if (pos % RECENT && pos / RECENT < (s->end - 1) / RECENT)
+        die("-k 4: from position %d the KV cache cannot go back to %d, only to a multiple of %d",
+            s->end, pos, RECENT);
+    if (pos / RECENT != (pos + T - 1) / RECENT)
+        die("-k 4: %d tokens at position %d are not of one block of %d", T, pos, RECENT);
+}
+
 /* att = softmax(q k^T / sqrt(head_dim)) v, causal. Query head h reads KV head h / group. A prompt
  * is bound by arithmetic. A task is one KV head and a block of queries: their query heads are the
  * rows of two matrix products. */
@@ -109,9 +248,8 @@ static void attend_prompt(const Config *c, State *s, int l, int T, int pos) {
     enum { BLOCK = 32 };
     int d = c->head_dim, group = c->n_heads / c->n_kv_heads;
     size_t q_dim = (size_t)c->n_heads * d, kv_dim = (size_t)c->n_kv_heads * d;
-    const float *keys = s->keys + (size_t)l * s->context * kv_dim;
-    const float *values = s->values + (size_t)l * s->context * kv_dim;
     int n_blocks = (T + BLOCK - 1) / BLOCK;
+    read_layer(c, s, l, T, pos);
 #pragma omp parallel
     {
         size_t most_rows = (size_t)(T < BLOCK ? T : BLOCK) * group;
@@ -124,7 +262,7 @@ static void attend_prompt(const Config *c, State *s, int l, int T, int pos) {
             size_t at = t0 * q_dim + (size_t)h * group * d, row_bytes = group * d * sizeof(float);
             for (int t = 0; t < n; t++)
                 memcpy(in + (size_t)t * group * d, s->q + at + t * q_dim, row_bytes);
-            View k = {keys + h * d, F32, kv_dim, 1}, v = {values + h * d, F32, 1, kv_dim};
+            View k = {s->keys + h * d, F32, kv_dim, 1}, v = {s->values + h * d, F32, 1, kv_dim};
             matmul(rows, n_keys, d, in, d, k, scores, n_keys);
             for (int r = 0; r < rows; r++)
                 softmax(scores + (size_t)r * n_keys, pos + t0 + r / group + 1, n_keys,
@@ -146,18 +284,18 @@ typedef struct {
 
 enum { PART = 64 }; // positions
 
-/* Parts [group] of n <= PART positions; rows of keys and values are `stride` floats apart. */
+/* Parts [group] of keys and values [n][d] of n <= PART positions. */
 static void attend_part(const float *q, int group, int d, const float *keys, const float *values,
-                        size_t stride, int n, Part *parts) {
+                        int n, Part *parts) {
     float s[group][PART];
     for (int i = 0; i < n; i++)
-        for (int g = 0; g < group; g++) s[g][i] = dot(q + g * d, keys + i * stride, d) / sqrtf(d);
+        for (int g = 0; g < group; g++) s[g][i] = dot(q + g * d, keys + i * d, d) / sqrtf(d);
     for (int g = 0; g < group; g++) {
         float m = -INFINITY, l = 0.0f;
         for (int i = 0; i < n; i++) m = s[g][i] > m ? s[g][i] : m;
         for (int i = 0; i < n; i++) s[g][i] = exponential(s[g][i] - m);
         for (int i = 0; i < n; i++) l += s[g][i];
-        weighted_sum(s[g], values, stride, n, d, parts[g].o);
+        weighted_sum(s[g], values, n, d, parts[g].o);
         parts[g].m = m;
         parts[g].l = l;
     }
@@ -168,20 +306,23 @@ static void attend_part(const float *q, int group, int d, const float *keys, con
  * m = max m_i:   att = sum e^(m_i - m) o_i / sum e^(m_i - m) l_i.   arXiv 2311.01282 */
 static void attend_token(const Config *c, State *s, int l, int pos) {
     int d = c->head_dim, group = c->n_heads / c->n_kv_heads, n_parts = pos / PART + 1;
-    size_t kv_dim = (size_t)c->n_kv_heads * d, layer = (size_t)l * s->context * kv_dim;
     Part *parts = allocate((size_t)c->n_heads * n_parts, sizeof *parts); // [n_parts][n_heads]
     float *o = allocate((size_t)c->n_heads * n_parts * d, sizeof *o);
     for (int i = 0; i < c->n_heads * n_parts; i++) parts[i].o = o + (size_t)i * d;
 #pragma omp parallel
     {
+        float *read = allocate(2 * PART, d * sizeof *read); // keys, values
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < n_parts * c->n_kv_heads; task++) {
             int first = task / c->n_kv_heads * PART, h = task % c->n_kv_heads;
             int n = pos + 1 - first < PART ? pos + 1 - first : PART;
-            size_t at = layer + first * kv_dim + h * d;
-            attend_part(s->q + (size_t)h * group * d, group, d, s->keys + at, s->values + at,
-                        kv_dim, n, parts + (size_t)task * group);
+            const float *keys = cache_rows(c, s, l, h, first, n, pos, read);
+            const float *values =
+                cache_rows(c, s, l, c->n_kv_heads + h, first, n, pos, read + PART * d);
+            attend_part(s->q + (size_t)h * group * d, group, d, keys, values, n,
+                        parts + (size_t)task * group);
         }
+        free(read);
 #pragma omp for
         for (int h = 0; h < c->n_heads; h++) {
             float m = -INFINITY, sum = 0.0f, *att = s->att + (size_t)h * d;
@@ -202,11 +343,15 @@ static void attend_token(const Config *c, State *s, int l, int pos) {
 
 void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
     size_t kv_dim = (size_t)c->n_kv_heads * c->head_dim;
-    float *k = s->keys + ((size_t)l * s->context + pos) * kv_dim; // straight into the cache
-    float *v = s->values + ((size_t)l * s->context + pos) * kv_dim;
+    float *k = s->keys + pos * kv_dim, *v = s->values + pos * kv_dim;
     linears(&layer->q, 3, s->xb, T, (float *[]){s->q, k, v});
     rope(s, s->q, T, c->n_heads, c->head_dim, pos);
     rope(s, k, T, c->n_kv_heads, c->head_dim, pos);
+    if (s->kv_bits == 4) {
+        turn(s->q, T * c->n_heads, c->head_dim);
+        turn(k, T * c->n_kv_heads, c->head_dim);
+    }
+    write_cache(c, s, l, T, pos);
     if (T == 1) attend_token(c, s, l, pos);
     else attend_prompt(c, s, l, T, pos);
 }
@@ -308,12 +453,16 @@ size_t model_bytes(const Model *m) {
 
 /* ---- buffers ---- */
 
-State *state_new(const Config *c, int context, int max_T) {
+State *state_new(const Config *c, int context, int max_T, int kv_bits) {
     State *s = allocate(1, sizeof *s);
     size_t T = max_T, q_dim = (size_t)c->n_heads * c->head_dim;
-    size_t cache = (size_t)c->n_layers * context * c->n_kv_heads * c->head_dim;
+    size_t heads = (size_t)c->n_layers * 2 * c->n_kv_heads; // keys and values
+    size_t cache = (size_t)context * c->n_kv_heads * c->head_dim;
     s->context = context;
     s->max_T = max_T;
+    s->kv_bits = kv_bits;
+    s->rows = allocate(heads * context, kv_row_bytes(c, kv_bits));
+    if (kv_bits == 4) s->exact = allocate(heads * (1 + RECENT) * c->head_dim, sizeof(float));
     s->x = allocate(T * c->dim, sizeof(float));
     s->xb = allocate(T * c->dim, sizeof(float));
     s->q = allocate(T * q_dim, sizeof(float));
@@ -332,9 +481,10 @@ State *state_new(const Config *c, int context, int max_T) {
 
 void state_free(State *s) {
     if (!s) return;
-    float *buffers[] = {s->x,  s->xb,   s->q,      s->att,  s->gate,
-                        s->up, s->keys, s->values, s->rope, s->logits};
+    float *buffers[] = {s->x,    s->xb,     s->q,     s->att,  s->gate,  s->up,
+                        s->keys, s->values, s->exact, s->rope, s->logits};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+    free(s->rows);
     free(s);
 }
 
@@ -637,8 +787,8 @@ Quantizer *quantizer_new(const Config *c, const Method *method, const Linear *em
     for (size_t i = 0; i < total; i++)
         floats(embedding->w, embedding->dtype, tokens[i] * dim, dim, q->x_float + i * dim);
     memcpy(q->x_quant, q->x_float, total * dim * sizeof(float));
-    q->s_float = state_new(&q->config, length, length);
-    q->s_quant = state_new(&q->config, length, length);
+    q->s_float = state_new(&q->config, length, length, 16);
+    q->s_quant = state_new(&q->config, length, length, 16);
     return q;
 }
 
@@ -1449,19 +1599,19 @@ static float dot(const float *x, const float *y, int n) {
     return rest + lane[0];
 }
 
-/* o [d] = sum_i p_i v_i over n rows of v, which are `stride` floats apart. */
-static void weighted_sum(const float *p, const float *v, size_t stride, int n, int d, float *o) {
+/* o [d] = sum_i p_i v_i over v [n][d]. */
+static void weighted_sum(const float *p, const float *v, int n, int d, float *o) {
     int k = 0;
     for (; k + 4 * LANES <= d; k += 4 * LANES) {
         Vector sum[4] = {0};
         for (int i = 0; i < n; i++)
             for (int j = 0; j < 4; j++)
-                sum[j] += p[i] * *(const Vector *)(v + i * stride + k + j * LANES);
+                sum[j] += p[i] * *(const Vector *)(v + i * d + k + j * LANES);
         memcpy(o + k, sum, sizeof sum);
     }
     for (; k < d; k++) {
         o[k] = 0.0f;
-        for (int i = 0; i < n; i++) o[k] += p[i] * v[i * stride + k];
+        for (int i = 0; i < n; i++) o[k] += p[i] * v[i * d + k];
     }
 }
 
@@ -1819,8 +1969,8 @@ static bool engine_fits(Engine *engine, int n_sequences, int context) {
 static void engine_start(Engine *engine, int n_sequences, int context) {
     CpuEngine *e = (CpuEngine *)engine;
     if (e->state) state_free(e->state);
-    e->state =
-        state_new(&engine->model->config, context, context < PROMPT_CHUNK ? context : PROMPT_CHUNK);
+    e->state = state_new(&engine->model->config, context,
+                         context < PROMPT_CHUNK ? context : PROMPT_CHUNK, engine->kv_bits);
     engine->n_sequences = n_sequences;
     engine->context = context;
     engine->state_bytes = engine->position_bytes * context;
@@ -1828,7 +1978,8 @@ static void engine_start(Engine *engine, int n_sequences, int context) {
 
 /* forward() in chunks: tokens first .. first + *T - 1 are a chunk of tokens [n]. */
 static void next_chunk(CpuEngine *e, const int *tokens, int n, int first, int pos, int *T) {
-    *T = n - first < e->state->max_T ? n - first : e->state->max_T;
+    int most = e->engine.kv_bits == 4 ? RECENT - (pos + first) % RECENT : e->state->max_T;
+    *T = n - first < most ? n - first : most;
     forward(e->engine.model, e->state, tokens + first, *T, pos + first);
 }
 
@@ -1899,14 +2050,15 @@ static void engine_free(Engine *engine) {
 }
 
 Engine *engine_new(const Model *m, bool on_gpu, int kv_bits) {
+    if (kv_bits != 16 && kv_bits != 8 && kv_bits != 4)
+        die("-k %d: the KV cache has 16, 8 or 4 bits", kv_bits);
     if (on_gpu) return gpu_engine(m, kv_bits);
-    if (kv_bits != 16) die("-k %d: on the CPU the KV cache is float32 (-k 16)", kv_bits);
     const Config *c = &m->config;
     CpuEngine *e = allocate(1, sizeof *e);
     e->engine =
         (Engine){.model = m,
                  .kv_bits = kv_bits,
-                 .position_bytes = 2 * sizeof(float) * c->n_layers * c->n_kv_heads * c->head_dim,
+                 .position_bytes = kv_row_bytes(c, kv_bits) * 2 * c->n_layers * c->n_kv_heads,
                  .weight_bytes = model_bytes(m),
                  .step_bytes = model_bytes(m),
                  .start = engine_start,

@@ -670,8 +670,9 @@ static void feed_context(Scorer *z, const int *ids, int n) {
     Engine *e = z->s->engine;
     int known = 0;
     while (known < n && known < z->fed.n && z->fed.ids[known] == ids[known]) known++;
-    if (known == n && z->logits_at == n) return;
-    if (known == n) known--;
+    if (known == n && z->logits_at != n) known--;
+    if (e->kv_bits == 4 && known / RECENT < (z->fed.n - 1) / RECENT) known -= known % RECENT;
+    if (known == n) return;
     e->feed(e, 0, ids + known, n - known, known);
     memcpy(z->logits, e->logits(e), z->s->model->config.vocab_size * sizeof(float));
     z->logits_at = n;

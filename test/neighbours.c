@@ -971,7 +971,7 @@ int main(int argc, char **argv) {
     b.windows = max_windows && max_windows < n / LENGTH ? max_windows : n / LENGTH;
     Config one_layer = m->config;
     one_layer.n_layers = 1;
-    b.s = state_new(&one_layer, LENGTH, LENGTH);
+    b.s = state_new(&one_layer, LENGTH, LENGTH, 16);
     if (prefix) {
         b.linears = analysis_file(prefix, "linears",
                                   "x_sqnr_db,x_mse,w_sqnr_db,w_mse,y_sqnr_db,y_mse,x_kurtosis,"

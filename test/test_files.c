@@ -308,7 +308,7 @@ static float *logits_at(const char *path, int T, size_t *n) {
     int threads = set_threads(1);
     Checkpoint *c = checkpoint_open(path);
     Model *m = model_load(c);
-    State *s = state_new(&m->config, T, T);
+    State *s = state_new(&m->config, T, T, 16);
     int *tokens = allocate(T, sizeof *tokens);
     for (int t = 0; t < T; t++) tokens[t] = (7 * t + 3) % m->config.vocab_size;
     forward(m, s, tokens, T, 0);
@@ -1290,7 +1290,7 @@ static void cut_in_use(void *path) {
     Checkpoint *c = checkpoint_open(path);
     Model *m = model_load(c);
     if (truncate(cut_file, 100)) _exit(9);
-    State *s = state_new(&m->config, 1, 1);
+    State *s = state_new(&m->config, 1, 1, 16);
     forward(m, s, (int[]){1}, 1, 0);
 }
 

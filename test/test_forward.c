@@ -754,7 +754,7 @@ static void test_random_models(void) {
         int *tokens = random_tokens(T, vocab, &seed);
         float *want = naive_logits(m, tokens, T, pos);
         float *got = allocate((size_t)T * vocab, sizeof *got);
-        State *s = state_new(&c, pos + T, T);
+        State *s = state_new(&c, pos + T, T, 16);
         chunked_logits(m, s, tokens, T, pos, whole, 1, got);
         double off = max_difference(got, want, (size_t)T * vocab);
         check(off < 1e-4, "whole window: logits are off by %g", off);
@@ -845,7 +845,7 @@ static void test_layer_parts(void) {
     Config c = shape_of(DIM, HIDDEN, 2, 4, 2, 6, 37, 8);
     Model *m = random_model(c, seed);
     const Layer *layer = &m->layers[1];
-    State *s = state_new(&c, T + 3, T);
+    State *s = state_new(&c, T + 3, T, 16);
     float x[T * DIM], want[T * DIM], y[T * DIM];
     for (int i = 0; i < T * DIM; i++) x[i] = random_float(&seed);
     memcpy(s->x, x, sizeof x);
@@ -882,7 +882,7 @@ static void run_bad_forward(void *arg) {
     const int *bad = arg;
     int tokens[5] = {bad[0], 1, 1, 1, 1};
     set_threads(1);
-    State *s = state_new(&refused_model->config, 8, 4);
+    State *s = state_new(&refused_model->config, 8, 4, 16);
     forward(refused_model, s, tokens, bad[1], bad[2]);
 }
 
@@ -905,7 +905,7 @@ static float *logits_of_run(const Model *m, int T) {
     const int chunks[] = {T - 5, 1};
     float *out = allocate((size_t)T * m->config.vocab_size, sizeof *out);
     int *tokens = random_tokens(T, m->config.vocab_size, &seed);
-    State *s = state_new(&m->config, T, T);
+    State *s = state_new(&m->config, T, T, 16);
     chunked_logits(m, s, tokens, T - 5, 0, chunks, 1, out);
     chunked_logits(m, s, tokens + T - 5, 5, T - 5, chunks + 1, 1,
                    out + (size_t)(T - 5) * m->config.vocab_size);
@@ -977,6 +977,241 @@ static void test_quantized_forward(void) {
         model_free(m);
         model_free(f);
     }
+}
+
+/* ---- the KV cache in 16, 8 and 4 bits ------------------------------------------------------- */
+
+/* What row x [d] of the cache stands for, by the formulas at "the KV cache" in qqq.c, from its
+ * bytes. Returns the scale. */
+static double naive_read_row(const uint8_t *row, int d, int bits, double *x) {
+    uint16_t halves[2];
+    for (int i = 0; bits == 16 && i < d; i++) {
+        float f;
+        memcpy(&f, row + i * sizeof f, sizeof f);
+        x[i] = f;
+    }
+    if (bits == 16) return 1e-5;
+    memcpy(halves, row, sizeof halves);
+    double s = half_value(halves[0] & 0x7fff), m = half_value(halves[1] & 0x7fff);
+    if (halves[1] & 0x8000) m = -m;
+    for (int i = 0; i < d; i++) {
+        int q = bits == 8 ? (int8_t)row[4 + i] : row[4 + i % (d / 2)] >> (i / (d / 2) * 4) & 15;
+        x[i] = q * s + m;
+    }
+    return s;
+}
+
+static void turn_row(double *x, int d, int bits) {
+    if (bits == 4) hadamard(x, d);
+}
+
+/* attention_block() on a cache of `bits`, fed in chunks, against attention in double that reads the
+ * rows by their definition; and what the rows hold against the keys and values themselves. */
+static void check_cache(int head_dim, int bits, const int *chunks, int n_chunks) {
+    enum { T = 300, KV = 2, GROUP_OF = 3 };
+    Config c = shape_of(16, 8, 2, KV * GROUP_OF, KV, head_dim, 8, 8);
+    size_t d = head_dim, q_dim = c.n_heads * d, kv_dim = KV * d, bytes = kv_row_bytes(&c, bits);
+    uint64_t seed = 31;
+    Model *m = random_model(c, seed);
+    const Layer *w = &m->layers[1];
+    float *x = random_floats((size_t)T * c.dim, 3, &seed);
+    double *in = allocate(c.dim, sizeof *in), *q = allocate(T * q_dim, sizeof *q);
+    double *kept[2], *read[2], *seen[2], *want = allocate(q_dim, sizeof *want);
+    for (int i = 0; i < 2; i++) { // keys, values: as they are, through the cache, as a token sees
+        kept[i] = allocate(T * kv_dim, sizeof **kept);
+        read[i] = allocate(T * kv_dim, sizeof **read);
+        seen[i] = allocate(T * kv_dim, sizeof **seen);
+    }
+    State *s = state_new(&c, T, T, bits);
+    float *att = allocate(T * q_dim, sizeof *att);
+    for (int t = 0, i = 0, n; t < T; t += n) {
+        n = chunks[i++ % n_chunks];
+        if (n > T - t) n = T - t;
+        if (bits == 4 && n > RECENT - t % RECENT) n = RECENT - t % RECENT;
+        memcpy(s->xb, x + (size_t)t * c.dim, (size_t)n * c.dim * sizeof *x);
+        attention_block(&c, w, s, 1, n, t);
+        memcpy(att + t * q_dim, s->att, n * q_dim * sizeof *att);
+    }
+    double worst = 0, error = 0, size = 0; // of a row in steps; of the output
+    for (int t = 0; t < T; t++) {
+        for (int i = 0; i < c.dim; i++) in[i] = x[(size_t)t * c.dim + i];
+        naive_linear(&w->q, in, q + t * q_dim);
+        naive_linear(&w->k, in, kept[0] + t * kv_dim);
+        naive_linear(&w->v, in, kept[1] + t * kv_dim);
+        for (int h = 0; h < c.n_heads; h++) {
+            naive_rope(q + t * q_dim + h * d, &c, t);
+            turn_row(q + t * q_dim + h * d, d, bits);
+        }
+        for (int h = 0; h < 2 * KV; h++) {
+            double *k = kept[h / KV] + t * kv_dim + h % KV * d,
+                   *r = read[h / KV] + (k - kept[h / KV]);
+            if (h < KV) naive_rope(k, &c, t), turn_row(k, d, bits);
+            size_t row = ((size_t)1 * 2 * KV + h) * T + t;
+            double step = naive_read_row(s->rows + row * bytes, d, bits, r);
+            for (size_t i = 0; i < d; i++) {
+                worst = fmax(worst, fabs(r[i] - k[i]) / step);
+            }
+        }
+    }
+    // Half a step, and what rounding s and m does.
+    check(worst < (bits == 8 ? 0.57 : 0.52), "a row is off by %g steps", worst);
+    for (int t = 0; t < T; t++) {
+        for (int j = 0; j <= t; j++)
+            for (int i = 0; i < 2; i++) {
+                bool exact = bits == 4 && (j == 0 || j / RECENT == t / RECENT);
+                memcpy(seen[i] + j * kv_dim, (exact ? kept : read)[i] + j * kv_dim,
+                       kv_dim * sizeof **seen);
+            }
+        naive_attention(&c, q, seen[0], seen[1], t, 0, want);
+        for (size_t i = 0; i < q_dim; i++) {
+            error += pow(att[t * q_dim + i] - want[i], 2);
+            size += pow(want[i], 2);
+        }
+    }
+    check(sqrt(error / size) < 1e-5, "the output is off by %g", sqrt(error / size));
+    state_free(s);
+    model_free(m);
+    for (int i = 0; i < 2; i++) free(kept[i]), free(read[i]), free(seen[i]);
+    free(x), free(in), free(q), free(want), free(att);
+}
+
+static void test_cache(void) {
+    static const int all_bits[] = {16, 8, 4}, whole[] = {300}, single[] = {1}, odd[] = {100, 1, 37};
+    static const int dims[] = {64, 80, 6}; // 80 and 6: no powers of two
+    for (int b = 0; b < 3; b++)
+        for (int i = 0; i < 3; i++) {
+            char name[100];
+            snprintf(name, sizeof name, "KV cache in %d bits, heads of %d: attention in double",
+                     all_bits[b], dims[i]);
+            test_begin(name);
+            check_cache(dims[i], all_bits[b], whole, 1);
+            check_cache(dims[i], all_bits[b], single, 1);
+            check_cache(dims[i], all_bits[b], odd, 3);
+        }
+
+    test_begin("KV cache: NaN and infinity show, zeros stay zeros");
+    Config c = shape_of(4, 4, 1, 1, 1, 4, 8, 0);
+    Model *m = random_model(c, 5);
+    const float bad[] = {NAN, INFINITY, -INFINITY, 0};
+    for (int b = 0; b < 3; b++)
+        for (int i = 0; i < 4; i++) {
+            State *s = state_new(&c, 2, 2, all_bits[b]);
+            for (int k = 0; k < 8; k++) s->xb[k] = bad[i];
+            attention_block(&c, &m->layers[0], s, 0, 2, 0);
+            attention_block(&c, &m->layers[0], s, 0, 1, 1);
+            check(i < 3 ? !isfinite(s->att[0]) : s->att[0] == 0, "%d bits, %g: %g", all_bits[b],
+                  bad[i], s->att[0]);
+            state_free(s);
+        }
+    model_free(m);
+}
+
+/* The scores of tokens [n], fed to an engine in pieces. */
+static Score *cache_scores(const Model *m, int bits, const int *tokens, int n, int piece) {
+    Engine *e = engine_new(m, false, bits);
+    Score *scores = allocate(n, sizeof *scores);
+    e->start(e, 1, n);
+    for (int t = 0, T; t < n - 1; t += T) {
+        T = n - 1 - t < piece ? n - 1 - t : piece;
+        e->score(e, 0, tokens + t, T + 1, t, scores + t);
+    }
+    e->free(e);
+    return scores;
+}
+
+static double mean_nll(const Score *scores, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += scores[i].nll;
+    return sum / n;
+}
+
+static const Model *going_back;
+
+static void go_back(void *arg) {
+    const int *way = arg;
+    int tokens[RECENT + 1] = {0};
+    set_threads(1);
+    State *s = state_new(&going_back->config, 1000, RECENT + 1, 4);
+    forward(going_back, s, tokens, way[1], way[0]);
+    forward(going_back, s, tokens, 1, way[2]);
+}
+
+static void test_cache_engine(void) {
+    enum { N = 300 };
+    uint64_t seed = 41;
+    Model *m = random_model(shape_of(128, 256, 2, 4, 2, 32, 150, 8), 42);
+    make_quantized(m, true);
+    int *tokens = random_tokens(N, 150, &seed), before = max_threads();
+    for (int bits = 16; bits >= 4; bits /= 2) {
+        char name[100];
+        snprintf(name, sizeof name, "KV cache in %d bits: threads and pieces change nothing", bits);
+        test_begin(name);
+        set_threads(1);
+        Score *want = cache_scores(m, bits, tokens, N, N);
+        for (int threads = 2; threads <= 3; threads++) {
+            set_threads(threads);
+            Score *got = cache_scores(m, bits, tokens, N, N);
+            for (int i = 0; i < N - 1; i++)
+                if (!check(got[i].nll == want[i].nll, "%d threads, token %d", threads, i)) break;
+            free(got);
+        }
+        // Attention of one token sums in another order: what is rounded after it may differ.
+        static const int pieces[] = {1, 7, 100, 129};
+        for (int p = 0; p < 4; p++) {
+            Score *got = cache_scores(m, bits, tokens, N, pieces[p]);
+            double off = fabs(mean_nll(got, N - 1) - mean_nll(want, N - 1));
+            check(off < 1e-3, "pieces of %d: off by %g", pieces[p], off);
+            free(got);
+        }
+        set_threads(before);
+        free(want);
+
+        snprintf(name, sizeof name, "KV cache in %d bits: the same bytes in any chunks", bits);
+        test_begin(name);
+        static const int chunks[][3] = {{128, 128, 128}, {1, 1, 1}, {100, 28, 1}};
+        uint8_t *first = NULL;
+        for (int i = 0; i < 3; i++) {
+            State *s = state_new(&m->config, N, RECENT, bits);
+            for (int t = 0, k = 0, n; t < N; t += n) {
+                n = chunks[i][k++ % 3];
+                if (n > N - t) n = N - t;
+                if (n > RECENT - t % RECENT) n = RECENT - t % RECENT;
+                forward(m, s, tokens + t, n, t);
+            }
+            size_t bytes = 2 * 2 * N * kv_row_bytes(&m->config, bits); // of the first layer
+            if (first) check(!memcmp(first, s->rows, bytes), "chunks of %d", chunks[i][0]);
+            else first = memcpy(allocate(bytes, 1), s->rows, bytes);
+            state_free(s);
+        }
+        free(first);
+    }
+    free(tokens);
+
+    test_begin("KV cache in 4 bits: how far it goes back");
+    static const int ways[][4] = {{100, 28, 100, 0}, {0, 128, 5, 0},   {128, 2, 128, 0},
+                                  {128, 2, 0, 0},    {128, 1, 127, 1}, {260, 3, 200, 1}};
+    going_back = m;
+    for (int i = 0; i < 6; i++) {
+        char message[256];
+        State *s = NULL;
+        if (!ways[i][3]) {
+            s = state_new(&m->config, 1000, RECENT, 4);
+            int none[RECENT] = {0};
+            forward(m, s, none, ways[i][1], ways[i][0]);
+            forward(m, s, none, 1, ways[i][2]);
+            state_free(s);
+            continue;
+        }
+        check(dies(go_back, (void *)ways[i], message, sizeof message) &&
+                  strstr(message, "cannot go back to"),
+              "case %d: %s", i, message);
+    }
+    static const int across[] = {100, 29, 0};
+    char message[256];
+    check(dies(go_back, (void *)across, message, sizeof message) &&
+              strstr(message, "-k 4: 29 tokens at position 100 are not of one block of 128"),
+          "%s", message);
+    model_free(m);
 }
 
 /* ---- the embedded model and its siblings --------------------------------------------------- */
@@ -1063,7 +1298,7 @@ static void check_oracle(const char *model, const char *oracle) {
     double *best = numbers(j, "argmax", &n_argmax), *greedy = numbers(j, "greedy_ids", &n_greedy);
     Loaded x = load(model);
     int vocab = x.model->config.vocab_size;
-    State *s = state_new(&x.model->config, n_greedy, T);
+    State *s = state_new(&x.model->config, n_greedy, T, 16);
     int *tokens = allocate(n_greedy, sizeof *tokens);
     if (check(n_last == vocab && n_argmax == T && n_greedy == T + 100, "%s: other sizes", oracle)) {
         for (int t = 0; t < T; t++) tokens[t] = prompt[t];
@@ -1116,13 +1351,12 @@ static void test_chunks(const Loaded *x, const int *tokens) {
     size_t n = (size_t)T * x->model->config.vocab_size;
     float *whole = allocate(n, sizeof *whole), *got = allocate(n, sizeof *got);
     const Config *c = &x->model->config;
-    State *s = state_new(c, T, T);
+    State *s = state_new(c, T, T, 16);
     size_t cache = (size_t)c->n_layers * T * c->n_kv_heads * c->head_dim;
     chunked_logits(x->model, s, tokens, T, 0, chunks[0], 6, whole);
     for (int i = 1; i < 5; i++) {
         // NaN: what this run has not written must not be read
-        memset(s->keys, 0xff, cache * sizeof(float));
-        memset(s->values, 0xff, cache * sizeof(float));
+        memset(s->rows, 0xff, 2 * cache * sizeof(float));
         chunked_logits(x->model, s, tokens, T, 0, chunks[i], 6, got);
         double off = max_difference(got, whole, n);
         check(off <= 1e-4, "chunks %d, %d, ..: off by %g", chunks[i][0], chunks[i][1], off);
@@ -1145,7 +1379,7 @@ static void test_chunks(const Loaded *x, const int *tokens) {
     test_begin("data/tiny at position 8270: logits of a naive LLaMA in double");
     const int one_call[] = {24};
     naive = naive_logits(x->model, tokens, 24, 8270);
-    s = state_new(&x->model->config, 8300, 24);
+    s = state_new(&x->model->config, 8300, 24, 16);
     chunked_logits(x->model, s, tokens, 24, 8270, one_call, 1, got);
     off = max_difference(naive, got, (size_t)24 * x->model->config.vocab_size);
     check(off <= 1e-4, "off by %g", off);
@@ -1162,7 +1396,7 @@ static void test_long_context(const Loaded *x, const int *tokens) {
     static const int whole[] = {T}, single[] = {1};
     size_t n = (size_t)T * x->model->config.vocab_size;
     float *want = allocate(n, sizeof *want), *got = allocate(n, sizeof *got);
-    State *s = state_new(&x->model->config, BEFORE + T, CHUNK);
+    State *s = state_new(&x->model->config, BEFORE + T, CHUNK, 16);
     for (int t = 0; t < BEFORE; t += CHUNK)
         forward(x->model, s, tokens + t, BEFORE - t < CHUNK ? BEFORE - t : CHUNK, t);
     chunked_logits(x->model, s, tokens + BEFORE, T, BEFORE, whole, 1, want);
@@ -1189,6 +1423,8 @@ void test_forward(void) {
     test_forward_refuses();
     test_threads();
     test_quantized_forward();
+    test_cache();
+    test_cache_engine();
     test_oracle();
 
     Loaded tiny = load("data/tiny");
@@ -1198,6 +1434,17 @@ void test_forward(void) {
     test_long_context(&tiny, tokens);
     test_begin("the number of threads changes no bit: data/tiny");
     check_threads(tiny.model, 100);
+
+    test_begin("data/tiny: perplexity with a KV cache in 8 and 4 bits is that in 16");
+    enum { N = 700 };
+    double nll[3];
+    for (int i = 0; i < 3; i++) {
+        Score *scores = cache_scores(tiny.model, 16 >> i, tokens, N, N);
+        nll[i] = mean_nll(scores, N - 1);
+        free(scores);
+    }
+    check(fabs(nll[1] - nll[0]) < 3e-3 && fabs(nll[2] - nll[0]) < 4e-3, "%f, %f, %f", nll[0],
+          nll[1], nll[2]);
     free(tokens);
     unload(tiny);
 

@@ -91,7 +91,7 @@ static void test_contexts(int m, int f, int longest, float bound) {
     int vocab = x.model->config.vocab_size;
     Engine *gpu = x.gpu;
     gpu->start(gpu, 1, longest);
-    State *s = state_new(&x.model->config, longest, 512);
+    State *s = state_new(&x.model->config, longest, 512, 16);
     for (int pos = 0, i = 0; i < 5 && lengths[i] <= longest; i++) {
         int length = lengths[i], T = 0;
         for (; pos < length; pos += T) {

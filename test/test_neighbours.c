@@ -202,7 +202,7 @@ static void test_kivi(void) {
                       .vocab_size = 1,
                       .rope_theta = 1e4};
     enum { T = 290 };
-    State *s = state_new(&c, T, T);
+    State *s = state_new(&c, T, T, 16);
     for (int i = 0; i < 4; i++) {
         const Row row = {.w = i < 2 ? 2 : 4, .group = 32, .stream = i % 2};
         const float *q = golden_values("kv.q", NULL); // [head][T][32]
@@ -311,7 +311,7 @@ static void test_backward(void) {
     }
     layer.attention_norm = norms[0];
     layer.ffn_norm = norms[1];
-    State *s = state_new(&c, T, T);
+    State *s = state_new(&c, T, T, 16);
     Trace trace = trace_new(&c, T);
     size_t n = (size_t)T * c.dim;
     float *x = new_floats(n), *r = new_floats(n), *dx = new_floats(n);
@@ -465,7 +465,7 @@ static void test_forward_pass(void) {
     Config one = m->config;
     one.n_layers = 1;
     int n, windows, *tokens = text_tokens(file, m->config.bos, "data/eval.txt", &n);
-    State *s = state_new(&one, T, T);
+    State *s = state_new(&one, T, T, 16);
     test_begin("neighbours: the float variant is the model");
     Variant v = variant_new(m, 0);
     double want = model_perplexity(m, tokens, T, T, 0, &windows, NULL);

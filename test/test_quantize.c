@@ -649,7 +649,7 @@ static void test_published_search(void) {
     c.n_layers = 1, c.max_context = T, c.vocab_size = 1, c.norm_eps = 1e-5f, c.rope_theta = 1e4;
     Layer layer = random_layer(&seed);
     for (int k = 0; k < N_LINEARS; k++) layer.linears[k].dtype = F32;
-    State *state = state_new(&c, T, T);
+    State *state = state_new(&c, T, T, 16);
     float *x = normals((size_t)2 * T * 24, &seed), s[24];
     for (SmoothedInput which = SMOOTH_QKV; which <= SMOOTH_DOWN; which++) {
         int K = which == SMOOTH_DOWN ? 24 : 16, first[] = {0, 4, 6}, count[] = {3, 2, 1};
@@ -1452,7 +1452,7 @@ static void test_pipeline(void) {
             floats(f.m->embedding.w, F32, (size_t)tokens[t] * DIM, DIM, x[i] + t * DIM);
     }
     c.n_layers = 1;
-    State *s = state_new(&c, T, T);
+    State *s = state_new(&c, T, T, 16);
     for (int l = 0; l < 2; l++) {
         Layer layers[2] = {f.m->layers[l], f.m->layers[l]};
         const int first[] = {0, 3, 4, 6}, count[] = {3, 1, 2, 1};
@@ -1729,7 +1729,7 @@ static void test_same_bytes(void) {
 static float *some_logits(const char *path) {
     Opened o = open_model(path);
     const int tokens[] = {3840, 72, 101, 500, 1000};
-    State *s = state_new(&o.m->config, 5, 5);
+    State *s = state_new(&o.m->config, 5, 5, 16);
     forward(o.m, s, tokens, 5, 0);
     float *copy = copy_floats(logits(o.m, s, 0, 5), (size_t)5 * 4096);
     state_free(s);

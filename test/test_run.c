@@ -94,7 +94,7 @@ static void add_header(Ids *ids, const Tiny *t, const char *role) {
 /* Appends up to `limit` greedy tokens, each from the whole sequence anew, and their text. */
 static void answer(Ids *ids, const Tiny *t, int limit, char *text) {
     int vocab = t->model->config.vocab_size, eot = tokenizer_id(t->tokenizer, "<|eot_id|>");
-    State *s = state_new(&t->model->config, 1024, 1024);
+    State *s = state_new(&t->model->config, 1024, 1024, 16);
     for (text += strlen(text); limit > 0; limit--) {
         forward(t->model, s, ids->ids, ids->n, 0);
         const float *l = logits(t->model, s, ids->n - 1, 1);
@@ -116,9 +116,10 @@ static void answer(Ids *ids, const Tiny *t, int limit, char *text) {
 static void test_options(void) {
     test_begin("run: options");
     expect("./run -h", 0, "usage: ./run [MODEL] [options]");
-    const char *flags[] = {"-t", "-p", "-s", "-n", "-i", "-m", "-y", "-e", "-l", "-x", "-b", "-d"};
+    const char *flags[] = {"-t", "-p", "-s", "-n", "-i", "-m", "-y",
+                           "-e", "-l", "-x", "-b", "-d", "-k"};
     strcpy(expected, output);
-    for (int i = 0; i < 12; i++) {
+    for (int i = 0; i < 13; i++) {
         char line[16];
         snprintf(line, sizeof line, "\n  %s ", flags[i]);
         check(strstr(expected, line) != NULL, "-h does not list %s", flags[i]);
@@ -149,6 +150,8 @@ static void test_options(void) {
         {"-d tpu", "-d tpu: expected cpu or cuda"},
         {"-y hello", "-y: a system prompt needs -m chat"},
         {"-k 5", "-k 5: expected 16, 8 or 4"},
+        {"-k 32", "-k 32: expected a whole number from 4 to 16"},
+        {"-k x", "-k x: expected a whole number from 4 to 16"},
         {"-m chat -b", "-m chat: not together with"},
         {"-e data/eval.txt -b", "-b: one of -e, -z, -x and -b"},
         {"-q", "unknown option -q"},

@@ -182,6 +182,43 @@ static void test_other_kinds(void) {
     check(!strncmp(with, "acc ", 4) && strcmp(with, without), "%s%s", with, without);
 }
 
+/* A cache in 4 bits cannot go back everywhere: contexts and choices that end on either side of a
+ * multiple of RECENT, each choice after the other. */
+static void test_small_caches(void) {
+    enum { N = 12 };
+    test_begin("zero-shot: KV caches in 8 and 4 bits; what a choice gets after others");
+    FILE *f = fopen(SCRATCH "_kv.jsonl", "w");
+    for (int i = 0; i < 2 * N; i++) { // two items a context, the choices in either order
+        fprintf(f, "{\"context\": \"");
+        for (int k = 0; k < 52 + i / 2; k++) fprintf(f, "a king ");
+        const char *choices[] = {"and a queen and a daughter", "who had a son"};
+        fprintf(f, "\", \"choices\": [\"%s\", \"%s\"], \"gold\": 0}\n", choices[i % 2],
+                choices[1 - i % 2]);
+    }
+    fclose(f);
+    double ll[3][2 * N][2];
+    for (int i = 0; i < 3; i++) {
+        check(shell("./run data/tiny -d cpu -k %d -z " SCRATCH "_kv.jsonl -o " SCRATCH
+                    ".out 2>/dev/null",
+                    16 >> i) == 0,
+              "-k %d: %s", 16 >> i, output);
+        size_t bytes;
+        char *out = read_file(SCRATCH ".out", &bytes), *line = out;
+        for (int item = 0; item < 2 * N && line; item++, line = strchr(line, '\n') + 1) {
+            Json *json = json_parse("", line, strcspn(line, "\n"));
+            check(numbers(json, "loglikelihoods", ll[i][item]) == 2, "item %d", item);
+            json_free(json);
+        }
+        free(out);
+        for (int item = 0; item < 2 * N; item++) {
+            double other = ll[i][item ^ 1][1], off = ll[i][item][0] - ll[0][item][0];
+            check(fabs(ll[i][item][0] - other) < 1e-4, "-k %d, item %d: %f, after another %f",
+                  16 >> i, item, ll[i][item][0], other);
+            check(fabs(off) < 0.3, "-k %d, item %d: off by %f", 16 >> i, item, off);
+        }
+    }
+}
+
 static void test_bad_items(void) {
     test_begin("zero-shot: items that are none");
     const struct {
@@ -263,6 +300,7 @@ void test_zeroshot(void) {
     check_golden("data/tiny", "test/data/zeroshot_choices.jsonl", true);
     check_golden("data/tiny", "test/data/zeroshot_contexts.jsonl", false);
     test_other_kinds();
+    test_small_caches();
     test_bad_items();
 }
 
