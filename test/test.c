@@ -193,8 +193,7 @@ int main(int argc, char **argv) {
                   {"gpu", test_gpu, false},
                   {"gpu-quantize", test_gpu_quantize, false}};
     if (system("mkdir -p build/test")) die("build/test: cannot be made");
-    int signals[] = {SIGINT, SIGTERM, SIGHUP}; // which nohup or a script may have set aside
-    for (int i = 0; i < 3; i++) signal(signals[i], SIG_DFL);
+    for (int i = 1; i < NSIG; i++) signal(i, SIG_DFL); // nohup and background jobs ignore some
     for (size_t i = 0; i < sizeof suites / sizeof *suites; i++)
         if (argc > 1 ? !strcmp(argv[1], suites[i].name) : suites[i].quick) suites[i].run();
     return test_end();
