@@ -1065,7 +1065,8 @@ static void load_tensor(void *to, const Parameter *p) {
     const Loading *loading = to;
     const Tensor *t = need(loading->checkpoint, p);
     bool is_float = p->role == NORM || p->role == WEIGHT;
-    if (is_float) expect_dtype(t, t->dtype <= BF16, "F32, F16 or BF16");
+    bool in_bytes = p->role == WEIGHT && p->linear->dtype == I8;
+    if (is_float) expect_dtype(t, t->dtype <= BF16 || in_bytes, "F32, F16 or BF16");
     else if (p->role == S_CHANNEL) expect_dtype(t, t->dtype == F32, "F32");
     else expect_dtype(t, t->dtype == U8, "U8");
     void *data = (void *)t->data; // read-only, as `mapped` says
@@ -1146,6 +1147,9 @@ void for_each_tensor(Model *m, int first, int last, void (*visit)(void *to, cons
         if (l == c->n_layers) {
             visit(to, &(Parameter){NORM, "model.norm.weight", c->dim, 0, NULL, &m->norm});
             if (!c->tied) visit_linear("lm_head", c->vocab_size, c->dim, 0, &m->lm_head, visit, to);
+            if (m->lm_head.dtype == I8)
+                visit(to, &(Parameter){S_CHANNEL, "lm_head.s_channel", c->vocab_size, 0,
+                                       &m->lm_head, NULL});
         }
         if (l < 0 || l == c->n_layers) continue;
         Layer *layer = &m->layers[l];
@@ -1188,9 +1192,11 @@ void check_group_size(const char *path, const Config *c, int group_size) {
 
 Model *model_load(const Checkpoint *checkpoint) {
     Config c = config_parse(checkpoint->path, checkpoint->config, checkpoint->generation_config);
-    // A tied lm_head that rotation had to untie stands in the file all the same.
-    if (checkpoint_find(checkpoint, "lm_head.weight")) c.tied = false;
+    // A tied lm_head that rotation or its 8 bits untied stands in the file all the same.
+    const Tensor *head = checkpoint_find(checkpoint, "lm_head.weight");
+    if (head) c.tied = false;
     Model *m = model_new(&c, quantization_group_size(checkpoint));
+    if (head && head->dtype == I8 && m->group_size) m->lm_head.dtype = I8;
     check_group_size(checkpoint->path, &c, m->group_size);
     Loading loading = {checkpoint, m->group_size};
     for_each_tensor(m, -1, c.n_layers, load_tensor, &loading);

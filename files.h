@@ -173,7 +173,8 @@ void for_each_tensor(Model *m, int first, int last, void (*visit)(void *to, cons
                      void *to);
 
 /* Finds every tensor of the model in the checkpoint and checks dtypes, shapes and scales. Weights
- * stay in the mapped file, which must outlive the model; norms and s_channel are copied. */
+ * stay in the mapped file, which must outlive the model; norms and s_channel are copied. Of a W4A8
+ * model lm_head.weight may be I8 [vocab_size][dim], with lm_head.s_channel F32 [vocab_size]. */
 Model *model_load(const Checkpoint *c);
 
 /* Ends the program unless the input channels of all linears come in whole groups. */

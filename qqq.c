@@ -438,7 +438,7 @@ void model_free(Model *m) {
 
 static size_t linear_bytes(const Linear *l) {
     size_t N = l->N, K = l->K;
-    if (!l->qweight) return N * K * dtype_size(l->dtype);
+    if (!l->qweight) return N * K * dtype_size(l->dtype) + (l->s_channel ? N * sizeof(float) : 0);
     return N * K / 2 + N * sizeof(float) + (l->s_group ? N * K / GROUP : 0);
 }
 
@@ -534,6 +534,7 @@ Perplexity perplexity(Engine *e, const int *tokens, int n, int length, int max_w
  *   activations, per token:   s_a = max|x| / 127,   a = clamp(rint(x / s_a), -128, 127)
  *   weights, per channel:     w = q s_channel,                q in -7..7
  *   weights, per group:       w = (q s_group) s_channel,      q in -8..7, s_group in 1..15
+ *   lm_head, in 8 bits:       w = q s_channel,                q in -127..127, as activations
  *
  * QQQ, arXiv 2406.09904, section 3.3; integer group scales: QoQ, arXiv 2405.04532.
  * ============================================================================================ */
@@ -585,6 +586,20 @@ void linear_free(Linear *l) {
     *l = (Linear){0};
 }
 
+Linear quantize_bytes(const Linear *w) {
+    size_t N = w->N, K = w->K;
+    Linear l = {.N = N, .K = K, .dtype = I8};
+    int8_t *q = l.w = allocate(N, K);
+    l.s_channel = allocate(N, sizeof *l.s_channel);
+#pragma omp parallel for
+    for (size_t n = 0; n < N; n++) {
+        float row[K];
+        floats(w->w, w->dtype, n * K, K, row);
+        l.s_channel[n] = quantize_row(row, K, q + n * K);
+    }
+    return l;
+}
+
 /* Where row n of the codes and group scales stands. */
 static uint8_t *codes_of(const Linear *l, size_t n) {
     return l->qweight + n * l->K / 2;
@@ -621,11 +636,18 @@ static void dot_u4_c(const uint8_t *w, const uint8_t *s_group, const int8_t *a, 
     }
 }
 
+/* For lm_head in 8 bits, bound by reading q. */
+static int32_t dot_bytes(const int8_t *q, const int8_t *a, int K) {
+    int32_t sum = 0;
+    for (int k = 0; k < K; k++) sum += q[k] * a[k];
+    return sum;
+}
+
 enum { MAX_T = 8 }; // tokens that share one unpacking of the weights
 
 /* Activations as the dot product wants them. */
 typedef struct {
-    int8_t *a;     // [T][2][K/2] even columns, odd columns
+    int8_t *a;     // [T][2][K/2] even columns, odd columns; for weights in 8 bits [T][K]
     int32_t *sums; // [T][groups] sums over each group; one group per channel
     int groups;
 } Activations;
@@ -635,8 +657,13 @@ static Activations split_activations(const Linear *w, int T) {
     return (Activations){allocate(T, w->K), allocate((size_t)T * groups, sizeof(int32_t)), groups};
 }
 
-static void split_row(const int8_t *a, int K, int t, Activations *to) {
+static void split_row(const Linear *w, const int8_t *a, int t, Activations *to) {
+    int K = w->K;
     int8_t *even = to->a + (size_t)t * K, *odd = even + K / 2;
+    if (!w->qweight) {
+        memcpy(even, a, K);
+        return;
+    }
     for (int j = 0; j < K / 2; j++) {
         even[j] = a[2 * j];
         odd[j] = a[2 * j + 1];
@@ -652,6 +679,11 @@ static void split_row(const int8_t *a, int K, int t, Activations *to) {
 static void accumulate(const Linear *w, DotU4 *dot_u4, const Activations *x, int n, int t, int T,
                        int32_t *acc) {
     size_t K = w->K;
+    if (!w->qweight) {
+        for (int i = 0; i < T; i++)
+            acc[i] = dot_bytes((const int8_t *)w->w + n * K, x->a + (t + i) * K, K);
+        return;
+    }
     const uint8_t *s_group = w->s_group ? w->s_group + (size_t)n * x->groups : NULL;
     dot_u4(w->qweight + n * (K / 2), s_group, x->a + t * K, K, T, acc);
     for (int i = 0; i < T; i++) {
@@ -686,7 +718,7 @@ static void integer_products(const Linear *w, int n_linears, DotU4 *dot_u4, cons
     }
 }
 
-static void w4a8_linears(const Linear *w, int n, const float *x, int T, float *const *y) {
+static void integer_linears(const Linear *w, int n, const float *x, int T, float *const *y) {
     int K = w->K;
     const char *name;
     Activations split = split_activations(w, T);
@@ -695,7 +727,7 @@ static void w4a8_linears(const Linear *w, int n, const float *x, int T, float *c
 #pragma omp parallel for if (T > 1)
     for (int t = 0; t < T; t++) {
         s_a[t] = quantize_row(x + (size_t)t * K, K, a + (size_t)t * K);
-        split_row(a + (size_t)t * K, K, t, &split);
+        split_row(w, a + (size_t)t * K, t, &split);
     }
     integer_products(w, n, dot_u4_best(&name), &split, s_a, T, y, NULL);
     free(a);
@@ -706,14 +738,14 @@ static void w4a8_linears(const Linear *w, int n, const float *x, int T, float *c
 
 void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc) {
     Activations split = split_activations(w, T);
-    for (int t = 0; t < T; t++) split_row(a + (size_t)t * w->K, w->K, t, &split);
+    for (int t = 0; t < T; t++) split_row(w, a + (size_t)t * w->K, t, &split);
     integer_products(w, 1, dot_u4, &split, NULL, T, NULL, acc);
     free(split.a);
     free(split.sums);
 }
 
 void linears(const Linear *w, int n, const float *x, int T, float *const *y) {
-    if (w->qweight) w4a8_linears(w, n, x, T, y);
+    if (w->dtype == U8 || w->dtype == I8) integer_linears(w, n, x, T, y);
     else float_linears(w, n, x, T, y);
 }
 

@@ -56,14 +56,14 @@ typedef struct {
 /* A file may hold others, which dtype_name() knows; no model needs them. */
 typedef enum { F32, F16, BF16, U8, I8, I32, I64 } DType;
 
-/* The weights of y = x W^T, W [N][K]: 16 or 32-bit floats in w, or W4A8 in the other three. It owns
- * its arrays, and linear_free() releases them; if `mapped`, all but s_channel are the model file's
- * instead, and read-only. */
+/* The weights of y = x W^T, W [N][K]: 16 or 32-bit floats in w; or W4A8 in the other three; or, of
+ * lm_head, int8 in w with s_channel. It owns its arrays, and linear_free() releases them; if
+ * `mapped`, all but s_channel are the model file's instead, and read-only. */
 typedef struct {
     int N, K;
-    DType dtype;      // F32, F16 or BF16: of w; U8: quantized
+    DType dtype;      // F32, F16, BF16 or I8: of w; U8: W4A8
     bool mapped;      // the arrays lie in a Checkpoint
-    void *w;          // [N][K], at any alignment; NULL if quantized
+    void *w;          // [N][K], at any alignment; NULL if W4A8
     uint8_t *qweight; // [N][K/2] codes u = q + 8, even column in the low nibble
     float *s_channel; // [N]
     uint8_t *s_group; // [N][K/128] in 1..15, NULL per channel
@@ -94,7 +94,7 @@ typedef struct {
     Linear embedding; // [vocab_size][dim], rows are looked up
     Layer *layers;    // [n_layers]
     float *norm;      // [dim] final norm
-    Linear lm_head;   // [vocab_size][dim], the same as the embedding if config.tied
+    Linear lm_head;   // [vocab_size][dim], maybe int8; the same as the embedding if config.tied
     int group_size;   // 0 unquantized, -1 W4A8 per channel, 128 W4A8 per group
 } Model;
 
@@ -249,6 +249,9 @@ void unpack_row(const uint8_t *qweight, int K, int8_t *q);
 
 /* The float weights w [K] that row n of a quantized linear stands for. */
 void dequantize_row(const Linear *l, int n, float *w);
+
+/* Float weights w [N][K] as int8 rows, q and s_channel as quantize_row() makes them of a token. */
+Linear quantize_bytes(const Linear *w);
 
 /* An empty quantized linear; and the end of any linear. */
 Linear quantized_new(int N, int K, int group_size);

@@ -31,6 +31,7 @@ static const char usage[] =
     "  -r 0|1         rotation (0)\n"
     "  -m 0|1         mse: ranges searched for the least squared output error, or max|w| (1)\n"
     "  -o 0|1         columns in the order of their activations, in GPTQ (1)\n"
+    "  -q 8|16        bits of lm_head (16)\n"
     "  -c FILE        calibration text (the embedded data/calib.txt)\n"
     "  -n WINDOWS     of it to use (as many as it gives, at most 128)\n"
     "  -l TOKENS      of each window (2048)\n"
@@ -53,6 +54,7 @@ typedef struct {
     char quantizes; // an option that says how to quantize, 0: none was given
     Method method;
     bool rotate, convert;
+    int head_bits; // of lm_head
     char *calibration;
     int n_windows, length; // n_windows 0: not given
     uint64_t seed;
@@ -86,6 +88,7 @@ static Options parse_options(int argc, char **argv) {
                             .gptq = true,
                             .act_order = true,
                             .progress = show_linear},
+                 .head_bits = 16,
                  .length = 2048};
     Method *m = &o.method;
     for (int i = 1; i < argc; i++) {
@@ -98,7 +101,7 @@ static Options parse_options(int argc, char **argv) {
         char flag = arg[1];
         if (!strcmp(arg, "-h") || !strcmp(arg, "--help")) print_and_exit(usage);
         if (!strcmp(arg, "--version")) print_and_exit("quantize, QQQ in C 1.0\n");
-        if (!flag || arg[2] || !strchr("gbarmocnlsefxdM", flag))
+        if (!flag || arg[2] || !strchr("gbarmoqcnlsefxdM", flag))
             die_usage("unknown option %s; ./quantize -h lists them all", arg);
         const char *value = flag == 'f' ? "" : argv[++i];
         if (!value) die_usage("-%c: its value is missing; ./quantize -h says which", flag);
@@ -108,13 +111,14 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'r') o.rotate = parse_integer(flag, value, 0, 1);
         if (flag == 'm') m->mse = parse_integer(flag, value, 0, 1);
         if (flag == 'o') m->act_order = parse_integer(flag, value, 0, 1);
+        if (flag == 'q') o.head_bits = parse_choice(flag, value, "8", "16") ? 16 : 8;
         if (flag == 'c') o.calibration = format_text("%s", value);
         if (flag == 'n') o.n_windows = parse_integer(flag, value, 1, 1 << 20);
         if (flag == 'l') o.length = parse_integer(flag, value, 2, 1 << 20);
         if (flag == 's') o.seed = parse_integer(flag, value, 0, LLONG_MAX);
         if (flag == 'e') o.eval = value;
         if (flag == 'f') o.convert = true;
-        if (strchr("gbarmocnls", flag)) o.quantizes = flag;
+        if (strchr("gbarmoqcnls", flag)) o.quantizes = flag;
         if (flag == 'x') o.format = parse_choice(flag, value, "vllm", "qqq") ? QQQ : VLLM;
         if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
         if (flag == 'M') o.most_memory = parse_number(flag, value, 0.1, 1e6) * 1e9;
@@ -174,10 +178,10 @@ static char *describe(const Options *o, int windows) {
     if (!out) die("out of memory");
     fprintf(out,
             "{\"bits\":4,\"group_size\":%d,\"method\":\"%s\",\"smooth\":%d,\"rotate\":%d,"
-            "\"seed\":%llu,\"mse\":%d,\"act_order\":%d,\"windows\":%d,\"length\":%d,"
-            "\"calibration\":",
+            "\"seed\":%llu,\"mse\":%d,\"act_order\":%d,\"lm_head_bits\":%d,\"windows\":%d,"
+            "\"length\":%d,\"calibration\":",
             m->group_size, m->gptq ? "gptq" : "rtn", m->smooth, o->rotate,
-            (unsigned long long)o->seed, m->mse, m->act_order, windows, o->length);
+            (unsigned long long)o->seed, m->mse, m->act_order, o->head_bits, windows, o->length);
     if (windows) put_json_string(out, base_name(o->calibration));
     else fprintf(out, "null");
     fprintf(out, "}");
@@ -242,7 +246,8 @@ static void check_out(const Options *o, const Checkpoint *c) {
 static bool changes(const Options *o, const Parameter *p) {
     if (p->role == NORM && !strcmp(p->name, "model.norm.weight"))
         return o->method.gptq || o->rotate;
-    return p->role == NORM ? o->rotate || o->method.smooth : p->role != WEIGHT || o->rotate;
+    if (p->role == NORM) return o->rotate || o->method.smooth;
+    return p->role != WEIGHT || o->rotate || p->linear->dtype == I8;
 }
 
 /* The tensors of the file, and where they come from. */
@@ -441,6 +446,7 @@ static void announce(void *to, const Parameter *p) {
     }
     bool codes = p->role == QWEIGHT || p->role == S_GROUP;
     DType dtype = codes ? U8 : p->role == WEIGHT ? F16 : F32;
+    if (p->role == WEIGHT && p->linear->dtype == I8) dtype = I8;
     if (!changes(out->o, p)) dtype = checkpoint_find(out->checkpoint, p->name)->dtype;
     add(out, p->name, "", dtype, p->rows, p->columns);
 }
@@ -460,6 +466,7 @@ static void put(void *to, const Parameter *p) {
     if (out->o->format) put_export(out, p);
     else if (!changes(out->o, p)) writer_put(w, p->name, t->data, t->bytes);
     else if (p->role == NORM) put_floats(w, p->name, *p->norm, n);
+    else if (p->role == WEIGHT && p->linear->dtype == I8) writer_put(w, p->name, p->linear->w, n);
     else if (p->role == WEIGHT) put_f16(w, p->name, p->linear);
     else if (p->role == QWEIGHT) writer_put(w, p->name, p->linear->qweight, n);
     else if (p->role == S_GROUP) writer_put(w, p->name, p->linear->s_group, n);
@@ -489,10 +496,10 @@ static void close_out(Out *out, const Model *m) {
     printf("%s: %.1f MB -> %s: %.1f MB", o->model, file_bytes(out->checkpoint) / 1e6, o->out,
            writer_close(out->writer) / 1e6);
     for (int i = 0; i < out->n; i++) {
-        const char *suffix = strrchr(out->list[i].name, '.');
-        bool is_code = !strcmp(suffix, ".qweight");
+        const char *name = out->list[i].name, *suffix = strrchr(name, '.');
+        bool is_code = !strcmp(suffix, ".qweight"), is_head = !strncmp(name, "lm_head.", 8);
         if (is_code) codes += 2 * out->list[i].bytes;
-        if (is_code || !strncmp(suffix, ".s_", 3)) packed += out->list[i].bytes;
+        if (is_code || (!is_head && !strncmp(suffix, ".s_", 3))) packed += out->list[i].bytes;
         free(out->list[i].name);
     }
     if (!o->format) printf(", %.3f bits per weight of the quantized linears", 8.0 * packed / codes);
@@ -594,7 +601,7 @@ static void require_f16(const Linear *w, const char *name) {
                 x[i]);
 }
 
-/* The model that is made of m, its layers still empty: rotation changes its ends. */
+/* The model that is made of m, its layers still empty: rotation and -q 8 change its ends. */
 static Model *new_model(const Options *o, const Model *m) {
     const Config *c = &m->config;
     Model *made = allocate(1, sizeof *made);
@@ -602,13 +609,19 @@ static Model *new_model(const Options *o, const Model *m) {
     made->group_size = o->method.group_size;
     made->layers = allocate(c->n_layers, sizeof *made->layers);
     made->norm = memcpy(allocate(c->dim, sizeof(float)), m->norm, c->dim * sizeof(float));
-    if (!o->rotate) return made;
+    if (o->rotate) {
+        made->config.tied = false;
+        made->embedding = float_copy(&m->embedding, "model.embed_tokens");
+        made->lm_head = float_copy(&m->lm_head, "lm_head");
+        rotate_ends(&made->embedding, &made->lm_head, made->norm, o->method.signs);
+        require_f16(&made->embedding, "model.embed_tokens.weight");
+        require_f16(&made->lm_head, "lm_head.weight");
+    }
+    if (o->head_bits == 16) return made;
+    Linear head = made->lm_head;
+    made->lm_head = quantize_bytes(&head);
     made->config.tied = false;
-    made->embedding = float_copy(&m->embedding, "model.embed_tokens");
-    made->lm_head = float_copy(&m->lm_head, "lm_head");
-    rotate_ends(&made->embedding, &made->lm_head, made->norm, o->method.signs);
-    require_f16(&made->embedding, "model.embed_tokens.weight");
-    require_f16(&made->lm_head, "lm_head.weight");
+    if (o->rotate) linear_free(&head);
     return made;
 }
 

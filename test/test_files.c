@@ -1767,6 +1767,50 @@ static void test_bad_w4a8(void) {
         refused_bin(&group, quantizations[0], parts[i]);
         t->name = name;
     }
+
+    test_begin("lm_head in 8 bits");
+    remove_tensor(&group, "lm_head.weight");
+    int8_t *q = allocate(16, 128);
+    float *scales = allocate(16, sizeof *scales);
+    for (int i = 0; i < 16 * 128; i++) q[i] = i * 37;   // -128 too
+    for (int i = 0; i < 16; i++) scales[i] = 0.01f * i; // 0 too
+    add_tensor(&group, text_of("lm_head.weight"), I8, 16, 128, q);
+    add_tensor(&group, text_of("lm_head.s_channel"), F32, 16, 0, scales);
+    write_model_bin(SCRATCH "/fine.bin", bad_config, quantizations[0], &group);
+    free(logits_at(SCRATCH "/fine.bin", 3, &n));
+    for (int i = 0; i < 3; i++) {
+        scales[15] = bad_s_channel[i];
+        refused_bin(&group, quantizations[0], "lm_head.s_channel is not finite");
+    }
+    scales[15] = 1;
+    Tensor *t = weight(&group, "lm_head.s_channel"), right = *t;
+    t->dtype = F16, t->shape[0] *= 2;
+    refused_bin(&group, quantizations[0], "lm_head.s_channel has the shape [32], expected [16]");
+    *t = right;
+    t->dtype = I32;
+    refused_bin(&group, quantizations[0], "lm_head.s_channel has dtype I32, expected F32");
+    *t = right;
+    t->name = "another";
+    refused_bin(&group, quantizations[0], "lm_head.s_channel is missing");
+    *t = right;
+    t = weight(&group, "lm_head.weight"), right = *t;
+    t->dtype = U8;
+    refused_bin(&group, quantizations[0], "lm_head.weight has dtype U8");
+    *t = right;
+    t->shape[0] = 8, t->shape[1] = 256;
+    refused_bin(&group, quantizations[0], "lm_head.weight has the shape [8, 256]");
+    *t = right;
+
+    test_begin("8 bits where they do not belong: the embedding, lm_head of a 16-bit model");
+    t = weight(&group, "model.embed_tokens.weight"), right = *t;
+    t->dtype = I8, t->bytes /= 2;
+    refused_bin(&group, quantizations[0], "model.embed_tokens.weight has dtype I8");
+    *t = right;
+    Weights plain = make_weights(bad_config, BF16, 0);
+    t = weight(&plain, "lm_head.weight");
+    t->dtype = I8, t->bytes /= 2;
+    refused_bin(&plain, NULL, "lm_head.weight has dtype I8, expected F32, F16 or BF16");
+    free_weights(&plain);
     free_weights(&group);
     free_weights(&channel);
     free(bad_config);

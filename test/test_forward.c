@@ -402,6 +402,51 @@ static void test_quantized_linear(void) {
     free_w4a8(w);
 }
 
+/* lm_head in 8 bits: each row by the definition, each product exact, in any company. */
+static void test_bytes(void) {
+    static const int shapes[][2] = {{37, 256}, {5, 33}, {1, 1}, {70, 1040}};
+    uint64_t seed = 21;
+    test_begin("int8 rows: scales, codes, exact sums");
+    for (int i = 0; i < 4; i++) {
+        enum { T = 70 };
+        int N = shapes[i][0], K = shapes[i][1];
+        Linear w = {.N = N, .K = K, .dtype = F32, .w = random_floats((size_t)N * K, 1, &seed)};
+        float *rows = w.w, *x = random_floats((size_t)T * K, 3, &seed), scale[T];
+        memset(rows, 0, (N > 1 ? K : 0) * sizeof *rows); // a row of zeros
+        Linear bytes = quantize_bytes(&w);
+        const int8_t *q = bytes.w;
+        int8_t *a = allocate(T, K);
+        for (int n = 0; n < N; n++) {
+            float max = 0;
+            for (int k = 0; k < K; k++) max = fmaxf(max, fabsf(rows[n * K + k]));
+            check(bytes.s_channel[n] == max / 127, "row %d: scale %g", n, bytes.s_channel[n]);
+            for (int k = 0; k < K; k++)
+                check(q[n * K + k] == (max > 0 ? half_even(rows[n * K + k] / (max / 127)) : 0),
+                      "row %d, column %d: %d", n, k, q[n * K + k]);
+        }
+        float *y = allocate((size_t)T * N, sizeof *y), *alone = allocate(N, sizeof *alone);
+        int32_t *acc = allocate((size_t)T * N, sizeof *acc);
+        const char *name;
+        for (int t = 0; t < T; t++) scale[t] = quantize_row(x + t * K, K, a + t * K);
+        linear(&bytes, x, T, y);
+        accumulators(&bytes, a, T, dot_u4_best(&name), acc);
+        for (int t = 0; t < T; t++) {
+            linear(&bytes, x + t * K, 1, alone);
+            check(!memcmp(alone, y + t * N, N * sizeof *y), "token %d alone", t);
+            for (int n = 0; n < N; n++) {
+                int64_t sum = 0;
+                for (int k = 0; k < K; k++) sum += a[t * K + k] * q[n * K + k];
+                check(acc[t * N + n] == sum &&
+                          y[t * N + n] == ((float)sum * scale[t]) * bytes.s_channel[n],
+                      "token %d, row %d: %d not %lld", t, n, acc[t * N + n], (long long)sum);
+            }
+        }
+        linear_free(&w);
+        linear_free(&bytes);
+        free(x), free(a), free(y), free(alone), free(acc);
+    }
+}
+
 /* ---- float products and the small parts ---------------------------------------------------- */
 
 static void test_float_linear(void) {
@@ -1414,6 +1459,7 @@ void test_forward(void) {
     test_pack();
     test_accumulators();
     test_quantized_linear();
+    test_bytes();
     test_float_linear();
     test_rmsnorm();
     test_rope_angles();

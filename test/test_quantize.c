@@ -1762,6 +1762,55 @@ static void test_tied(void) {
     unlink(OUT);
 }
 
+/* -q 8: rows as quantize_bytes() makes them, of a tied model's embedding too, which stays. */
+static void test_head_bytes(void) {
+    const char *flags[] = {"-b rtn -m 0 -a 0 -q 8", "-b rtn -m 0 -a 0 -q 8 -r 1"};
+    for (int tied = 0; tied < 2; tied++)
+        for (int i = 0; i < 2; i++) {
+            begin("quantize: lm_head in 8 bits, %s%s", tied ? "tied" : "of its own",
+                  i ? ", rotated" : "");
+            Made s = made;
+            s.tied = tied, s.copied_head = true;
+            make_model(SCRATCH "/made.bin", s);
+            if (!quantize(SCRATCH "/made.bin " OUT " %s", flags[i])) continue;
+            Opened o = open_model(OUT), f = open_model(SCRATCH "/made.bin");
+            const Tensor *head = checkpoint_find(o.c, "lm_head.weight");
+            const Tensor *embedding = checkpoint_find(o.c, "model.embed_tokens.weight");
+            check(strstr(o.c->quantization, "\"lm_head_bits\":8") != NULL, "%s", o.c->quantization);
+            check(head && head->dtype == I8 && o.m->lm_head.dtype == I8 && !o.m->config.tied &&
+                      embedding->dtype != I8,
+                  "dtypes");
+            Linear want = quantize_bytes(&f.m->lm_head), *got = &o.m->lm_head;
+            size_t n = (size_t)want.N * want.K;
+            check(i || (!memcmp(want.w, got->w, n) &&
+                        !memcmp(want.s_channel, got->s_channel, want.N * sizeof(float))),
+                  "other rows");
+            check(head->bytes == n && model_bytes(o.m) < model_bytes(f.m), "sizes");
+            linear_free(&want);
+            check(shell("$RUN " OUT " -d cpu -n 3 -s 1") == 0, "%s", output);
+
+            shell("rm -rf " SCRATCH "/head-vllm");
+            if (quantize(OUT " " SCRATCH "/head-vllm -x vllm")) {
+                Checkpoint *x = checkpoint_open(SCRATCH "/head-vllm");
+                const Tensor *t = checkpoint_find(x, "lm_head.weight");
+                const uint16_t *half = t ? t->data : NULL;
+                bool same = t && t->dtype == F16 && t->bytes == 2 * n;
+                for (size_t k = 0; same && k < n; k++)
+                    same = half[k] ==
+                           float_to_f16(((const int8_t *)got->w)[k] * got->s_channel[k / got->K]);
+                check(same && !checkpoint_find(x, "lm_head.s_channel"), "lm_head of the export");
+                checkpoint_close(x);
+            }
+            shell("rm -rf " SCRATCH "/head-vllm");
+            close_model(o);
+            close_model(f);
+            shell("mv " OUT " " SCRATCH "/head.bin");
+            expect_error("$QUANTIZE " SCRATCH "/head.bin " OUT, 1, "quantized already", false);
+            unlink(SCRATCH "/head.bin");
+        }
+    unlink(OUT);
+}
+
 static void test_names(void) {
     test_begin("quantize: a calibration text with an odd name");
     copy_text("data/calib.txt", 8000, SCRATCH "/a \"b\\c\td.txt");
@@ -1788,7 +1837,7 @@ static void test_usage(void) {
     test_begin("quantize: options");
     check(shell("$QUANTIZE -h 2>/dev/null") == 0 && !strncmp(output, "usage: ./quantize MODEL", 23),
           "-h: %s", output);
-    const char flags[] = "gbarmoscnlefxdM";
+    const char flags[] = "gbarmoqscnlefxdM";
     for (int i = 0; flags[i]; i++) {
         char line[80];
         snprintf(line, sizeof line, "\n  -%c ", flags[i]);
@@ -1815,6 +1864,7 @@ static void test_usage(void) {
         {"-r 2", "-r 2: expected"},
         {"-m x", "-m x: expected"},
         {"-o ''", "-o : expected"},
+        {"-q 4", "-q 4: expected 8 or 16"},
         {"-s -1", "-s -1: expected"},
         {"-d gpu", "-d gpu: expected"},
         {"-M 0", "-M 0: expected a number from 0.1"},
@@ -2210,6 +2260,7 @@ void test_quantize(void) {
     test_outliers();
     test_same_bytes();
     test_tied();
+    test_head_bytes();
     test_names();
     test_usage();
     test_bad_texts();

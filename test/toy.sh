@@ -31,7 +31,7 @@ try $tool "$bin/quantize" "$bin/toy" "$bin/toy-f.bin" -f
 try_quantize toy -g -1 -a 2 -e "$text"
 try_quantize toy -g -1 -r 1
 try_quantize toy -g -1
-try_quantize groups -b rtn -a 0 -m 0
+try_quantize groups -b rtn -a 0 -m 0 -q 8
 for format in vllm qqq; do
     rm -rf "$bin/groups-$format"
     try $tool "$bin/quantize" "$bin/groups.bin" "$bin/groups-$format" -x $format
