@@ -636,10 +636,10 @@ static void dot_u4_c(const uint8_t *w, const uint8_t *s_group, const int8_t *a, 
     }
 }
 
-/* For lm_head in 8 bits, bound by reading q. */
-static int32_t dot_bytes(const int8_t *q, const int8_t *a, int K) {
+/* For lm_head in 8 bits. With a of 16 bits compilers find vpmaddwd: 4 times as fast as with 8. */
+static int32_t dot_bytes(const int8_t *q, const int16_t *a, int K) {
     int32_t sum = 0;
-    for (int k = 0; k < K; k++) sum += q[k] * a[k];
+    for (int k = 0; k < K; k++) sum += (int16_t)q[k] * a[k];
     return sum;
 }
 
@@ -647,23 +647,31 @@ enum { MAX_T = 8 }; // tokens that share one unpacking of the weights
 
 /* Activations as the dot product wants them. */
 typedef struct {
-    int8_t *a;     // [T][2][K/2] even columns, odd columns; for weights in 8 bits [T][K]
+    int8_t *a;     // [T][2][K/2] even columns, odd columns; or
+    int16_t *wide; // [T][K] for weights in 8 bits
     int32_t *sums; // [T][groups] sums over each group; one group per channel
     int groups;
 } Activations;
 
 static Activations split_activations(const Linear *w, int T) {
     int groups = w->s_group ? w->K / GROUP : 1;
-    return (Activations){allocate(T, w->K), allocate((size_t)T * groups, sizeof(int32_t)), groups};
+    if (!w->qweight) return (Activations){.wide = allocate(T, w->K * sizeof(int16_t))};
+    return (Activations){.a = allocate(T, w->K),
+                         .sums = allocate((size_t)T * groups, sizeof(int32_t)),
+                         .groups = groups};
+}
+
+static void free_activations(Activations *x) {
+    free(x->a);
+    free(x->wide);
+    free(x->sums);
 }
 
 static void split_row(const Linear *w, const int8_t *a, int t, Activations *to) {
     int K = w->K;
+    for (int k = 0; to->wide && k < K; k++) to->wide[(size_t)t * K + k] = a[k];
+    if (to->wide) return;
     int8_t *even = to->a + (size_t)t * K, *odd = even + K / 2;
-    if (!w->qweight) {
-        memcpy(even, a, K);
-        return;
-    }
     for (int j = 0; j < K / 2; j++) {
         even[j] = a[2 * j];
         odd[j] = a[2 * j + 1];
@@ -681,7 +689,7 @@ static void accumulate(const Linear *w, DotU4 *dot_u4, const Activations *x, int
     size_t K = w->K;
     if (!w->qweight) {
         for (int i = 0; i < T; i++)
-            acc[i] = dot_bytes((const int8_t *)w->w + n * K, x->a + (t + i) * K, K);
+            acc[i] = dot_bytes((const int8_t *)w->w + n * K, x->wide + (t + i) * K, K);
         return;
     }
     const uint8_t *s_group = w->s_group ? w->s_group + (size_t)n * x->groups : NULL;
@@ -732,16 +740,14 @@ static void integer_linears(const Linear *w, int n, const float *x, int T, float
     integer_products(w, n, dot_u4_best(&name), &split, s_a, T, y, NULL);
     free(a);
     free(s_a);
-    free(split.a);
-    free(split.sums);
+    free_activations(&split);
 }
 
 void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc) {
     Activations split = split_activations(w, T);
     for (int t = 0; t < T; t++) split_row(w, a + (size_t)t * w->K, t, &split);
     integer_products(w, 1, dot_u4, &split, NULL, T, NULL, acc);
-    free(split.a);
-    free(split.sums);
+    free_activations(&split);
 }
 
 void linears(const Linear *w, int n, const float *x, int T, float *const *y) {
