@@ -5,17 +5,18 @@
 
 #include <stdarg.h>
 #include <string.h>
+#include <string>
 #include <vector>
 
 typedef std::vector<float> Floats;
 
 static int n_passed, n_failed;
 static bool failed;
-static const char *running;
+static std::string running;
 
 static void test_end() {
-    if (!running) return;
-    printf("%s %s\n", failed ? "FAIL" : "ok  ", running);
+    if (running.empty()) return;
+    printf("%s %s\n", failed ? "FAIL" : "ok  ", running.c_str());
     fflush(stdout);
     failed ? n_failed++ : n_passed++;
 }

@@ -6,14 +6,15 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <string>
 #include <vector>
 
 static int n_passed, n_failed, n_problems;
-static const char *running;
+static std::string running;
 
 static void test_end() {
-    if (!running) return;
-    printf("%s %s\n", n_problems ? "FAIL" : "ok  ", running);
+    if (running.empty()) return;
+    printf("%s %s\n", n_problems ? "FAIL" : "ok  ", running.c_str());
     fflush(stdout);
     n_problems ? n_failed++ : n_passed++;
 }
