@@ -45,9 +45,10 @@ $(BUILD)/%.o: %.c qqq.h files.h test/test.h Makefile
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -c $< -o $@
 
-# With nvcc the programs are linked with the GPU's part. CUDA= on make's command line leaves it out.
+# With nvcc the programs are linked with the GPU's part, which loads cuBLAS if there is a GPU. CUDA=
+# on make's command line leaves it out.
 CUDA ?= $(NVCC)
-GPU_LIBS = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcublas -lcudart_static -ldl -lrt -lpthread -lstdc++
+GPU_LIBS = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart_static -ldl -lrt -lpthread -lstdc++
 CUDA_LIB = $(abspath $(dir $(NVCC))../lib64)
 
 $(BUILD)/tests: $(TESTS) $(BUILD)/test/variant.o

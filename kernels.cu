@@ -13,7 +13,9 @@
 #include <cublas_v2.h>
 #include <cudaTypedefs.h>
 #include <cuda_bf16.h>
+#include <dlfcn.h>
 #include <stdlib.h>
+#include <string>
 #include <type_traits>
 
 /* ================================================================================================
@@ -177,8 +179,20 @@ static void cuda_check(cudaError_t status, const char *what) {
     if (status != cudaSuccess) die("%s: %s", what, cudaGetErrorString(status));
 }
 
+/* A function of cuBLAS, which is loaded only now: linked, it would cost every start 0.1 s. */
+template <typename F> static F *load_cublas(const char *name) {
+    static const std::string file = "libcublas.so." + std::to_string(CUBLAS_VER_MAJOR);
+    static void *library = dlopen(file.c_str(), RTLD_NOW);
+    F *f = library ? (F *)dlsym(library, name) : NULL;
+    if (!f) die("cuBLAS: %s", dlerror());
+    return f;
+}
+
+#define CUBLAS(f) load_cublas<decltype(f)>(#f)
+
 static void cublas_check(cublasStatus_t status) {
-    if (status != CUBLAS_STATUS_SUCCESS) die("cuBLAS: %s", cublasGetStatusString(status));
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    die("cuBLAS: %s", CUBLAS(cublasGetStatusString)(status));
 }
 
 static void *device_alloc(size_t bytes) {
@@ -1926,10 +1940,10 @@ static void linear_halves(GpuState *s, const Matrix *w, const half *in, const fl
         return;
     }
     const float one = 1, beta = add;
-    cublas_check(cublasGemmEx(s->cublas, CUBLAS_OP_T, CUBLAS_OP_N, w->N, T, w->K, &one, w->w,
-                              CUDA_R_16F, w->K, in, CUDA_R_16F, w->K, &beta,
-                              y16 ? (void *)y16 : y32, y16 ? CUDA_R_16F : CUDA_R_32F, w->N,
-                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    cublas_check(CUBLAS(cublasGemmEx_64)(s->cublas, CUBLAS_OP_T, CUBLAS_OP_N, w->N, T, w->K, &one,
+                                         w->w, CUDA_R_16F, w->K, in, CUDA_R_16F, w->K, &beta,
+                                         y16 ? (void *)y16 : y32, y16 ? CUDA_R_16F : CUDA_R_32F,
+                                         w->N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 /* ---- lm_head in 8 bits -------------------------------------------------------------------------
@@ -3253,18 +3267,18 @@ template <typename T> struct Operand {
  * cuBLAS, which so is asked for y^T = b^T a^T. */
 static void product(GpuQuantizer *q, int M, int N, int K, float alpha, Operand<float> a,
                     Operand<float> b, float beta, float *y, int columns) {
-    cublas_check(cublasGemmEx(q->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                              a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b.p,
-                              CUDA_R_32F, b.columns, a.p, CUDA_R_32F, a.columns, &beta, y,
-                              CUDA_R_32F, columns, CUBLAS_COMPUTE_32F_FAST_TF32,
-                              CUBLAS_GEMM_DEFAULT));
+    cublas_check(CUBLAS(cublasGemmEx_64)(q->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+                                         a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha,
+                                         b.p, CUDA_R_32F, b.columns, a.p, CUDA_R_32F, a.columns,
+                                         &beta, y, CUDA_R_32F, columns,
+                                         CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT));
 }
 
 static void product(GpuQuantizer *q, int M, int N, int K, double alpha, Operand<double> a,
                     Operand<double> b, double beta, double *y, int columns) {
-    cublas_check(cublasDgemm(q->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                             a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b.p,
-                             b.columns, a.p, a.columns, &beta, y, columns));
+    cublas_check(CUBLAS(cublasDgemm_v2)(q->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+                                        a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha,
+                                        b.p, b.columns, a.p, a.columns, &beta, y, columns));
 }
 
 constexpr int SUM_BLOCKS = 512;
@@ -3791,8 +3805,8 @@ static void invert(GpuQuantizer *q, double *A, int n, int columns) {
                                  cudaMemcpyDeviceToDevice, q->stream),
                "copy");
     const double one = 1, minus = -1; // the upper part of a row-major matrix is cuBLAS's lower
-    cublas_check(cublasDsyrk(q->cublas, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_T, n1, n2, &minus, A12,
-                             columns, &one, A, columns));
+    cublas_check(CUBLAS(cublasDsyrk_v2)(q->cublas, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_T, n1, n2,
+                                        &minus, A12, columns, &one, A, columns));
     invert(q, A, n1, columns);
     product(q, n1, n2, n2, 1.0, {A12, columns}, {A22, columns}, 0.0, half, n2);
     product(q, n1, n2, n1, -1.0, {A, columns}, {half, n2}, 0.0, A12, columns);
@@ -4595,9 +4609,9 @@ static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, 
     s->host_chosen = (int *)allocate(n_sequences, sizeof *s->host_chosen);
     s->ends = (int *)allocate(n_sequences, sizeof *s->ends);
     cuda_check(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), "cudaStreamCreate");
-    cublas_check(cublasCreate(&s->cublas));
-    cublas_check(cublasSetStream(s->cublas, s->stream));
-    cublas_check(cublasSetWorkspace(s->cublas, s->cublas_workspace, CUBLAS_WORKSPACE));
+    cublas_check(CUBLAS(cublasCreate_v2)(&s->cublas));
+    cublas_check(CUBLAS(cublasSetStream_v2)(s->cublas, s->stream));
+    cublas_check(CUBLAS(cublasSetWorkspace_v2)(s->cublas, s->cublas_workspace, CUBLAS_WORKSPACE));
     return s;
 }
 
@@ -4605,7 +4619,7 @@ static void gpu_state_free(GpuState *s) {
     if (!s) return;
     cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
     if (s->step) cuda_check(cudaGraphExecDestroy(s->step), "cudaGraphExecDestroy");
-    cublas_check(cublasDestroy(s->cublas));
+    cublas_check(CUBLAS(cublasDestroy_v2)(s->cublas));
     cuda_check(cudaStreamDestroy(s->stream), "cudaStreamDestroy");
     cuda_check(cudaFreeHost(s->host_logits), "cudaFreeHost");
     cuda_check(cudaFree(s->gemm_workspace), "cudaFree");
@@ -4925,13 +4939,13 @@ GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Lin
     q->start = seconds();
     q->phase = REST;
     cuda_check(cudaStreamCreate(&q->stream), "cudaStreamCreate");
-    cublas_check(cublasCreate(&q->cublas));
+    cublas_check(CUBLAS(cublasCreate_v2)(&q->cublas));
     plan_quantizer(q, most_memory);
     q->memory = (uint8_t *)device_alloc(q->bytes);
     place_buffers(q);
     zero(q, q->memory, q->bytes);
-    cublas_check(cublasSetStream(q->cublas, q->stream));
-    cublas_check(cublasSetWorkspace(q->cublas, q->cublas_workspace, CUBLAS_WORKSPACE));
+    cublas_check(CUBLAS(cublasSetStream_v2)(q->cublas, q->stream));
+    cublas_check(CUBLAS(cublasSetWorkspace_v2)(q->cublas, q->cublas_workspace, CUBLAS_WORKSPACE));
     if (method->signs) to_gpu(q, q->signs, method->signs, c->dim);
     if (n_windows == 0) return q;
 
@@ -4965,7 +4979,7 @@ void gpu_quantizer_free(GpuQuantizer *q) {
         cuda_check(cudaFreeHost(q->x_float), "cudaFreeHost");
         cuda_check(cudaFreeHost(q->x_quant), "cudaFreeHost");
     }
-    cublas_check(cublasDestroy(q->cublas));
+    cublas_check(CUBLAS(cublasDestroy_v2)(q->cublas));
     cuda_check(cudaStreamDestroy(q->stream), "cudaStreamDestroy");
     cuda_check(cudaFree(q->memory), "cudaFree");
     free(q);
