@@ -353,20 +353,15 @@ constexpr int BAND = 8;        // tiles of tokens that are worked on together
 
 /* Where channel n stands in its strip: which m16 tile, which half of it, which row of the half.
  *
- * Any order is right, as long as the output is written in the same. In this one the four 8x8
- * matrices that a warp holds for 8 tokens (two m16 tiles of two halves), transposed, put into one
- * lane 8 *consecutive* channels of a token, 16 bytes of y (see write_tile()):
- *
- *     channel in the strip:  0 1  2 3  4 5  6 7 | 8 9 ...    of lanes with lane % 4 = 0 | 1 ...
- *     tile, half:            0,0  0,1  1,0  1,1 | 0,0 ...
- *     row:                   0 1  0 1  0 1  0 1 | 2 3 ... */
+ * Any order is right, as long as the output is written in the same. In this one the sums that a
+ * lane has of a token (row lane / 4 of both halves of both m16 tiles) are those of four consecutive
+ * channels, which it writes at once: see write_tile(). */
 struct ChannelPlace {
     int tile, half, row;
 };
 
 __device__ static ChannelPlace channel_place(int n) {
-    int c = n % STRIP;
-    return {c % 8 / 4, c % 4 / 2, c / 8 * 2 + c % 2};
+    return {n % 4 / 2, n % 2, n % STRIP / 4};
 }
 
 /* The 32-bit word that holds channel n's codes for k .. k+3 (in the low nibbles of its bytes) and
@@ -523,8 +518,33 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void *from, boo
                  : "memory");
 }
 
+__device__ __forceinline__ void copy_async_4(uint32_t to, const void *from, bool nonzero) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(from),
+                 "r"(nonzero ? 4 : 0)
+                 : "memory");
+}
+
 __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_all;\n" ::: "memory");
+}
+
+/* Writes words to global memory, if `valid`: at once, which plain stores may not be. */
+__device__ __forceinline__ void store(void *to, const uint32_t (&x)[1], bool valid) {
+    if (valid) *(uint32_t *)to = x[0];
+}
+
+__device__ __forceinline__ void store(void *to, const uint32_t (&x)[2], bool valid) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
+                 "@p st.global.v2.u32 [%0], {%1, %2}; }\n" ::"l"(to),
+                 "r"(x[0]), "r"(x[1]), "r"((int)valid)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store(void *to, const uint32_t (&x)[4], bool valid) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+                 "@p st.global.v4.u32 [%0], {%1, %2, %3, %4}; }\n" ::"l"(to),
+                 "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"((int)valid)
+                 : "memory");
 }
 
 /* Two or four 8 x 16-byte matrices from shared memory, in the layout of mma's right operand: lanes
@@ -568,15 +588,6 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
     return y;
 }
 
-/* One of floats, in two steps: the lower halves of their bits, the upper ones. */
-__device__ __forceinline__ float2 transpose_8x8(float x, float y) {
-    uint32_t a = __float_as_uint(x), b = __float_as_uint(y);
-    uint32_t low = transpose_8x8(__byte_perm(a, b, 0x5410));
-    uint32_t high = transpose_8x8(__byte_perm(a, b, 0x7632));
-    return make_float2(__uint_as_float(__byte_perm(low, high, 0x5410)),
-                       __uint_as_float(__byte_perm(low, high, 0x7632)));
-}
-
 __device__ __forceinline__ uint32_t pack(float low, float high) {
     half2 pair = __floats2half2_rn(low, high);
     return *(uint32_t *)&pair;
@@ -610,7 +621,8 @@ struct GemmArgs {
     int4 *partial;           // [gridDim.x][2][TILE / 4] sums of blocks that share a tile
     int *arrived;            // [split_tiles] chunks whose sums are in `partial`; zero in between
     int tiles_m, tiles_n;    // tiles of tokens, of channels
-    int tiles;               // their product
+    int tokens;              // of a tile, for wgmma: all tiles are equally full
+    int tiles;               // tiles_m * tiles_n
     int units;               // of K
     int chunks;              // of K
     int split_tiles;         // the first so many tiles are shared out evenly, by chunks
@@ -854,84 +866,86 @@ __device__ __forceinline__ bool add_blocks(const GemmArgs &p, int (&acc)[2][TOKE
     return true;
 }
 
-/* What a lane needs to turn the sums of M_TILES m16 tiles and 8 tokens into outputs. Both tiles of
- * a strip, from its first channel n0: a lane has 8 consecutive channels of a token. One of them,
- * from n0 or n0 + 4: it has 4 of 8. */
+/* What a lane needs to turn its sums of M_TILES m16 tiles and 8 tokens into outputs: those of two
+ * tokens, each of 2 M_TILES consecutive channels. */
 template <int M_TILES> struct Scales {
-    float s_channel[2 * M_TILES]; // of each tile's halves
+    using Floats = std::conditional_t<M_TILES == 2, float4, float2>;
+    Floats s_channel;
     float s_a[2];
-    float4 x[M_TILES]; // the residual stream so far
+    Floats x[2]; // the residual stream so far
 };
 
-/* s_a: those of the tokens from m0. */
+/* Those of the lane's token t. The tokens, of which there are `tokens`, start at m0, with s_a, the
+ * channels at n0. */
 template <int M_TILES>
 __device__ __forceinline__ void load_token_scales(const GemmArgs &p, const float *s_a, int m0,
-                                                  int n0, Scales<M_TILES> &s) {
-    const int lane = threadIdx.x % 32;
-    const int token = lane % 4 * 2, row = m0 + lane / 4;
-    for (int i = 0; i < 2; i++) s.s_a[i] = m0 + token + i < p.M ? s_a[token + i] : 0;
-    const float4 *x = (const float4 *)(p.residual + (size_t)row * p.N + n0 + lane % 4 * 8);
-    bool valid = p.residual && row < p.M;
-    for (int i = 0; i < M_TILES; i++) s.x[i] = valid ? x[i] : make_float4(0, 0, 0, 0);
+                                                  int tokens, int n0, int t, Scales<M_TILES> &s) {
+    const int lane = threadIdx.x % 32, token = lane % 4 * 2 + t;
+    const float *x = p.residual + (size_t)(m0 + token) * p.N + n0 + lane / 4 * 4;
+    const bool valid = token < tokens;
+    s.s_a[t] = valid ? s_a[token] : 0;
+    if (valid && p.residual) s.x[t] = *(const typename Scales<M_TILES>::Floats *)x;
 }
 
+/* s_channel: those from n0. */
 template <int M_TILES>
-__device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_a, int m0, int n0,
+__device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_channel,
+                                            const float *s_a, int m0, int tokens, int n0,
                                             Scales<M_TILES> &s) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 2 * M_TILES; i++) {
-        s.s_channel[i] = p.s_channel[n0 + lane / 8 * 8 + 2 * i + lane / 4 % 2];
-    }
-    load_token_scales(p, s_a, m0, n0, s);
+    s_channel += threadIdx.x % 32 / 4 * 4;
+    s.s_channel = *(const typename Scales<M_TILES>::Floats *)s_channel;
+    for (int t = 0; t < 2; t++) load_token_scales(p, s_a, m0, tokens, n0, t, s);
 }
 
-/* Scales a warp's sums, M_TILES m16 tiles from n0 and 8 N_TILES tokens from m0, and writes them to
- * y or adds them to the residual stream: they are y^T in the registers, so 8x8 matrices are
- * transposed, after which (channel_place()) a lane has consecutive channels of one token. s holds
- * the scales of the channels and those of the first 8 tokens. */
+/* Scales a warp's sums, M_TILES m16 tiles from n0 and `tokens` <= 8 N_TILES tokens from m0, and
+ * writes them to y or adds them to the residual stream. They are y^T in the registers, but
+ * channel_place() has put a lane's channels side by side. s holds the scales of the channels and of
+ * the first 8 tokens. */
 template <int M_TILES, int N_TILES, bool GROUPS>
 __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[M_TILES][N_TILES][4],
-                                           Scales<M_TILES> s, const float *s_a, int m0, int n0) {
-    const int lane = threadIdx.x % 32;
+                                           Scales<M_TILES> s, const float *s_a, int m0, int tokens,
+                                           int n0) {
+    const int lane = threadIdx.x % 32, first = lane % 4 * 2;
+    const size_t at_first = (size_t)(m0 + first) * p.N + n0 + lane / 4 * 4;
+    auto write = [&](auto *to) {
+        using Floats = typename Scales<M_TILES>::Floats;
+        constexpr bool TO_RESIDUAL = std::is_same_v<decltype(to), float *>;
+        constexpr bool AHEAD = N_TILES != 4; // where there are registers
+        to += at_first;
 #pragma unroll
-    for (int j = 0; j < N_TILES; j++) {
-        const int token = m0 + j * 8 + lane % 4 * 2, row = m0 + j * 8 + lane / 4;
-        const size_t at = (size_t)row * p.N + n0 + lane % 4 * 8;
-        if (j > 0) load_token_scales(p, s_a + j * 8, m0 + j * 8, n0, s);
-        auto scaled = [&](int i, int t) {
-            int sum = acc[i / 2][j][i % 2 * 2 + t];
-            return __fmul_rn(__fmul_rn((float)sum, s.s_a[t]), s.s_channel[i]);
-        };
-        if (p.residual) {
-            float4 *x = (float4 *)(p.residual + at);
-#pragma unroll
-            for (int i = 0; i < M_TILES; i++) {
-                float4 to = s.x[i];
-                float2 a = transpose_8x8(scaled(2 * i, 0), scaled(2 * i, 1));
-                float2 b = transpose_8x8(scaled(2 * i + 1, 0), scaled(2 * i + 1, 1));
-                to = make_float4(__fadd_rn(to.x, a.x), __fadd_rn(to.y, a.y), __fadd_rn(to.z, b.x),
-                                 __fadd_rn(to.w, b.y));
-                if (row < p.M) x[i] = to;
+        for (int i = 0; i < 2 * N_TILES; i++) {
+            const int j = i / 2, t = i % 2, token = j * 8 + t;
+            float y[2 * M_TILES];
+            uint32_t words[2 * M_TILES], halves[M_TILES];
+            if (!AHEAD && j > 0 && first + token < tokens) {
+                s.s_a[t] = s_a[first + token];
+                if (TO_RESIDUAL) s.x[t] = *(const Floats *)to;
             }
-        } else {
-            uint2 out[M_TILES];
 #pragma unroll
-            for (int i = 0; i < M_TILES; i++) {
-                out[i].x = transpose_8x8(pack(scaled(2 * i, 0), scaled(2 * i, 1)));
-                out[i].y = transpose_8x8(pack(scaled(2 * i + 1, 0), scaled(2 * i + 1, 1)));
+            for (int c = 0; c < 2 * M_TILES; c++) {
+                float sum = acc[c / 2][j][c % 2 * 2 + t];
+                y[c] = __fmul_rn(__fmul_rn(sum, s.s_a[t]), (&s.s_channel.x)[c]);
+                if (TO_RESIDUAL) words[c] = __float_as_uint(__fadd_rn((&s.x[t].x)[c], y[c]));
+                else if (c % 2) halves[c / 2] = pack(y[c - 1], y[c]);
             }
-            using Row = std::conditional_t<M_TILES == 2, uint4, uint2>;
-            if (row < p.M) *(Row *)(p.y + at) = *(const Row *)out;
+            if (AHEAD && j + 1 < N_TILES) {
+                const int next = (j + 1) * 8;
+                load_token_scales(p, s_a + next, m0 + next, tokens - next, n0, t, s);
+            }
+            if (TO_RESIDUAL) store(to, words, first + token < tokens);
+            else store(to, halves, first + token < tokens);
+            to += (t ? 7 : 1) * (size_t)p.N;
         }
-        if (p.acc) {
-            int *to = p.acc + (size_t)token * p.N + n0 + lane / 8 * 8 + lane / 4 % 2;
+    };
+    if (p.residual) write(p.residual);
+    else write(p.y);
+    if (!p.acc) return;
 #pragma unroll
-            for (int i = 0; i < 4 * M_TILES; i++) {
-                int sum = acc[i / 4][j][i % 4];
-                if (token + i % 2 < p.M) to[i % 2 * p.N + i / 2 * 2] = GROUPS ? sum : sum / 16;
-            }
-        }
+    for (int i = 0; i < 4 * N_TILES * M_TILES; i++) {
+        const int j = i / (4 * M_TILES), t = i / (2 * M_TILES) % 2, c = i % (2 * M_TILES);
+        int sum = acc[c / 2][j][c % 2 * 2 + t];
+        const size_t at = at_first + (size_t)(j * 8 + t) * p.N + c;
+        if (first + j * 8 + t < tokens) p.acc[at] = GROUPS ? sum : sum / 16;
     }
 }
 
@@ -1039,8 +1053,8 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
         int4 *sums = (int4 *)(shared + TEAMS * 2 * S::STAGE);
         Scales<2> s;
         if (TOKENS == 8) { // so early, as there are registers, and every microsecond counts
-            load_scales(p, p.s_a + now.m * TOKENS, now.m * TOKENS,
-                        (now.n * S::TEAM_WARPS + warp) * STRIP, s);
+            const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
+            load_scales(p, p.s_channel + n0, p.s_a + m0, m0, p.M - m0, n0, s);
         }
         if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
         if constexpr (S::SHARES) {
@@ -1050,8 +1064,8 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
         place_tile(now, p); // again, rather than keep it in registers
         const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
         if (team == 0 && n0 < p.N) {
-            if (TOKENS > 8) load_scales(p, p.s_a + m0, m0, n0, s);
-            write_tile<2, TOKENS / 8, GROUPS>(p, acc, s, p.s_a + m0, m0, n0);
+            if (TOKENS > 8) load_scales(p, p.s_channel + n0, p.s_a + m0, m0, p.M - m0, n0, s);
+            write_tile<2, TOKENS / 8, GROUPS>(p, acc, s, p.s_a + m0, m0, p.M - m0, n0);
         }
     }
 }
@@ -1103,7 +1117,8 @@ __device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address) {
     return swizzle_128_bytes << 62 | block_stride << 32 | unused_stride << 16 | address >> 4;
 }
 
-/* c [64][N] += a [64][32] . b [N][32] over four warps, each with 16 of the 64 rows; N = 64, 128. */
+/* c [64][N] += a [64][32] . b [N][32] over four warps, each with 16 of the rows; N = 64, 96, 128.
+ */
 #define SUMS(j) "+r"(c[j][0]), "+r"(c[j][1]), "+r"(c[j][2]), "+r"(c[j][3])
 __device__ __forceinline__ void wgmma(int (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
     asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
@@ -1112,6 +1127,18 @@ __device__ __forceinline__ void wgmma(int (&c)[8][4], const uint32_t (&a)[4], ui
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
                  "{%32, %33, %34, %35}, %36, add; }\n"
                  : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void wgmma(int (&c)[12][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+                 "{%48, %49, %50, %51}, %52, add; }\n"
+                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
+                   SUMS(9), SUMS(10), SUMS(11)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
@@ -1218,15 +1245,16 @@ __device__ __forceinline__ void feed_stages(const GemmArgs &p, const TensorMaps 
     constexpr Box box = INPUT == ACTIVATIONS ? T::ACTIVATION_BOX
                         : INPUT == WEIGHTS   ? T::WEIGHT_BOX
                                              : T::SCALE_BOX;
+    const int rows = INPUT == ACTIVATIONS ? p.tokens : box.rows;
     if (INPUT == ACTIVATIONS) wait_for_previous_kernel(); // weights are nobody's output
     int i = 0;
     for (Work work = {(int)blockIdx.x}; work.tile < p.tiles; work.tile += gridDim.x) {
         place_tile(work, p);
-        const int row = (INPUT == ACTIVATIONS ? work.m : work.n) * box.rows;
+        const int row = (INPUT == ACTIVATIONS ? work.m : work.n) * rows;
         for (int panel = 0; panel < p.chunks * T::PANELS; i++) {
             const int stage = i % T::STAGES;
             barrier_wait(&stages.empty[stage], i / T::STAGES % 2 ^ 1);
-            barrier_arrive_and_expect(&stages.full[stage], T::PANELS * box.rows * box.row_bytes);
+            barrier_arrive_and_expect(&stages.full[stage], T::PANELS * rows * box.row_bytes);
 #pragma unroll
             for (int j = 0; j < T::PANELS; j++, panel++) {
                 copy_box(shared + stage * T::STAGE + j * T::PANEL + box.at, &maps.of[INPUT],
@@ -1245,7 +1273,9 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
         using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
         extern __shared__ __align__(1024) uint8_t shared[]; // [STAGES][STAGE], sums of a team
         __shared__ Stages<T> stages;
-        __shared__ float scales[2][TOKENS]; // s_a, a copy for each warpgroup
+        // s_a of the tile's tokens and s_channel of the warpgroup's channels, for each warpgroup.
+        constexpr int CHANNELS_EACH = 64 * T::M_TILES;
+        __shared__ __align__(16) float scales[2][TOKENS + CHANNELS_EACH];
         const uint32_t at_shared = shared_address(shared);
         const int warpgroup = threadIdx.x / WARPGROUP, warp = threadIdx.x / 32 % 4;
         const int lane = threadIdx.x % 32;
@@ -1269,23 +1299,30 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
         const int team = T::TEAMS > 1 ? warpgroup : 0;
         // A warp's 16 channels of an m64 tile: one m16 tile of a strip, or both with two m64 tiles.
-        const int first = T::M_TILES * (T::TEAMS > 1 ? warp : warpgroup * 4 + warp);
+        const int channel = T::TEAMS > 1 ? 0 : warpgroup * CHANNELS_EACH; // the warpgroup's first
+        const int first = channel / 16 + T::M_TILES * warp;
         const int strip = first / 2, tile = first % 2;
         constexpr int AT_WEIGHTS = T::WEIGHT_BOX.at, AT_SCALES = T::SCALE_BOX.at;
         const uint32_t at_w = AT_WEIGHTS + strip * 2048 + tile * 512 + lane * 16;
         const uint32_t at_s = AT_SCALES + strip * 32 + lane / 4 * 4;
         constexpr int UNITS = 2 / T::M_TILES; // of a group of four wgmma
 
+        float *s_a = scales[warpgroup], *s_channel = s_a + TOKENS;
+
         wait_for_previous_kernel();
         int i0 = 0; // the tile's first stage
         for (Work work = {(int)blockIdx.x}; work.tile < p.tiles;
              work.tile += gridDim.x, i0 += p.chunks) {
             place_tile(work, p);
-            const int m0 = work.m * TOKENS, n0 = (work.n * T::STRIPS + strip) * STRIP + tile * 4;
-            float *s_a = scales[warpgroup];
-            named_barrier(1 + warpgroup, WARPGROUP); // those of the tile before are read
-            for (int t = threadIdx.x % WARPGROUP; t < TOKENS; t += WARPGROUP) {
-                s_a[t] = m0 + t < p.M ? p.s_a[m0 + t] : 0;
+            const int m0 = work.m * p.tokens, tokens = min(p.tokens, p.M - m0);
+            const int n0 = work.n * CHANNELS + strip * STRIP + tile * 2;
+            named_barrier(1 + warpgroup, WARPGROUP); // the scales of the tile before are read
+            const int i_scale = threadIdx.x % WARPGROUP, n = work.n * CHANNELS + channel + i_scale;
+            if (i_scale < TOKENS) {
+                copy_async_4(shared_address(s_a + i_scale), p.s_a + m0 + i_scale, i_scale < tokens);
+            }
+            if (i_scale < CHANNELS_EACH) {
+                copy_async_4(shared_address(s_channel + i_scale), p.s_channel + n, n < p.N);
             }
             int acc[T::M_TILES][TOKENS / 8][4] = {};
             uint32_t left[2][UNITS][2][T::M_TILES][4]; // one half is read by wgmma, one is made
@@ -1333,6 +1370,7 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
             }
             wgmma_wait<0>();
             if (used >= 0 && lane == 0) barrier_arrive(&stages.empty[used]);
+            copy_async_wait();
 
             if constexpr (T::TEAMS > 1) {
                 int4 *sums = (int4 *)(shared + T::STAGES * T::STAGE) + threadIdx.x % WARPGROUP;
@@ -1345,11 +1383,11 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
 #pragma unroll
                 for (int j = 0; j < TOKENS / 8; j++) add(acc[0][j], sums[j * WARPGROUP]);
             }
-            named_barrier(1 + warpgroup, WARPGROUP); // s_a is there
+            named_barrier(1 + warpgroup, WARPGROUP); // the scales are there
             if (n0 >= p.N) continue;
             Scales<T::M_TILES> s;
-            load_scales(p, s_a, m0, n0, s);
-            write_tile<T::M_TILES, TOKENS / 8, GROUPS>(p, acc, s, s_a, m0, n0);
+            load_scales(p, s_channel + (n0 - work.n * CHANNELS - channel), s_a, m0, tokens, n0, s);
+            write_tile<T::M_TILES, TOKENS / 8, GROUPS>(p, acc, s, s_a, m0, tokens, n0);
         }
     }
 }
@@ -1441,7 +1479,9 @@ static void launch_hopper_gemm(GemmArgs p, cudaStream_t stream) {
     set_tiles(p, CHANNELS, TOKENS, T::PANELS * GROUP);
     const size_t strips = p.N / STRIP, K = p.K;
     TensorMaps maps = {};
-    maps.of[ACTIVATIONS] = tensor_map(p.a, p.M, K, T::ACTIVATION_BOX, CU_TENSOR_MAP_SWIZZLE_128B);
+    p.tokens = ceil_div(p.M, p.tiles_m); // the TMA is slow with rows that are not there
+    const Box activations = {p.tokens, T::ACTIVATION_BOX.row_bytes, 0};
+    maps.of[ACTIVATIONS] = tensor_map(p.a, p.M, K, activations, CU_TENSOR_MAP_SWIZZLE_128B);
     maps.of[WEIGHTS] =
         tensor_map(p.w, strips, K * STRIP / 2, T::WEIGHT_BOX, CU_TENSOR_MAP_SWIZZLE_NONE);
     if (GROUPS) {
@@ -1457,18 +1497,21 @@ static void launch_hopper_gemm(GemmArgs p, cudaStream_t stream) {
     launch(kernel, {dim3(blocks), 3 * WARPGROUP, shared}, stream, p, maps);
 }
 
-/* What a round of tiles, one on each multiprocessor, takes a wgmma kernel: microseconds for 1024 k
- * and those on top, per channel and with groups; and how many times as much if the last tile of
- * tokens is not full, as the TMA is slow with rows that are not there. Measured on an H100. */
+/* What a round of tiles, one on each multiprocessor, takes a wgmma kernel: microseconds, and those
+ * for 1024 k, per channel and with groups. A fit to what an H100 took for 10 shapes. Of equal tiles
+ * 128 x 64 reads least through the L2 cache, as a weight is half a byte; 96 tokens are for shapes
+ * that leave a round of 128 half empty. */
 static const struct HopperCost {
     GemmKernel kernel;
     int channels, tokens;
-    float round[2], round_per_1024[2], not_full;
+    float round[2], round_per_1024[2];
 } hopper_costs[] = {
-    {GEMM_HOPPER_64X64, 64, 64, {2.5f, 3.2f}, {1.04f, 1.13f}, 1.4f},
-    {GEMM_HOPPER_64X128, 64, 128, {2.5f, 2.6f}, {2.28f, 2.35f}, 1.4f},
-    {GEMM_HOPPER_128X128, 128, 128, {3.5f, 3.2f}, {2.50f, 3.03f}, 1.1f},
-    {GEMM_HOPPER_256X128, 256, 128, {3.8f, 3.2f}, {4.95f, 5.55f}, 1.0f},
+    {GEMM_HOPPER_64X64, 64, 64, {1.4f, 1.6f}, {0.98f, 1.20f}},
+    {GEMM_HOPPER_128X64, 128, 64, {1.4f, 1.7f}, {1.65f, 2.19f}},
+    {GEMM_HOPPER_128X96, 128, 96, {1.7f, 1.8f}, {2.01f, 2.51f}},
+    {GEMM_HOPPER_128X128, 128, 128, {2.4f, 2.2f}, {2.49f, 2.77f}},
+    {GEMM_HOPPER_256X96, 256, 96, {3.0f, 2.8f}, {3.42f, 4.38f}},
+    {GEMM_HOPPER_256X128, 256, 128, {3.6f, 3.3f}, {4.65f, 5.19f}},
 };
 
 /* Measured, not derived: build and run `make bench` before changing a number. */
@@ -1477,19 +1520,19 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     const int sms = multiprocessors();
     if (M <= 8) return GEMM_8X8;
     if (M <= 16) return GEMM_16X8;
-    if (M <= 32) return GEMM_32X4;
     if (wgmma_code() && !portable) {
-        GemmKernel best = GEMM_HOPPER_256X128;
-        float least = INFINITY;
+        // Few tiles of much K are better shared out, by mma.sync. That costs what the weights do.
+        GemmKernel best = GEMM_64X4;
+        float least = M <= 64 ? 5.2f + 0.18e-6f * l->N * l->K : INFINITY;
         for (const HopperCost &c : hopper_costs) {
             bool groups = l->s_group != NULL;
             int rounds = ceil_div(ceil_div(l->N, c.channels) * ceil_div(M, c.tokens), sms);
             float cost = rounds * (c.round[groups] + c.round_per_1024[groups] * l->K / 1024);
-            if (M % c.tokens) cost *= c.not_full;
             if (cost < least) least = cost, best = c.kernel;
         }
         return best;
     }
+    if (M <= 32) return GEMM_32X4;
     // Large tiles pay if a block gets some chunks for each time that it adds up with others.
     int chunks = ceil_div(M, 128) * ceil_div(l->N, 256) * ceil_div(l->K, CHUNK_UNITS * UNIT);
     if (M > 64 && chunks >= 7 * sms) return GEMM_128;
@@ -1500,16 +1543,13 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
 /* In the order of GemmKernel. */
 template <bool GROUPS>
 static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
-    launch_gemm<8, 8, GROUPS>,
-    launch_gemm<16, 8, GROUPS>,
-    launch_gemm<32, 4, GROUPS>,
-    launch_gemm<64, 4, GROUPS>,
-    launch_gemm<64, 2, GROUPS>,
-    launch_gemm<128, 1, GROUPS>,
-    launch_hopper_gemm<64, 64, GROUPS>,
-    launch_hopper_gemm<64, 128, GROUPS>,
-    launch_hopper_gemm<128, 128, GROUPS>,
-    launch_hopper_gemm<256, 128, GROUPS>,
+    launch_gemm<8, 8, GROUPS>,           launch_gemm<16, 8, GROUPS>,
+    launch_gemm<32, 4, GROUPS>,          launch_gemm<64, 4, GROUPS>,
+    launch_gemm<64, 2, GROUPS>,          launch_gemm<128, 1, GROUPS>,
+    launch_hopper_gemm<64, 64, GROUPS>,  launch_hopper_gemm<128, 64, GROUPS>,
+    launch_hopper_gemm<128, 96, GROUPS>, launch_hopper_gemm<128, 128, GROUPS>,
+
+    launch_hopper_gemm<256, 96, GROUPS>, launch_hopper_gemm<256, 128, GROUPS>,
 };
 
 void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
