@@ -3185,7 +3185,7 @@ static void attend(GpuState *s, int l, const Rows &rows) {
  *
  *     X  what a linear of the quantized model reads, F the float model's, D = x_float - x_quant
  *     H = X^T X,   H^-1 = U^T U (damped, U upper),   M = W (F - X)^T X + D^T X,   D for o and down
- *     target = W + 1/4 M H^-1,   column by column:  e = (w_i - q_i) / U_ii,   w_j -= e U_ij, j > i
+ *     target = W + 1/2 M H^-1,   column by column:  e = (w_i - q_i) / U_ii,   w_j -= e U_ij, j > i
  *
  * as in section 3 of qqq.c, whose functions have the same names here. A layer at a time is on the
  * GPU, in float32, with the residual streams of all windows if they fit; the windows go through it
@@ -3867,6 +3867,15 @@ static void hessian_inverse(GpuQuantizer *q, const double *diagonal, int K) {
     free(order);
 }
 
+/* Twin: compensated_importance(). */
+__global__ void compensated_importance_kernel(const double *U, const int *order, size_t K,
+                                              float *importance) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= K) return;
+    float *h = importance + order[i];
+    *h = sqrt((double)*h) / U[i * (K + 1)];
+}
+
 /* ---- GPTQ ------------------------------------------------------------------------------------ */
 
 constexpr int GPTQ_COLUMNS = 128; // of a block; a lane has four
@@ -3878,7 +3887,7 @@ __global__ void permute_kernel(const float *from, const int *order, size_t N, in
     if (i < N * K) to[i] = from[i / K * K + order[i % K]];
 }
 
-/* target [N][K] = w + 1/4 p, p's columns in order. */
+/* target [N][K] = w + 1/2 p, p's columns in order. */
 __global__ void target_kernel(const float *w, const double *p, const int *order, size_t N, int K,
                               double step, float *target) {
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
@@ -3947,7 +3956,7 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* q->target [N][K] = w + 1/4 M (H + damping)^-1. Twin: corrected_target(). */
+/* q->target [N][K] = w + 1/2 M (H + damping)^-1. Twin: corrected_target(). */
 static void corrected_target(GpuQuantizer *q, const float *w, const float *M, int N, int K) {
     const size_t n = (size_t)N * K;
     for_each(q, n, permute_kernel, M, q->order, N, K, q->p);
@@ -4194,7 +4203,10 @@ static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLi
         for (int k = 0; k < K; k++) h[k] = h[k] > 0 ? h[k] : mean > 0 ? mean : 1;
         to_gpu(q, q->importance, h, K);
         if (q->method.mse) importance = q->importance;
-        if (q->method.gptq) hessian_inverse(q, diagonal, K);
+        if (q->method.gptq) {
+            hessian_inverse(q, diagonal, K);
+            for_each(q, K, compensated_importance_kernel, q->U, q->order, K, q->importance);
+        }
         free(diagonal);
         free(h);
     }

@@ -1242,7 +1242,10 @@ static void quantize_linears(const Quantizer *q, const Moments *m, int l, int fi
     const float *weighting = method->mse ? importance : NULL;
     Inverse inverse;
     bool compensate = method->gptq && m->H;
-    if (compensate) inverse = hessian_inverse(m->H, m->K, method->act_order);
+    if (compensate) {
+        inverse = hessian_inverse(m->H, m->K, method->act_order);
+        compensated_importance(&inverse, importance);
+    }
     for (int i = first; i < first + count; i++) {
         const float *w = f->linears[i].w;
         int N = f->linears[i].N, K = f->linears[i].K;
@@ -1325,10 +1328,10 @@ static void quantize_half(const Quantizer *q, int l, const Layer *f, Layer *out,
 
 /* ---- step 3: the scales of a weight row
  *
- *   range = max|w|,  or the range p max|w| that minimizes  sum_k H_kk (w_k - q_k scale)^2,
+ *   range = max|w|,  or the range p max|w| that minimizes  sum_k h_k (w_k - q_k scale)^2,
  *
- * H_kk the mean square of input channel k on the calibration tokens: the error that the rounding
- * of w_k alone adds to the output. ---- */
+ * h_k = H_kk, the mean square of input channel k on the calibration tokens: the error that the
+ * rounding of w_k alone adds to the output; with GPTQ see compensated_importance(). ---- */
 
 static float clamp(float x, float low, float high) {
     return x < low ? low : x > high ? high : x;
@@ -1503,6 +1506,13 @@ void inverse_free(Inverse *inverse) {
     free(inverse->U);
 }
 
+void compensated_importance(const Inverse *inverse, float *importance) {
+    for (size_t i = 0, K = inverse->K; i < K; i++) {
+        float *h = &importance[inverse->order[i]];
+        *h = sqrt(*h) / inverse->U[i * (K + 1)];
+    }
+}
+
 Linear gptq(const float *w, int n_rows, const Inverse *inverse, const float *importance,
             int group_size) {
     size_t N = n_rows, K = inverse->K;
@@ -1540,7 +1550,7 @@ Linear gptq(const float *w, int n_rows, const Inverse *inverse, const float *imp
     return l;
 }
 
-/* ---- step 5: what GPTQ aims at,   W + 1/4 (W C + R) (H + damping)^-1 ---- */
+/* ---- step 5: what GPTQ aims at,   W + 1/2 (W C + R) (H + damping)^-1 ---- */
 
 void corrected_target(const float *w, int n_rows, const Inverse *inverse, const double *C,
                       const double *R, float *target) {

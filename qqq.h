@@ -376,8 +376,8 @@ float choose_scales(const float *w, const float *importance, int K, uint8_t *s_g
 /* w [N][K] with each weight rounded to the nearest code under the scales of choose_scales(). */
 Linear round_to_nearest(const float *w, const float *importance, int N, int K, int group_size);
 
-static const double DAMPING = 0.01;    // of the mean of diag H
-static const double CORRECTION = 0.25; // how far to go towards the float model's output
+static const double DAMPING = 0.01;   // of the mean of diag H
+static const double CORRECTION = 0.5; // how far to go towards the float model's output
 
 /* M [N][K] += a^T b for a [T][N], b [T][K]: with a = b the Hessian X^T X. */
 void add_moments(double *M, const float *a, int N, const float *b, int K, int T);
@@ -397,15 +397,21 @@ typedef struct {
 Inverse hessian_inverse(const double *H, int K, bool act_order);
 void inverse_free(Inverse *inverse);
 
+/* The importance of the columns for the ranges that GPTQ will round in: importance [K], H_kk at
+ * first, becomes sqrt(H_kk) / U_kk. H_kk is what rounding column k costs in the output if all
+ * others stay as they are, 1 / U_kk^2 what is left of that when the columns behind it make up for
+ * it; this is their geometric mean. */
+void compensated_importance(const Inverse *inverse, float *importance);
+
 /* GPTQ: w [N][K] quantized column by column in the order of `inverse`; scales as choose_scales().
  */
 Linear gptq(const float *w, int N, const Inverse *inverse, const float *importance, int group_size);
 
 /* What GPTQ should aim at when its inputs X are no longer the float model's inputs F:
- *     target = w + 1/4 (w C + R) (X^T X + damping)^-1,   C = (F - X)^T X [K][K],  R [N][K] = D^T X,
+ *     target = w + 1/2 (w C + R) (X^T X + damping)^-1,   C = (F - X)^T X [K][K],  R [N][K] = D^T X,
  * D [T][N] the residual stream's distance to the float model's, which o and down can make up for;
- * R may be NULL. The whole step (1 instead of 1/4) would be least squares, as in GPTAQ
- * (arXiv 2504.02692); a quarter of it generalizes better. */
+ * R may be NULL. The whole step (1 instead of 1/2) would be least squares, as in GPTAQ
+ * (arXiv 2504.02692); half of it generalizes better. */
 void corrected_target(const float *w, int N, const Inverse *inverse, const double *C,
                       const double *R, float *target);
 

@@ -28,7 +28,7 @@ static const char usage[] =
     "  -g 128|-1      group size; -1: per channel (128)\n"
     "  -b rtn|gptq    how weights are rounded: to nearest, or with compensation (gptq)\n"
     "  -a 0|1|2       adaptive smoothing; 2: with the published, exhaustive search (1)\n"
-    "  -r 0|1         rotation (0)\n"
+    "  -r 0|1         rotation (1); it unties a tied head\n"
     "  -m 0|1         mse: ranges searched for the least squared output error, or max|w| (1)\n"
     "  -o 0|1         columns in the order of their activations, in GPTQ (1)\n"
     "  -q 8|16        bits of lm_head (16)\n"
@@ -88,6 +88,7 @@ static Options parse_options(int argc, char **argv) {
                             .gptq = true,
                             .act_order = true,
                             .progress = show_linear},
+                 .rotate = true,
                  .head_bits = 16,
                  .length = 2048};
     Method *m = &o.method;

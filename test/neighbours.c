@@ -885,16 +885,16 @@ static const Row rows[] = {
     {"spqr", "w3 g16 qq3/16 no outliers", spqr_row, .w = 3, .group = 16, .threshold = INFINITY, .more = true},
     {"zeroquant", "W4/8A16 LKD last layer 600 steps lr 5e-6", lkd, .w = 8, .ffn_w = 4, .steps = 600, .rate = 5e-6, .more = true},
     {"zeroquant", "W4/8A16 LKD every layer 100 steps lr 1e-4", lkd, .w = 8, .ffn_w = 4, .steps = 100, .rate = 1e-4, .all_layers = true, .more = true},
-    {"qqq", "W4A8 channel to nearest", qqq, .options = "-g -1 -b rtn -a 0 -m 0", .more = true},
-    {"qqq", "W4A8 channel +GPTQ", qqq, .options = "-g -1 -a 0 -m 0", .more = true},
-    {"qqq", "W4A8 channel +GPTQ +ranges", qqq, .options = "-g -1 -a 0", .more = true},
-    {"qqq", "W4A8 channel +GPTQ +ranges +smoothing", qqq, .options = "-g -1"},
-    {"qqq", "W4A8 channel +GPTQ +ranges +rotation", qqq, .options = "-g -1 -a 0 -r 1", .more = true},
-    {"qqq", "W4A8 g128 to nearest", qqq, .options = "-b rtn -a 0 -m 0", .more = true},
-    {"qqq", "W4A8 g128 +GPTQ", qqq, .options = "-a 0 -m 0", .more = true},
-    {"qqq", "W4A8 g128 +GPTQ +ranges", qqq, .options = "-a 0", .more = true},
-    {"qqq", "W4A8 g128 +GPTQ +ranges +smoothing", qqq, .options = ""},
-    {"qqq", "W4A8 g128 +GPTQ +ranges +rotation", qqq, .options = "-a 0 -r 1", .more = true}};
+    {"qqq", "W4A8 channel to nearest", qqq, .options = "-g -1 -b rtn -r 0 -a 0 -m 0", .more = true},
+    {"qqq", "W4A8 channel +GPTQ", qqq, .options = "-g -1 -r 0 -a 0 -m 0", .more = true},
+    {"qqq", "W4A8 channel +GPTQ +ranges", qqq, .options = "-g -1 -r 0 -a 0", .more = true},
+    {"qqq", "W4A8 channel +GPTQ +ranges +smoothing", qqq, .options = "-g -1 -r 0", .more = true},
+    {"qqq", "W4A8 channel +GPTQ +ranges +rotation +smoothing", qqq, .options = "-g -1"},
+    {"qqq", "W4A8 g128 to nearest", qqq, .options = "-b rtn -r 0 -a 0 -m 0", .more = true},
+    {"qqq", "W4A8 g128 +GPTQ", qqq, .options = "-r 0 -a 0 -m 0", .more = true},
+    {"qqq", "W4A8 g128 +GPTQ +ranges", qqq, .options = "-r 0 -a 0", .more = true},
+    {"qqq", "W4A8 g128 +GPTQ +ranges +smoothing", qqq, .options = "-r 0", .more = true},
+    {"qqq", "W4A8 g128 +GPTQ +ranges +rotation +smoothing", qqq, .options = ""}};
 // clang-format on
 
 static const char usage[] =

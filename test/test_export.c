@@ -11,7 +11,7 @@
 #define SCRATCH "build/test/export"
 
 static const char *const kinds[] = {"g128", "channel"};
-static const char *const flags[] = {"-b rtn -a 0 -m 0 -g 128", "-b rtn -a 0 -m 0 -g -1 -r 1"};
+static const char *const flags[] = {"-b rtn -r 0 -a 0 -m 0 -g 128", "-b rtn -a 0 -m 0 -g -1"};
 
 static bool quantize(const char *args) {
     int status = shell("$QUANTIZE %s -d cpu", args);

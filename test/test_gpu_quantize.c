@@ -141,14 +141,15 @@ void test_gpu_quantize(void) {
         return;
     }
     test_failures();
-    static const char *const switches[] = {
-        "",     "-g -1",      "-r 1",   "-a 0",        "-m 0",
-        "-o 0", "-g -1 -r 1", "-b rtn", "-b rtn -m 0", "-b rtn -a 0 -m 0"};
+    static const char *const switches[] = {"",     "-g -1",  "-a 0",        "-m 0",
+                                           "-o 0", "-b rtn", "-b rtn -m 0", "-b rtn -a 0 -m 0"};
     for (size_t i = 0; i < sizeof switches / sizeof *switches; i++) {
         char options[100];
-        snprintf(options, sizeof options, "-n 32 %s", switches[i]);
+        snprintf(options, sizeof options, "-n 32 -r 0 %s", switches[i]);
         test_same("tiny", "data/tiny", options);
     }
-    test_same("tiny-outliers", "../shared/models/tiny-outliers", "-n 32");
-    test_same("small", "../shared/models/small", "-n 32");
+    test_same("tiny", "data/tiny", "-n 32");
+    test_same("tiny", "data/tiny", "-n 32 -g -1");
+    test_same("tiny-outliers", "../shared/models/tiny-outliers", "-n 32 -r 0");
+    test_same("small", "../shared/models/small", "-n 32 -r 0");
 }

@@ -259,6 +259,13 @@ static void test_gptq(int group_size, int N, int K) {
     check(off <= 1e-10, "off by %g", off);
     printf("     U off by %.2g\n", off);
 
+    begin("the importance of columns in GPTQ");
+    to_gpu(q, q->importance, importance.data(), K);
+    for_each(q, K, compensated_importance_kernel, q->U, q->order, (size_t)K, q->importance);
+    compensated_importance(&inverse, importance.data());
+    off = distance(download(q, q->importance, K).data(), importance.data(), K);
+    check(off <= 1e-6, "off by %g", off);
+
     begin("the corrected target");
     Floats m(R.begin(), R.end()), target((size_t)N * K);
     m.resize((size_t)N * K);

@@ -1128,8 +1128,33 @@ static void test_gptq_degenerate(void) {
         check(dies(invert_nan, &i, message, sizeof message), "NaN at %d: %s", i, message);
 }
 
+static void test_compensated_importance(void) {
+    test_begin("compensated_importance: with the inverse of what is left of H after each column");
+    enum { K = 24 };
+    uint64_t seed = 23;
+    float *x = correlated_inputs(3 * K, K, &seed), importance[K];
+    double *H = moments(x, K, x, K, 3 * K), *D = damped(H, K);
+    for (int act_order = 0; act_order < 2; act_order++) {
+        Inverse inverse = hessian_inverse(H, K, act_order);
+        for (int k = 0; k < K; k++) importance[k] = H[k * (K + 1)];
+        compensated_importance(&inverse, importance);
+        for (int i = 0; i < K; i++) {
+            int n = K - i, k = inverse.order[i];
+            double *left = allocate((size_t)n * n, sizeof *left);
+            for (int a = 0; a < n * n; a++)
+                left[a] = D[inverse.order[i + a / n] * K + inverse.order[i + a % n]];
+            double *dense = inverse_of(left, n), want = sqrt(H[k * (K + 1)] / dense[0]);
+            check(fabs(importance[k] / want - 1) < 1e-5, "column %d: %g, not %g", k, importance[k],
+                  want);
+            free(left), free(dense);
+        }
+        inverse_free(&inverse);
+    }
+    free(x), free(H), free(D);
+}
+
 static void test_corrected_target(void) {
-    test_begin("corrected_target: w + 1/4 (w C + R) (H + damping)^-1 by a dense solve");
+    test_begin("corrected_target: w + 1/2 (w C + R) (H + damping)^-1 by a dense solve");
     uint64_t seed = 21;
     for (int K = 8; K <= 96; K *= 12)
         for (int i = 0; i < 4; i++) {
@@ -1148,7 +1173,7 @@ static void test_corrected_target(void) {
                 for (int j = 0; j < K; j++) {
                     double m = R ? R[n * K + j] : 0;
                     for (int k = 0; k < K; k++) m += (double)w[n * K + k] * C[k * K + j];
-                    for (int k = 0; k < K; k++) want[n * K + k] += m * dense[j * K + k] / 4;
+                    for (int k = 0; k < K; k++) want[n * K + k] += m * dense[j * K + k] / 2;
                 }
             check_near("target", target, want, N * K, 1e-5);
             memset(C, 0, sizeof *C * K * K);
@@ -1368,12 +1393,12 @@ static void test_options(void) {
         const char *flags, *method;
         int group_size, smooth, rotate, seed, mse, act_order;
     } cases[] = {
-        {"-b rtn -a 0 -m 0 -g -1", "rtn", -1, 0, 0, 0, 0, 1},
-        {"-b rtn -a 0 -m 0 -g 128", "rtn", 128, 0, 0, 0, 0, 1},
-        {"-b rtn -a 0 -m 1", "rtn", 128, 0, 0, 0, 1, 1},
-        {"-b gptq -a 0 -m 0 -o 0 -g -1", "gptq", -1, 0, 0, 0, 0, 0},
-        {"-m 0", "gptq", 128, 1, 0, 0, 0, 1},
-        {"-a 2 -g -1 -b rtn -m 0", "rtn", -1, 2, 0, 0, 0, 1},
+        {"-b rtn -r 0 -a 0 -m 0 -g -1", "rtn", -1, 0, 0, 0, 0, 1},
+        {"-b rtn -r 0 -a 0 -m 0 -g 128", "rtn", 128, 0, 0, 0, 0, 1},
+        {"-b rtn -r 0 -a 0 -m 1", "rtn", 128, 0, 0, 0, 1, 1},
+        {"-b gptq -r 0 -a 0 -m 0 -o 0 -g -1", "gptq", -1, 0, 0, 0, 0, 0},
+        {"-m 0", "gptq", 128, 1, 1, 0, 0, 1},
+        {"-r 0 -a 2 -g -1 -b rtn -m 0", "rtn", -1, 2, 0, 0, 0, 1},
         {"-r 1 -s 7 -a 0 -g -1", "gptq", -1, 0, 1, 7, 1, 1},
         {"-r 1 -d cpu -o 0 -m 0 -s 9223372036854775807", "gptq", 128, 1, 1, 0, 0, 0},
     };
@@ -1435,12 +1460,13 @@ static float *stage_input(const Config *c, const Layer *layer, State *s, int sta
 
 /* What ./quantize should do, from the parts that are tested above: qkv, o, gate and up, down one
  * after the other, each on what reaches it through those already quantized, in int8. */
-static void test_pipeline(void) {
-    test_begin("quantize: each linear is calibrated on quantized inputs, towards the float model");
+static void test_pipeline(bool mse) {
+    begin("quantize: each linear is calibrated on quantized inputs, towards the float model, %s",
+          mse ? "ranges searched" : "max|w|");
     enum { T = 120, WINDOWS = 2, DIM = 128, ALL = T * WINDOWS };
     make_model(SCRATCH "/made.bin", made);
-    if (!quantize(SCRATCH "/made.bin " OUT " -a 0 -m 0 -g -1 -c data/calib.txt -n %d -l %d",
-                  WINDOWS, T))
+    if (!quantize(SCRATCH "/made.bin " OUT " -r 0 -a 0 -m %d -g -1 -c data/calib.txt -n %d -l %d",
+                  mse, WINDOWS, T))
         return;
     Opened f = open_model(SCRATCH "/made.bin"), file = open_model(OUT);
     Config c = f.m->config;
@@ -1485,11 +1511,14 @@ static void test_pipeline(void) {
                 if (R) add_moments(R, distance + t * DIM, DIM, in[1] + t * K, K, T);
             }
             Inverse inverse = hessian_inverse(H, K, true);
+            float importance[256];
+            for (int k = 0; k < K; k++) importance[k] = H[k * (K + 1)];
+            compensated_importance(&inverse, importance);
             for (int i = first[stage]; i < first[stage] + count[stage]; i++) {
                 const Linear *w = &f.m->layers[l].linears[i], *got = &file.m->layers[l].linears[i];
                 float *target = allocate((size_t)w->N * K, sizeof *target);
                 corrected_target(w->w, w->N, &inverse, C, R, target);
-                Linear expected = gptq(target, w->N, &inverse, NULL, -1);
+                Linear expected = gptq(target, w->N, &inverse, mse ? importance : NULL, -1);
                 int wrong = 0;
                 for (int n = 0; n < w->N; n++)
                     for (int k = 0; k < K; k++)
@@ -1533,10 +1562,10 @@ static void test_quality(void) {
         const char *flags;
         double bound; // of the ratio to the float model's
     } cases[] = {
-        {"-b rtn -a 0 -m 0 -g -1", 1.15},
-        {"-b rtn -a 0 -m 0 -g 128", 1.10},
-        {"-a 0 -m 0 -g 128 -n 4 -l 256", 1.10},
-        {"-r 1 -a 0 -m 0 -g -1 -n 4 -l 256", 1.15},
+        {"-b rtn -r 0 -a 0 -m 0 -g -1", 1.15},
+        {"-b rtn -r 0 -a 0 -m 0 -g 128", 1.10},
+        {"-r 0 -a 0 -m 0 -g 128 -n 4 -l 256", 1.10},
+        {"-a 0 -m 0 -g -1 -n 4 -l 256", 1.15},
         {"-g -1 -n 4 -l 256", 1.10},
     };
     double before = perplexity_of("data/tiny", SCRATCH "/eval.txt", 256, 0);
@@ -1637,7 +1666,7 @@ static void test_outliers(void) {
     check(fabs(planted - before) < 1e-6, "outliers: perplexity %.6f became %.6f", before, planted);
     double after[2] = {0};
     for (int smooth = 0; smooth < 2; smooth++)
-        if (quantize("%s " OUT " -c data/calib.txt -n 2 -l 128 -b rtn -m 0 -g -1 -a %d", path,
+        if (quantize("%s " OUT " -c data/calib.txt -n 2 -l 128 -b rtn -r 0 -m 0 -g -1 -a %d", path,
                      smooth))
             after[smooth] = perplexity_of(OUT, SCRATCH "/eval.txt", 256, 0);
     check(after[0] > 1.3 * before && after[1] < 1.12 * before,
@@ -1648,7 +1677,7 @@ static void test_outliers(void) {
 
 static void test_same_bytes(void) {
     test_begin("quantize: the same bytes whatever the number of threads");
-    const char *options[] = {"", "-r 1 -g -1", "-a 2 -b rtn -m 0"};
+    const char *options[] = {"-r 0", "-g -1", "-a 2 -b rtn -m 0"};
     for (int i = 0; i < 3; i++) {
         make_model(SCRATCH "/made.bin", made);
         for (int threads = 1; threads <= 3; threads++) {
@@ -1738,7 +1767,7 @@ static float *some_logits(const char *path) {
 }
 
 static void test_tied(void) {
-    const char *flags[] = {"-b rtn -m 0 -a 0", "-r 1 -b rtn -m 0 -a 0"};
+    const char *flags[] = {"-b rtn -r 0 -m 0 -a 0", "-b rtn -m 0 -a 0"};
     for (int i = 0; i < 2; i++) {
         test_begin(i ? "quantize: a tied lm_head is untied by rotation"
                      : "quantize: a tied lm_head stays tied");
@@ -1764,7 +1793,7 @@ static void test_tied(void) {
 
 /* -q 8: rows as quantize_bytes() makes them, of a tied model's embedding too, which stays. */
 static void test_head_bytes(void) {
-    const char *flags[] = {"-b rtn -m 0 -a 0 -q 8", "-b rtn -m 0 -a 0 -q 8 -r 1"};
+    const char *flags[] = {"-b rtn -r 0 -m 0 -a 0 -q 8", "-b rtn -m 0 -a 0 -q 8"};
     for (int tied = 0; tied < 2; tied++)
         for (int i = 0; i < 2; i++) {
             begin("quantize: lm_head in 8 bits, %s%s", tied ? "tied" : "of its own",
@@ -1931,7 +1960,7 @@ static void test_bad_weights(void) {
         {"model.embed_tokens.weight", "model.embed_tokens.weight"},
         {"lm_head.weight", "lm_head.weight"},
     };
-    const char *ways[] = {"", "-b rtn -a 0 -m 0", "-r 1 -a 0 -m 0"};
+    const char *ways[] = {"-r 0", "-b rtn -r 0 -a 0 -m 0", "-a 0 -m 0"};
     for (size_t i = 0; i < sizeof broken / sizeof *broken; i++) {
         begin("quantize: NaN or infinity in %s", broken[i].tensor);
         for (int j = 0; j < 6; j++) {
@@ -1977,7 +2006,7 @@ static void test_bad_weights(void) {
         s.broken = ends[i];
         s.value = 1e6f;
         make_model(SCRATCH "/broken.bin", s);
-        expect_error(BROKEN "-r 1 -a 0 -m 0 -b rtn", 1, "beyond F16's 65504", true);
+        expect_error(BROKEN "-a 0 -m 0 -b rtn", 1, "beyond F16's 65504", true);
         check(strstr(output, ends[i]) != NULL, "%s", output);
     }
 
@@ -2253,9 +2282,11 @@ void test_quantize(void) {
     test_gptq_diagonal();
     test_gptq_error();
     test_gptq_degenerate();
+    test_compensated_importance();
     test_corrected_target();
     test_options();
-    test_pipeline();
+    test_pipeline(false);
+    test_pipeline(true);
     test_quality();
     test_outliers();
     test_same_bytes();
@@ -2284,11 +2315,11 @@ static void test_steps(void) {
         double reference[2]; // per channel, per group of 128
         int seeds;
     } steps[] = {
-        {"rtn", "-b rtn -a 0 -m 0", {31.8461, 31.3823}, 1},
-        {"gptq", "-a 0 -m 0", {31.7114, 31.1895}, 1},
-        {"gptq+mse", "-a 0", {31.0782, 30.8322}, 1},
-        {"smooth+gptq", "-m 0", {31.5648, 31.2018}, 1},
-        {"rotate+gptq+mse", "-a 0 -r 1", {31.1086, 31.0361}, 3},
+        {"rtn", "-b rtn -r 0 -a 0 -m 0", {31.8461, 31.3823}, 1},
+        {"gptq", "-r 0 -a 0 -m 0", {31.7114, 31.1895}, 1},
+        {"gptq+mse", "-r 0 -a 0", {31.0782, 30.8322}, 1},
+        {"smooth+gptq", "-r 0 -m 0", {31.5648, 31.2018}, 1},
+        {"rotate+gptq+mse", "-a 0", {31.1086, 31.0361}, 3},
     };
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)
         for (int g = 0; g < 2; g++) {
@@ -2341,7 +2372,7 @@ void test_quantize_slow(void) {
         check_function_preserved(models[i], "data/eval.txt", 2048, 0);
         begin("%s: the file rebuilds every row of the quantizer's weights", models[i]);
         for (int g = 0; g < 2; g++)
-            if (quantize("%s " OUT " -b rtn -a 0 -m 0 -g %s", models[i], g ? "128" : "-1"))
+            if (quantize("%s " OUT " -b rtn -r 0 -a 0 -m 0 -g %s", models[i], g ? "128" : "-1"))
                 check_file(OUT, models[i], true);
         unlink(OUT);
     }
