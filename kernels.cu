@@ -4624,7 +4624,9 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context, int 
     for (GpuCache *cache : {&s.cache, &s.in_halves}) {
         cache->bits = cache == &s.cache ? kv_bits : 16;
         cache->n_kv_heads = g->config.n_kv_heads;
-        cache->context = ceil_div(context, 16) * 16; // whole tiles of attention_decode_kernel
+        // Whole tiles of attention_decode_kernel; an odd number, as heads that stand a power of two
+        // apart are read more slowly.
+        cache->context = (ceil_div(context, 16) | 1) * 16;
     }
     // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor.
     int rows = decode_rows(&g->config) * n_sequences;
