@@ -669,7 +669,7 @@ static void free_activations(Activations *x) {
 
 static void split_row(const Linear *w, const int8_t *a, int t, Activations *to) {
     int K = w->K;
-    for (int k = 0; to->wide && k < K; k++) to->wide[(size_t)t * K + k] = a[k];
+    for (int k = 0; to->wide && k < K; k++) to->wide[(size_t)t * K + k] = (int16_t)a[k];
     if (to->wide) return;
     int8_t *even = to->a + (size_t)t * K, *odd = even + K / 2;
     for (int j = 0; j < K / 2; j++) {
