@@ -1548,7 +1548,6 @@ static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
     launch_gemm<64, 2, GROUPS>,          launch_gemm<128, 1, GROUPS>,
     launch_hopper_gemm<64, 64, GROUPS>,  launch_hopper_gemm<128, 64, GROUPS>,
     launch_hopper_gemm<128, 96, GROUPS>, launch_hopper_gemm<128, 128, GROUPS>,
-
     launch_hopper_gemm<256, 96, GROUPS>, launch_hopper_gemm<256, 128, GROUPS>,
 };
 
