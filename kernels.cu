@@ -30,6 +30,11 @@
  *     rmsnorm+quantize  qkv  attention+quantize  o+add  rmsnorm+quantize  gate,up
  *     swiglu+quantize  down+add              (prompts: cache, attention, quantize one by one)
  *
+ * Of a single token a W4A8 linear quantizes its own input, each block what it multiplies; norms and
+ * SwiGLU go with it, and five kernels are left:
+ *
+ *     qkv  attention  o+add  gate,up+swiglu  down+add
+ *
  * W4A8 linears are section 2's. 16-bit ones, and lm_head always, are cuBLAS's, or gemv_kernel's for
  * a single token, which is bound by reading the weights and needs no tensor cores.
  * ============================================================================================== */
@@ -95,6 +100,10 @@ struct GpuState {
     half *att;          // [max_T][q_dim]
     half *gate_up;      // [max_T][2][hidden_dim]
     float *y;           // [max_T][dim] down's output before it is scaled (16-bit models)
+    bool of_one;        // decoded by layer_of_one(), for which there are
+    float *inner;       // [max(q_dim, hidden_dim)] o's or down's input
+    float *squares;     // [dim / 32] see OneInput
+    uint32_t *most;     // [n_layers][4] zero before a step
     GpuCache cache;     // of all layers, one after the other: layer_cache()
     GpuCache in_halves; // of one sequence and layer, in 16 bits: see read_cache_kernel
     float4 *rope;       // [context][head_dim / 4] cos and sin of two angles
@@ -109,6 +118,25 @@ struct GpuState {
     int *host_chosen;   // [n_sequences]
     int *ends;          // [n_sequences] how many tokens have been fed
     int rows;           // of logits, by the last call
+};
+
+/* A token's input before it is quantized. What concerns the whole row was gathered by the kernels
+ * that wrote it, in a way that no timing can change: maxima of bits by atomicMax, and sums of which
+ * each has its place and which are added in one order. So no kernel is needed in between. */
+struct OneInput {
+    const float *x;       // [K]
+    const float *norm;    // [K] RMSNorm's weights, or NULL: none
+    const float *squares; // [K/32] sums of x^2, for RMSNorm
+    const uint32_t *most; // the bits of max|x|, or of max|x norm|
+    float eps;
+};
+
+/* Where it was gathered. */
+struct OneOutput {
+    const float *norm; // [N] of the RMSNorm that follows, or NULL: none does
+    float *squares;    // [N/32]
+    float *product;    // [N/2] silu(gate) * up, of gate and up one below the other, or NULL
+    uint32_t *most;
 };
 
 /* Where T rows of x stand: one after the other in a sequence, or each the next token of its own. */
@@ -129,6 +157,9 @@ static void embed(GpuState *s, int T);
 static void embed_chosen(GpuState *s);
 static void linear(GpuState *s, const Matrix *w, int T, half *y);
 static void add_linear(GpuState *s, const Matrix *w, int T, const half *in, const float *scale);
+static void layer_of_one(GpuState *s, int l, const Rows &rows);
+static void gemm_one(const GpuLinear *l, const OneInput &in, half *y, float *residual,
+                     const OneOutput &out, cudaStream_t stream);
 static void attend(GpuState *s, int l, const Rows &rows);
 static void lm_head(GpuState *s, int first, int n);
 static void choose(GpuState *s, int sequence, int n);
@@ -139,6 +170,7 @@ static void layer(GpuState *s, int l, const Rows &rows) {
     const LinearInput input = linear_input(s);
     const int T = rows.T;
 
+    if (rows.sequence < 0 && s->of_one) return layer_of_one(s, l, rows);
     gpu_rmsnorm(s->x, w->attention_norm, T, c->dim, c->norm_eps, input, s->stream);
     linear(s, &w->qkv, T, s->qkv);
     attend(s, l, rows);
@@ -148,6 +180,29 @@ static void layer(GpuState *s, int l, const Rows &rows) {
     linear(s, &w->gate_up, T, s->gate_up);
     gpu_swiglu(s->gate_up, T, c->hidden_dim, input, s->stream);
     add_linear(s, &w->down, T, s->h, s->scale);
+}
+
+/* The same for one token of a W4A8 model, bit for bit: see OneInput. */
+static void layer_of_one(GpuState *s, int l, const Rows &rows) {
+    const Config *c = &s->model->config;
+    const GpuLayer *w = &s->model->layers[l];
+    const float eps = c->norm_eps, *next = l + 1 < c->n_layers ? w[1].attention_norm : NULL;
+    uint32_t *most = s->most + 4 * l; // of att, x, silu(gate) * up, the next layer's x
+
+    if (l == 0) {
+        gpu_rmsnorm(s->x, w->attention_norm, 1, c->dim, eps, linear_input(s), s->stream);
+        linear(s, &w->qkv, 1, s->qkv);
+    } else {
+        gemm_one(&w->qkv.w4a8, {s->x, w->attention_norm, s->squares, most - 1, eps}, s->qkv, NULL,
+                 {}, s->stream);
+    }
+    attend(s, l, rows);
+    gemm_one(&w->o.w4a8, {s->inner, NULL, NULL, most, 0}, NULL, s->x,
+             {w->ffn_norm, s->squares, NULL, most + 1}, s->stream);
+    gemm_one(&w->gate_up.w4a8, {s->x, w->ffn_norm, s->squares, most + 1, eps}, NULL, NULL,
+             {NULL, NULL, s->inner, most + 2}, s->stream);
+    gemm_one(&w->down.w4a8, {s->inner, NULL, NULL, most + 2, 0}, NULL, s->x,
+             {next, s->squares, NULL, most + 3}, s->stream);
 }
 
 /* All layers and the final norm: from x to h [T][dim], in 16 bits. */
@@ -308,9 +363,9 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
  *     w8 = q (per channel) or q * s_group (per group of 128)              q: 4 bits
  *
  * QQQ, arXiv 2406.09904, section 3.3. With few tokens the time is that of reading the weights once,
- * with many it is that of the tensor cores; one kernel serves both. It computes y^T = w8 a^T: the
- * *weights* are the left operand of the tensor cores' instruction mma.m16n8k32, whose right side is
- * only 8 wide, so that 8 tokens or fewer waste nothing.
+ * with many it is that of the tensor cores; one layout serves both. A kernel computes y^T = w8 a^T:
+ * the *weights* are the left operand of the tensor cores' instruction mma.m16n8k32, whose right
+ * side is only 8 wide, so that 8 tokens or fewer waste nothing.
  *
  *                        K                                  TOKENS
  *          +---------------------------+                  +--------+
@@ -593,6 +648,117 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return *(uint32_t *)&pair;
 }
 
+/* ---- activations and their int8 -------------------------------------------------------------- */
+
+/* Eight consecutive values, which one thread handles: 16 bytes of halves, 8 of int8. */
+struct Eight {
+    float v[8];
+};
+
+__device__ __forceinline__ Eight from_halves(uint4 bits) {
+    const half2 *pairs = (const half2 *)&bits;
+    Eight e;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 f = __half22float2(pairs[i]);
+        e.v[2 * i] = f.x;
+        e.v[2 * i + 1] = f.y;
+    }
+    return e;
+}
+
+__device__ __forceinline__ uint4 to_halves(const Eight &e) {
+    uint4 bits;
+    half2 *pairs = (half2 *)&bits;
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs[i] = __floats2half2_rn(e.v[2 * i], e.v[2 * i + 1]);
+    return bits;
+}
+
+__device__ __forceinline__ Eight from_floats(const float4 *p) {
+    float4 a = p[0], b = p[1];
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+
+/* The magnitude of a float as an integer of the same order; NaN and infinity are above all. */
+__device__ __forceinline__ uint32_t magnitude(const Eight &e) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(e.v[i]) & 0x7fffffff);
+    return most;
+}
+
+constexpr uint32_t INFINITE = 0x7f800000;
+
+/* s_a of a row whose largest magnitude is `most`. */
+__device__ __forceinline__ float activation_scale(uint32_t most) {
+    return __fdiv_rn(__uint_as_float(most >= INFINITE ? 0x7fc00000 : most), 127.0f);
+}
+
+__device__ __forceinline__ int quantize_one(float x, float s_a) {
+    float r = s_a > 0 ? rintf(__fdiv_rn(x, s_a)) : 0;
+    return (int)fminf(fmaxf(r, -128.0f), 127.0f);
+}
+
+/* The same for four x that are at most 127 s_a; inverse = 1 / s_a. The product with it is off by
+ * far less than 1e-4: it decides, unless it is that near to a tie. The lowest byte of 1.5 * 2^23 +
+ * r is r in two's complement. */
+__device__ __forceinline__ uint32_t quantize_four(const float *x, float s_a, float inverse) {
+    constexpr float SHIFT = 12582912;
+    float r[4];
+    bool sure = true;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        r[i] = __fmaf_rn(x[i], inverse, SHIFT);
+        sure &= fabsf(__fmaf_rn(x[i], inverse, SHIFT - r[i])) < 0.4999f;
+    }
+    if (!sure) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) r[i] = SHIFT + quantize_one(x[i], s_a);
+    }
+    uint32_t low = __byte_perm(__float_as_uint(r[0]), __float_as_uint(r[1]), 0x0040);
+    uint32_t high = __byte_perm(__float_as_uint(r[2]), __float_as_uint(r[3]), 0x0040);
+    return __byte_perm(low, high, 0x5410);
+}
+
+__device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
+    const float inverse = __fdiv_rn(1, s_a);
+    return make_uint2(quantize_four(e.v, s_a, inverse), quantize_four(e.v + 4, s_a, inverse));
+}
+
+/* x^2 summed over four channels; then over a strip, whose parts `lanes` lanes have, `step` apart,
+ * for all of them; and over a row [strips], by a warp. Always in pairs of neighbours: whoever sums
+ * up a row gets the same bits. */
+__device__ __forceinline__ float four_squares(const float *x) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum = __fmaf_rn(x[i], x[i], sum);
+    return sum;
+}
+
+__device__ __forceinline__ float strip_squares(float sum, int lanes, int step) {
+    for (int i = step; i < lanes * step; i *= 2) {
+        sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, i));
+    }
+    return sum;
+}
+
+__device__ __forceinline__ float row_squares(const float *squares, int strips) {
+    float sum = 0;
+    for (int i = threadIdx.x % 32; i < strips; i += 32) sum = __fadd_rn(sum, squares[i]);
+    for (int i = 16; i > 0; i /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, i));
+    return sum;
+}
+
+__device__ __forceinline__ float rms_scale(float squares, int dim, float eps) {
+    return 1.0f / sqrtf(__fadd_rn(squares / dim, eps));
+}
+
+/* silu(gate) * up */
+__device__ __forceinline__ float swiglu(float gate, float up) {
+    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1, expf(-gate))), up);
+}
+
 /* ---- who does what: tiles, and shares of tiles ----------------------------------------------- */
 
 /* TOKENS of a tile and TEAMS of a block decide the rest. */
@@ -627,6 +793,9 @@ struct GemmArgs {
     int chunks;              // of K
     int split_tiles;         // the first so many tiles are shared out evenly, by chunks
     int share, longer;       // each block gets `share` chunks of them, the first `longer` one more
+    int teams;               // gemm_few_kernel: warps that share the K of a strip
+    OneInput in;             // gemm_few_kernel, instead of a and s_a if M = 1, or all NULL
+    OneOutput out;           // gemm_few_kernel, beside y or residual if M = 1, or all NULL
 };
 
 /* The next chunk of a block's list: a share of the split tiles, then whole tiles, one in gridDim.x.
@@ -1052,10 +1221,6 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
         int4 *sums = (int4 *)(shared + TEAMS * 2 * S::STAGE);
         Scales<2> s;
-        if (TOKENS == 8) { // so early, as there are registers, and every microsecond counts
-            const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
-            load_scales(p, p.s_channel + n0, p.s_a + m0, m0, p.M - m0, n0, s);
-        }
         if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
         if constexpr (S::SHARES) {
             bool whole = now.end - now.chunk == p.chunks;
@@ -1064,10 +1229,206 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
         place_tile(now, p); // again, rather than keep it in registers
         const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
         if (team == 0 && n0 < p.N) {
-            if (TOKENS > 8) load_scales(p, p.s_channel + n0, p.s_a + m0, m0, p.M - m0, n0, s);
+            load_scales(p, p.s_channel + n0, p.s_a + m0, m0, p.M - m0, n0, s);
             write_tile<2, TOKENS / 8, GROUPS>(p, acc, s, p.s_a + m0, m0, p.M - m0, n0);
         }
     }
+}
+
+/* ---- few tokens --------------------------------------------------------------------------------
+ *
+ * Up to 8 tokens the time is that of reading the weights, if memory never rests. A block has one
+ * tile and is gone: strips side by side, each shared by teams of one warp, as above. Its warps have
+ * eight units in flight before they wait for the kernel ahead, those of the next kernel's blocks
+ * wherever there is room beside them. The activations, all K of them, are in shared memory, and no
+ * barrier stops a warp until the end.
+ *
+ * Of a single token a block may also quantize the input itself: see OneInput. */
+
+constexpr int FEW = 8;                 // tokens of a tile
+constexpr int FEW_AHEAD = 8;           // units that a warp has in flight
+constexpr size_t FEW_SHARED = 1 << 16; // bytes of activations; above, gemm_w4a8_kernel is chosen
+
+/* The strip of a block's its-th; N / STRIP or more: none. For SwiGLU a strip of gate and one of up
+ * take turns. */
+__device__ __forceinline__ int few_strip(const GemmArgs &p, int strips, int its) {
+    if (!p.out.product) return blockIdx.x * strips + its;
+    int i = (blockIdx.x * strips + its) / 2, half = p.N / STRIP / 2;
+    return i < half ? its % 2 * half + i : p.N / STRIP;
+}
+
+/* Where 16 bytes of a row are: as in activation_place(), panels of as many rows as there are. */
+__device__ __forceinline__ uint32_t few_place(int row, int column, int rows) {
+    return (column / 8 * rows + row) * 128 + (column % 8 ^ row % 8) * 16;
+}
+
+/* a [K] of the token; its s_a, for every thread. `floats` [2][K] gets x and has norm, on its way.
+ */
+__device__ __forceinline__ float quantize_input(const GemmArgs &p, const float4 *floats,
+                                                uint32_t *a) {
+    const OneInput &in = p.in;
+    const int fours = p.K / 4;
+    for (int i = threadIdx.x; i < fours; i += THREADS) {
+        copy_async_16(shared_address(floats + i), in.x + 4 * i, true, true);
+    }
+    float scale = 1;
+    if (in.norm) scale = rms_scale(row_squares(in.squares, p.K / STRIP), p.K, in.eps);
+    uint32_t most = *in.most;
+    if (in.norm && most < INFINITE) {
+        most = __float_as_uint(__fmul_rn(__uint_as_float(most), scale));
+    }
+    const float s_a = activation_scale(most), inverse = __fdiv_rn(1, s_a);
+    copy_async_wait(); // each thread for what it has copied itself
+    for (int i = threadIdx.x; i < ceil_div(p.K, 128) * 32; i += THREADS) {
+        float x[4] = {}; // zeros past the end make whatever weights they meet harmless
+        if (i < fours) *(float4 *)x = floats[i];
+        if (in.norm && i < fours) {
+            const float4 w = floats[fours + i];
+            const float norm[4] = {w.x, w.y, w.z, w.w};
+            for (int j = 0; j < 4; j++) x[j] = __fmul_rn(__fmul_rn(x[j], norm[j]), scale);
+        }
+        a[i] = quantize_four(x, s_a, inverse);
+    }
+    return s_a;
+}
+
+/* A warp's output of one token, a strip from n0: added to the residual stream, of which `out` gets
+ * what the RMSNorm that follows wants to know; or silu of it times that of up, another strip. */
+__device__ __forceinline__ void write_one(const GemmArgs &p, const int (&acc)[2][1][4],
+                                          const Scales<2> &s, const int (&up)[2][1][4],
+                                          const Scales<2> &of_up, int n0) {
+    const int lane = threadIdx.x % 32, n = n0 + lane / 4 * 4;
+    const bool mine = lane % 4 == 0; // four channels of token 0: see write_tile()
+    auto scaled = [](const int(&acc)[2][1][4], const Scales<2> &s, int c) {
+        return __fmul_rn(__fmul_rn((float)acc[c / 2][0][c % 2 * 2], s.s_a[0]), (&s.s_channel.x)[c]);
+    };
+    auto rounded = [](float y) { return __half2float(__float2half_rn(y)); }; // as s->gate_up is
+    float y[4];
+    uint32_t most = 0;
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        y[c] = scaled(acc, s, c);
+        if (p.residual) y[c] = __fadd_rn((&s.x[0].x)[c], y[c]);
+        else y[c] = swiglu(rounded(y[c]), rounded(scaled(up, of_up, c)));
+        const float h = p.out.norm ? __fmul_rn(y[c], p.out.norm[n + c]) : y[c];
+        most = max(most, __float_as_uint(h) & 0x7fffffff);
+    }
+    float *to = p.residual ? p.residual : p.out.product;
+    if (mine) *(float4 *)(to + n) = make_float4(y[0], y[1], y[2], y[3]);
+    most = __reduce_max_sync(~0u, mine ? most : 0);
+    const float squares = strip_squares(four_squares(y), 8, 4);
+    if (lane > 0) return;
+    atomicMax(p.out.most, most);
+    if (p.out.norm) p.out.squares[n0 / STRIP] = squares;
+}
+
+template <bool GROUPS>
+__global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_constant__ GemmArgs p) {
+    extern __shared__ __align__(1024) uint8_t shared[]; // a, and of one token x and norm
+    __shared__ int4 sums[WARPS][2][32];
+    __shared__ float s_one;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, strips = WARPS / p.teams;
+    const int team = warp / strips, strip = few_strip(p, strips, warp % strips);
+    const int m0 = blockIdx.y * FEW, rows = min(FEW, p.M - m0);
+
+    uint4 w[FEW_AHEAD][2] = {};
+    uint32_t s_group[FEW_AHEAD / 2] = {};
+    const int pairs = ceil_div(p.units, 2), step = 2 * p.teams; // units to a team's next pair
+    const uint4 *from_w = p.w + ((size_t)strip * p.units + team * 2) * 64 + lane;
+    const uint32_t *from_s_group = p.s_group;
+    if (GROUPS) from_s_group += ((size_t)strip * pairs + team) * 8 + lane / 4;
+    int valid = strip < p.N / STRIP ? p.units - team * 2 : 0; // units from there to the end
+    auto load_weights = [&](int u) {
+        const int unit = u / 2 * step + u % 2;
+        load_16(w[u][0], from_w + unit * 64, unit < valid);
+        load_16(w[u][1], from_w + unit * 64 + 32, unit < valid);
+        if (GROUPS && u % 2 == 1) load_4(s_group[u / 2], from_s_group + unit / 2 * 8, unit < valid);
+    };
+#pragma unroll
+    for (int u = 0; u < FEW_AHEAD; u++) load_weights(u);
+    const bool there = strip < p.N / STRIP;
+    prefetch(p.s_channel + strip * STRIP, there);
+    prefetch(p.out.norm + strip * STRIP, there && p.out.norm);
+    float4 *floats = (float4 *)(shared + ceil_div(p.K, 128) * 128);
+    for (int i = threadIdx.x; i < p.K / 4 && p.in.norm; i += THREADS) {
+        copy_async_16(shared_address(floats + p.K / 4 + i), p.in.norm + 4 * i, true, true);
+    }
+    launch_dependents();
+    wait_for_previous_kernel();
+    if (p.in.x) {
+        const float s_a = quantize_input(p, floats, (uint32_t *)shared);
+        if (threadIdx.x == 0) s_one = s_a;
+    } else {
+        for (int row = 0; row < rows; row++) {
+            const int8_t *from = p.a + (size_t)(m0 + row) * p.K;
+            for (int i = threadIdx.x; i < pairs * 8; i += THREADS) {
+                bool inside = i * 16 < p.K; // else zeros, as above
+                copy_async_16(shared_address(shared) + few_place(row, i, rows),
+                              inside ? from + i * 16 : from, inside, true);
+            }
+        }
+        copy_async_wait();
+    }
+    __syncthreads();
+
+    // As in gemm_w4a8_kernel; past the last row there are copies of it.
+    const int b = min(lane / 16 * 8 + lane % 8, rows - 1);
+    const uint32_t b_row = few_place(b, lane / 8 % 2, rows);
+    int acc[2][1][4] = {};
+    for (int pair = team; pair < pairs; pair += FEW_AHEAD / 2 * p.teams) {
+        from_w += FEW_AHEAD / 2 * step * 64;
+        from_s_group += FEW_AHEAD / 2 * p.teams * 8;
+        valid -= FEW_AHEAD / 2 * step;
+#pragma unroll
+        for (int u = 0; u < FEW_AHEAD; u++) {
+            const int now = pair + u / 2 * p.teams;
+            if (u % 2 == 0 && now >= pairs) break;
+#pragma unroll
+            for (int k32 = 0; k32 < 2; k32++) {
+                uint32_t left[2][4]; // [m16 tile][register]
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t words[4] = {w[u][i].x, w[u][i].y, w[u][i].z, w[u][i].w};
+#pragma unroll
+                    for (int r = 0; r < 4; r++) {
+                        uint32_t s = __byte_perm(s_group[u / 2], 0, 0x4440 + 2 * i + r % 2);
+                        left[i][r] = dequantize<GROUPS>(words[r], k32, s);
+                        asm volatile("" : "+r"(left[i][r]));
+                    }
+                }
+                if (k32 == 1) load_weights(u);
+                const uint32_t panel = shared_address(shared) + now * rows * 128;
+                multiply_step<1>(acc, left, panel + (b_row ^ (u % 2 * 2 + k32) * 32));
+            }
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < 2; i++) sums[warp][i][lane] = as_int4(acc[i][0]);
+    const float *s_a = p.in.x ? &s_one : p.s_a + m0;
+    const int outputs = p.out.product ? strips / 2 : strips; // warps that write
+    const int its = p.out.product ? 2 * warp : warp;
+    const int n0 = few_strip(p, strips, its) * STRIP;
+    const bool writes = warp < outputs && n0 < p.N;
+    Scales<2> s, of_up;
+    if (writes) load_scales(p, p.s_channel + n0, s_a, m0, rows, n0, s);
+    if (writes && p.out.product) {
+        load_scales(p, p.s_channel + n0 + p.N / 2, s_a, m0, rows, n0, of_up);
+    }
+    __syncthreads();
+    if (!writes) return;
+    auto add_up = [&](int(&to)[2][1][4], int its) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            for (int &x : to[i][0]) x = 0;
+            for (int t = 0; t < p.teams; t++) add(to[i][0], sums[t * strips + its][i][lane]);
+        }
+    };
+    add_up(acc, its);
+    if (!p.out.most) return write_tile<2, 1, GROUPS>(p, acc, s, s_a, m0, rows, n0);
+    int up[2][1][4] = {};
+    if (p.out.product) add_up(up, its + 1);
+    write_one(p, acc, s, up, of_up, n0);
 }
 
 /* ---- the same for Hopper: wgmma, fed by the TMA ------------------------------------------------
@@ -1450,6 +1811,30 @@ static void launch_gemm(GemmArgs p, cudaStream_t stream) {
     launch(kernel, {dim3(blocks), THREADS, shared}, stream, p);
 }
 
+/* Shared memory that a block of gemm_few_kernel may have, beside its sums. */
+static size_t few_shared() {
+    return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 17 * 1024;
+}
+
+static size_t few_bytes(int M, int K) {
+    return (size_t)M * ceil_div(K, 128) * 128;
+}
+
+/* No more teams than keep most multiprocessors busy: each is one more sum to add. */
+template <bool GROUPS> static void launch_few(GemmArgs p, cudaStream_t stream) {
+    const int strips = p.N / STRIP, rows = min(FEW, p.M);
+    size_t shared = few_bytes(rows, p.K);
+    if (p.in.x) shared += p.K * sizeof(float) * (p.in.norm ? 2 : 1);
+    if (shared > few_shared()) return launch_gemm<16, 8, GROUPS>(p, stream); // stands in for it
+    p.units = p.K / UNIT;
+    p.teams = p.out.product ? WARPS / 2 : WARPS; // two strips are gate and up
+    while (p.teams > 1 && strips * p.teams / 2 * 5 >= WARPS * multiprocessors() * 7) p.teams /= 2;
+    constexpr auto kernel = gemm_few_kernel<GROUPS>;
+    allow_shared(kernel, shared);
+    const dim3 grid(ceil_div(strips * p.teams, WARPS), ceil_div(p.M, FEW));
+    launch(kernel, {grid, THREADS, shared}, stream, p);
+}
+
 /* [rows][bytes] at `at` for the TMA, to be copied in boxes. What a box has beyond the matrix is
  * zero: products with it vanish, and outputs from it are not written. */
 static CUtensorMap tensor_map(const void *at, size_t rows, size_t bytes, Box box,
@@ -1518,7 +1903,7 @@ static const struct HopperCost {
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     static const int largest_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     const int sms = multiprocessors();
-    if (M <= 8) return GEMM_8X8;
+    if (M <= FEW && (size_t)M * l->K <= FEW_SHARED) return GEMM_FEW;
     if (M <= 16) return GEMM_16X8;
     if (wgmma_code() && !portable) {
         // Few tiles of much K are better shared out, by mma.sync. That costs what the weights do.
@@ -1543,7 +1928,7 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
 /* In the order of GemmKernel. */
 template <bool GROUPS>
 static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
-    launch_gemm<8, 8, GROUPS>,           launch_gemm<16, 8, GROUPS>,
+    launch_few<GROUPS>,                  launch_gemm<16, 8, GROUPS>,
     launch_gemm<32, 4, GROUPS>,          launch_gemm<64, 4, GROUPS>,
     launch_gemm<64, 2, GROUPS>,          launch_gemm<128, 1, GROUPS>,
     launch_hopper_gemm<64, 64, GROUPS>,  launch_hopper_gemm<128, 64, GROUPS>,
@@ -1551,8 +1936,7 @@ static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
     launch_hopper_gemm<256, 96, GROUPS>, launch_hopper_gemm<256, 128, GROUPS>,
 };
 
-void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
-                  half *y, float *residual, int *acc, int *workspace, cudaStream_t stream) {
+static GemmArgs gemm_args(const GpuLinear *l, int M) {
     GemmArgs p = {};
     p.M = M;
     p.N = l->N;
@@ -1560,6 +1944,12 @@ void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const 
     p.w = (const uint4 *)l->w;
     p.s_group = (const uint32_t *)l->s_group;
     p.s_channel = l->s_channel;
+    return p;
+}
+
+void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
+                  half *y, float *residual, int *acc, int *workspace, cudaStream_t stream) {
+    GemmArgs p = gemm_args(l, M);
     p.a = a;
     p.s_a = s_a;
     p.y = y;
@@ -1573,6 +1963,17 @@ void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const 
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
                    float *residual, int *workspace, cudaStream_t stream) {
     gpu_gemm_run(gpu_gemm_choose(l, M, false), l, a, s_a, M, y, residual, NULL, workspace, stream);
+}
+
+/* The same of one token, whose input it quantizes. y, residual or out.product gets the output. */
+static void gemm_one(const GpuLinear *l, const OneInput &in, half *y, float *residual,
+                     const OneOutput &out, cudaStream_t stream) {
+    GemmArgs p = gemm_args(l, 1);
+    p.in = in;
+    p.out = out;
+    p.y = y;
+    p.residual = residual;
+    (l->s_group ? launch_few<true> : launch_few<false>)(p, stream);
 }
 
 /* ================================================================================================
@@ -1592,36 +1993,6 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
  *
  * A row is one block's. It stays in shared memory between the passes over it.
  * ============================================================================================== */
-
-/* Eight consecutive values, which one thread handles: 16 bytes of halves, 8 of int8. */
-struct Eight {
-    float v[8];
-};
-
-__device__ __forceinline__ Eight from_halves(uint4 bits) {
-    const half2 *pairs = (const half2 *)&bits;
-    Eight e;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 f = __half22float2(pairs[i]);
-        e.v[2 * i] = f.x;
-        e.v[2 * i + 1] = f.y;
-    }
-    return e;
-}
-
-__device__ __forceinline__ uint4 to_halves(const Eight &e) {
-    uint4 bits;
-    half2 *pairs = (half2 *)&bits;
-#pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = __floats2half2_rn(e.v[2 * i], e.v[2 * i + 1]);
-    return bits;
-}
-
-__device__ __forceinline__ Eight from_floats(const float4 *p) {
-    float4 a = p[0], b = p[1];
-    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-}
 
 /* A row of floats in shared memory, the i-th Eight in two halves so that no two threads of a
  * quarter warp meet in a bank. */
@@ -1656,33 +2027,6 @@ __device__ static uint32_t block_max(uint32_t x) {
     __syncthreads();
     x = threadIdx.x % 32 < blockDim.x / 32 ? maxima[threadIdx.x % 32] : 0;
     return __reduce_max_sync(~0u, x);
-}
-
-/* The magnitude of a float as an integer of the same order; NaN and infinity are above all. */
-__device__ __forceinline__ uint32_t magnitude(const Eight &e) {
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(e.v[i]) & 0x7fffffff);
-    return most;
-}
-
-constexpr uint32_t INFINITE = 0x7f800000;
-
-/* s_a of a row whose largest magnitude is `most`. */
-__device__ __forceinline__ float activation_scale(uint32_t most) {
-    return __fdiv_rn(__uint_as_float(most >= INFINITE ? 0x7fc00000 : most), 127.0f);
-}
-
-__device__ __forceinline__ int quantize_one(float x, float s_a) {
-    float r = s_a > 0 ? rintf(__fdiv_rn(x, s_a)) : 0;
-    return (int)fminf(fmaxf(r, -128.0f), 127.0f);
-}
-
-__device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
-    uint32_t bytes[2] = {};
-#pragma unroll
-    for (int i = 0; i < 8; i++) bytes[i / 4] |= (quantize_one(e.v[i], s_a) & 0xff) << i % 4 * 8;
-    return make_uint2(bytes[0], bytes[1]);
 }
 
 constexpr int MAX_CLUSTER = 8; // blocks: as many as every Hopper GPU allows
@@ -1776,18 +2120,23 @@ __global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, flo
     if (threadIdx.x < dim / 8) w = from_floats((const float4 *)weight + 2 * threadIdx.x);
     wait_for_previous_kernel();
     const float4 *x_row = (const float4 *)(x + (size_t)blockIdx.x * dim);
-    float sum = 0;
-    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
-        Eight e = from_floats(x_row + 2 * i);
-        for (int j = 0; j < 8; j++) sum += e.v[j] * e.v[j];
+    float *squares = (float *)(shared_row + dim / 4);
+    for (int i = threadIdx.x; i < ceil_div(dim / 8, 32) * 32; i += blockDim.x) {
+        Eight e = {};
+        if (i < dim / 8) e = from_floats(x_row + 2 * i);
+        const float eight = __fadd_rn(four_squares(e.v), four_squares(e.v + 4));
+        const float sum = strip_squares(eight, 4, 1);
+        if (i >= dim / 8) continue;
+        squares[i / 4] = sum;
         row.put(i, e);
     }
-    float scale = 1.0f / sqrtf(block_sum(sum) / dim + eps);
+    __syncthreads();
+    const float scale = rms_scale(row_squares(squares, ceil_div(dim, STRIP)), dim, eps);
     uint32_t most = 0;
     for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
         Eight e = row.get(i);
         if (i >= blockDim.x) w = from_floats((const float4 *)weight + 2 * i);
-        for (int j = 0; j < 8; j++) e.v[j] = e.v[j] * scale * w.v[j];
+        for (int j = 0; j < 8; j++) e.v[j] = __fmul_rn(__fmul_rn(e.v[j], w.v[j]), scale);
         most = max(most, magnitude(e));
         row.put(i, e);
     }
@@ -1807,7 +2156,7 @@ __global__ void swiglu_kernel(const half *gate_up, int hidden_dim, LinearInput o
     uint32_t most = 0;
     for (int i = slice.first + threadIdx.x; i < slice.end; i += blockDim.x) {
         Eight e = from_halves(gate[i]), u = from_halves(up[i]);
-        for (int j = 0; j < 8; j++) e.v[j] = e.v[j] / (1.0f + expf(-e.v[j])) * u.v[j];
+        for (int j = 0; j < 8; j++) e.v[j] = swiglu(e.v[j], u.v[j]);
         most = max(most, magnitude(e));
         row.put(i - slice.first, e);
     }
@@ -1824,7 +2173,7 @@ static int row_threads(int T, int K) {
 
 void gpu_rmsnorm(const float *x, const float *weight, int T, int dim, float eps, LinearInput out,
                  cudaStream_t stream) {
-    size_t shared = dim * sizeof(float);
+    size_t shared = (dim + ceil_div(dim, STRIP)) * sizeof(float);
     allow_shared(rmsnorm_kernel, shared);
     launch(rmsnorm_kernel, {dim3(T), row_threads(T, dim), shared}, stream, x, weight, dim, eps,
            out);
@@ -2154,8 +2503,10 @@ __global__ void choose_kernel(const float *logits, int vocab_size, Choice *chose
     if (blockIdx.x == 0 && threadIdx.x == 0) positions[blockIdx.y]++;
 }
 
-/* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
-__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
+/* The chosen token of each sequence becomes its row of x, and the choice is free for the next; so
+ * are the maxima of layer_of_one(). */
+__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x,
+                                    uint32_t *most, int n_most) {
     // In this order: no kernel of a step starts before the step before has finished. So they may
     // read what that left, positions and cache, without waiting for each other.
     wait_for_previous_kernel();
@@ -2163,6 +2514,7 @@ __global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int d
     const int token = max(0, chosen_token(chosen[blockIdx.x])); // the host sees to what is none
     __syncthreads();
     if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
+    for (int i = threadIdx.x; i < n_most; i += blockDim.x) most[i] = 0;
     embed_row(embedding, token, dim, x);
 }
 
@@ -2175,7 +2527,7 @@ static void embed(GpuState *s, int T) {
 static void embed_chosen(GpuState *s) {
     const int dim = s->model->config.dim, T = s->n_sequences;
     launch(embed_chosen_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding,
-           s->chosen, dim, s->x);
+           s->chosen, dim, s->x, s->most, s->of_one ? 4 * s->model->config.n_layers : 0);
 }
 
 static void choose(GpuState *s, int sequence, int n) {
@@ -2689,7 +3041,9 @@ struct DecodeArgs {
     const float4 *rope;
     GpuCache cache;
     half *out;             // [sequences][q_dim]
-    LinearInput quantized; // the same as o's input
+    LinearInput quantized; // the same as o's input, or
+    float *inner;          // of one token, with
+    uint32_t *most;        // the bits of max|out|
     float *partial;        // [sequences][rows of blocks][gridDim.x][HEADS * (HEAD_DIM + 2)] o, m, l
     int *arrived;          // [sequences][rows of blocks + 1] blocks that are through
 };
@@ -2982,9 +3336,9 @@ __device__ __forceinline__ bool is_last(int *counter, int n) {
     return last;
 }
 
-/* Joins the parts [blocks] of a row of blocks into out [n_heads][HEAD_DIM]. */
-template <int HEAD_DIM>
-__device__ __forceinline__ void join_blocks(const float *parts, int n_heads, half *out) {
+/* Joins the parts [blocks] of a row of blocks: write(i, the i-th four of [n_heads][HEAD_DIM]). */
+template <int HEAD_DIM, typename Write>
+__device__ __forceinline__ void join_blocks(const float *parts, int n_heads, Write write) {
     constexpr int PART = HEADS * (HEAD_DIM + 2); // floats: o, m, l
     const int n = n_heads * HEAD_DIM / 4, blocks = gridDim.x;
     for (int i = threadIdx.x; i < (n + 31) / 32 * 32; i += blockDim.x) {
@@ -3012,10 +3366,9 @@ __device__ __forceinline__ void join_blocks(const float *parts, int n_heads, hal
             sum.z += x[b].z * f;
             sum.w += x[b].w * f;
         }
-        if (i < n) {
-            ((uint2 *)out)[i] =
-                make_uint2(pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total));
-        }
+        if (i < n)
+            write(i, make_uint2(pack(sum.x / total, sum.y / total),
+                                pack(sum.z / total, sum.w / total)));
     }
 }
 
@@ -3061,8 +3414,8 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
         int head = i / HEAD_DIM;
         float sum = 0;
         for (int w = 0; w < DECODE_WARPS; w++) sum += all.o[w][head][i % HEAD_DIM] * all.m[w][head];
-        if (gridDim.x == 1) out[i] = __float2half(sum / all.block_l[head]);
-        else mine[i] = sum;
+        if (gridDim.x > 1) mine[i] = sum;
+        else out[i] = __float2half(sum / all.block_l[head]);
     }
     int *counters = p.arrived + blockIdx.z * (gridDim.y + 1);
     if (gridDim.x > 1) {
@@ -3071,7 +3424,19 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
             mine[HEADS * (HEAD_DIM + 1) + threadIdx.x] = all.block_l[threadIdx.x];
         }
         if (!is_last(counters + blockIdx.y, gridDim.x)) return;
-        join_blocks<HEAD_DIM>(parts, b.n_heads, out);
+        uint32_t most = 0;
+        join_blocks<HEAD_DIM>(parts, b.n_heads, [&](int i, uint2 four) {
+            ((uint2 *)out)[i] = four;
+            if (!p.inner) return;
+            float2 x = __half22float2(*(half2 *)&four.x), y = __half22float2(*(half2 *)&four.y);
+            ((float4 *)(p.inner + b.head0 * HEAD_DIM))[i] = make_float4(x.x, x.y, y.x, y.y);
+            most = max(most, magnitude({{x.x, x.y, y.x, y.y}}));
+        });
+        if (p.inner) {
+            most = __reduce_max_sync(~0u, most);
+            if (threadIdx.x % 32 == 0) atomicMax(p.most, most);
+            return;
+        }
     }
 
     // The last block of a token quantizes its row for o.
@@ -3162,12 +3527,15 @@ static void attend(GpuState *s, int l, const Rows &rows) {
         const DecodeArgs args = {s->qkv,          c->n_heads / c->n_kv_heads,
                                  s->positions,    s->rope,
                                  cache,           s->att,
-                                 linear_input(s), s->partial,
+                                 linear_input(s), s->of_one ? s->inner : NULL,
+                                 s->most + 4 * l, s->partial,
                                  s->arrived};
         const auto kernel = attention_kernels(c->head_dim, cache.bits).decode[many];
         // Half shared memory, half L1 cache: what the driver chooses costs 64 sequences 5 %.
-        cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 50),
-                   "shared memory");
+        if (many)
+            cuda_check(
+                cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 50),
+                "shared memory");
         launch(kernel, {dim3(s->splits, decode_rows(c), rows.T), many ? 128 : 256}, s->stream,
                args);
         return;
@@ -4590,6 +4958,9 @@ static size_t place_buffers(GpuState *s) {
     take(s->att, T * q_dim);
     take(s->gate_up, T * 2 * c->hidden_dim);
     take(s->y, q ? 0 : T * c->dim);
+    take(s->inner, s->of_one ? max((size_t)c->hidden_dim, q_dim) : 0);
+    take(s->squares, s->of_one ? c->dim / STRIP : 0);
+    take(s->most, s->of_one ? c->n_layers * 4 : 0);
     GpuCache *k = &s->cache, *h = &s->in_halves;
     const size_t heads = c->n_layers * B * c->n_kv_heads, rows = heads * k->context;
     const bool small = k->bits < 16;
@@ -4630,6 +5001,11 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context, int 
     // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor.
     int rows = decode_rows(&g->config) * n_sequences;
     s.splits = max(1, min(MAX_SPLITS, 2 * multiprocessors() / rows));
+    // A block of gemm_few_kernel has x and what is made of it.
+    const Config *c = &g->config;
+    const size_t inside = max(c->hidden_dim, c->n_heads * c->head_dim);
+    const size_t most = max(9 * (size_t)c->dim, 5 * inside);
+    s.of_one = g->quantized && n_sequences == 1 && s.splits > 1 && most + 1024 <= few_shared();
     s.bytes = place_buffers(&s);
     return s;
 }

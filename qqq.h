@@ -495,11 +495,11 @@ int *gpu_gemm_workspace(void);
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
                    float *residual, int *workspace, cudaStream_t stream);
 
-/* The kernels that it chooses from, each right for every shape: of mma.sync, by the tokens of a
- * tile and how many teams of warps share K; of wgmma (where the program was built for sm_90a;
- * elsewhere GEMM_128 stands in), by the channels and the tokens of a tile. */
+/* The kernels that it chooses from, each right for every shape: of mma.sync, for up to 8 tokens,
+ * then by the tokens of a tile and how many teams of warps share K; of wgmma (where the program was
+ * built for sm_90a; elsewhere GEMM_128 stands in), by the channels and the tokens of a tile. */
 typedef enum {
-    GEMM_8X8,
+    GEMM_FEW,
     GEMM_16X8,
     GEMM_32X4,
     GEMM_64X4,

@@ -545,6 +545,101 @@ static void test_attention(int head_dim, int group, int bits) {
     gpu_state_free(s);
 }
 
+/* N rows of K random codes on the GPU. */
+static Matrix random_matrix(int N, int K, bool groups) {
+    const size_t n = (size_t)N * K;
+    std::vector<uint8_t> codes(n / 2), s_group(groups ? n / GROUP : 0);
+    for (uint8_t &two : codes) { // per channel no code is 0
+        two = (1 + (int)(7.5f + 7.49f * random_float())) |
+              (1 + (int)(7.5f + 7.49f * random_float())) << 4;
+    }
+    for (uint8_t &s : s_group) s = 8 + (int)(7.9f * random_float());
+    Floats s_channel(N);
+    for (float &s : s_channel) s = (1.5f + random_float()) / (sqrtf(K) * (groups ? 40 : 5));
+    Linear l = {};
+    l.N = N;
+    l.K = K;
+    l.dtype = U8;
+    l.qweight = codes.data();
+    l.s_channel = s_channel.data();
+    l.s_group = groups ? s_group.data() : NULL;
+    Matrix m = {};
+    m.N = N;
+    m.K = K;
+    m.w4a8 = gpu_linear_create(&l, 1);
+    return m;
+}
+
+static float *floats_on_gpu(const Floats &v) {
+    return upload_array<float>(v.data(), v.size());
+}
+
+/* Decoding of one token in five kernels a layer and in eight: the same bits of x and of the logits,
+ * at positions on either side of a tile of the cache. */
+static void test_one_token(bool groups, int hidden) {
+    char name[100];
+    snprintf(name, sizeof name, "one token: five kernels a layer are eight, %s, ffn %d",
+             groups ? "g128" : "per channel", hidden);
+    test_begin(name);
+    enum { LAYERS = 3, VOCAB = 512 };
+    GpuModel g = {};
+    Config *c = &g.config;
+    c->dim = DIM;
+    c->hidden_dim = hidden;
+    c->n_layers = LAYERS;
+    c->n_heads = 4;
+    c->n_kv_heads = 1;
+    c->head_dim = 64;
+    c->vocab_size = VOCAB;
+    c->norm_eps = 1e-5f;
+    c->rope_theta = 10000;
+    g.quantized = true;
+    g.embedding = halves_on_gpu(random_halves((size_t)VOCAB * DIM, 1));
+    g.lm_head.N = VOCAB;
+    g.lm_head.K = DIM;
+    g.lm_head.w = g.embedding;
+    g.norm = floats_on_gpu(random_floats(DIM, 1));
+    GpuLayer layers[LAYERS] = {};
+    g.layers = layers;
+    for (GpuLayer &l : layers) {
+        l.attention_norm = floats_on_gpu(random_floats(DIM, 1));
+        l.ffn_norm = floats_on_gpu(random_floats(DIM, 1));
+        l.qkv = random_matrix(DIM + 128, DIM, groups);
+        l.o = random_matrix(DIM, DIM, groups);
+        l.gate_up = random_matrix(2 * hidden, DIM, groups);
+        l.down = random_matrix(DIM, hidden, groups);
+    }
+    GpuState *s = gpu_state_new(&g, 1, 64, 16);
+    check(s->of_one, "decoded in eight kernels");
+    for (int pos = 0; pos < 40; pos++) {
+        Floats x[2], logits[2];
+        for (int one = 0; one < 2; one++) {
+            const Choice token = (uint32_t) ~(pos * 37 % VOCAB);
+            s->of_one = one;
+            to_gpu(s, s->chosen, &token, 1);
+            to_gpu(s, s->positions, &pos, 1);
+            decode_step(s);
+            x[one].resize(DIM);
+            logits[one].resize(VOCAB);
+            to_host(s, x[one].data(), s->x, DIM);
+            to_host(s, logits[one].data(), s->logits, VOCAB);
+        }
+        check(isfinite(x[0][0]) && !memcmp(x[0].data(), x[1].data(), DIM * sizeof(float)),
+              "position %d: other x", pos);
+        check(!memcmp(logits[0].data(), logits[1].data(), VOCAB * sizeof(float)),
+              "position %d: other logits", pos);
+    }
+    s->of_one = true;
+    gpu_state_free(s);
+    for (GpuLayer &l : layers) {
+        for (Matrix *m : {&l.qkv, &l.o, &l.gate_up, &l.down}) gpu_linear_free(&m->w4a8);
+        cudaFree(l.attention_norm);
+        cudaFree(l.ffn_norm);
+    }
+    cudaFree(g.embedding);
+    cudaFree(g.norm);
+}
+
 int main() {
     char why[300];
     Config any = {};
@@ -561,6 +656,10 @@ int main() {
         test_gptq(group_size, DIM, HIDDEN);
         test_gptq(group_size, HIDDEN, DIM);
         test_smoothing(group_size);
+    }
+    for (int hidden : {896, 960}) { // of 960 the last 64 are half a panel
+        test_one_token(false, hidden);
+        if (hidden % GROUP == 0) test_one_token(true, hidden);
     }
     test_head(1000, 256);
     test_head(2056, 1040);

@@ -422,6 +422,9 @@ static void test_quantize() {
                 x[(size_t)m * K + k] = __float2half(m == 0 ? 0 : m == 1 ? 6e-8f * (k % 3) : f);
             }
         }
+        // x / s_a rounds to 63.5 exactly, a tie; x times 1 / s_a does not.
+        x[(size_t)8 * K + 1] = __float2half(1.001953125f); // the largest
+        x[(size_t)8 * K + 2] = __float2half(0.5009765625f);
         x[(size_t)9 * K + 17] = __ushort_as_half(0x7e00);   // NaN
         x[(size_t)10 * K + 5] = __ushort_as_half(0xfc00);   // -infinity
         x[(size_t)11 * K + K - 1] = __float2half(65504.0f); // the largest half
