@@ -583,25 +583,6 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_all;\n" ::: "memory");
 }
 
-/* Writes words to global memory, if `valid`: at once, which plain stores may not be. */
-__device__ __forceinline__ void store(void *to, const uint32_t (&x)[1], bool valid) {
-    if (valid) *(uint32_t *)to = x[0];
-}
-
-__device__ __forceinline__ void store(void *to, const uint32_t (&x)[2], bool valid) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
-                 "@p st.global.v2.u32 [%0], {%1, %2}; }\n" ::"l"(to),
-                 "r"(x[0]), "r"(x[1]), "r"((int)valid)
-                 : "memory");
-}
-
-__device__ __forceinline__ void store(void *to, const uint32_t (&x)[4], bool valid) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
-                 "@p st.global.v4.u32 [%0], {%1, %2, %3, %4}; }\n" ::"l"(to),
-                 "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"((int)valid)
-                 : "memory");
-}
-
 /* Two or four 8 x 16-byte matrices from shared memory, in the layout of mma's right operand: lanes
  * 8i .. 8i+7 hold the addresses of matrix i's rows; lane l gets of each row l / 4, bytes l % 4 * 4
  * to + 3. */
@@ -756,7 +737,7 @@ __device__ __forceinline__ float rms_scale(float squares, int dim, float eps) {
 
 /* silu(gate) * up */
 __device__ __forceinline__ float swiglu(float gate, float up) {
-    return __fmul_rn(__fdiv_rn(gate, __fadd_rn(1, expf(-gate))), up);
+    return __fmul_rn(__fdividef(gate, __fadd_rn(1, expf(-gate))), up);
 }
 
 /* ---- who does what: tiles, and shares of tiles ----------------------------------------------- */
@@ -1044,26 +1025,20 @@ template <int M_TILES> struct Scales {
     Floats x[2]; // the residual stream so far
 };
 
-/* Those of the lane's token t. The tokens, of which there are `tokens`, start at m0, with s_a, the
- * channels at n0. */
-template <int M_TILES>
-__device__ __forceinline__ void load_token_scales(const GemmArgs &p, const float *s_a, int m0,
-                                                  int tokens, int n0, int t, Scales<M_TILES> &s) {
-    const int lane = threadIdx.x % 32, token = lane % 4 * 2 + t;
-    const float *x = p.residual + (size_t)(m0 + token) * p.N + n0 + lane / 4 * 4;
-    const bool valid = token < tokens;
-    s.s_a[t] = valid ? s_a[token] : 0;
-    if (valid && p.residual) s.x[t] = *(const typename Scales<M_TILES>::Floats *)x;
-}
-
-/* s_channel: those from n0. */
+/* For the channels from n0, with s_channel, and the first 8 of the `tokens` from m0, with s_a. */
 template <int M_TILES>
 __device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_channel,
                                             const float *s_a, int m0, int tokens, int n0,
                                             Scales<M_TILES> &s) {
-    s_channel += threadIdx.x % 32 / 4 * 4;
-    s.s_channel = *(const typename Scales<M_TILES>::Floats *)s_channel;
-    for (int t = 0; t < 2; t++) load_token_scales(p, s_a, m0, tokens, n0, t, s);
+    using Floats = typename Scales<M_TILES>::Floats;
+    const int lane = threadIdx.x % 32, channel = lane / 4 * 4, first = lane % 4 * 2;
+    s.s_channel = *(const Floats *)(s_channel + channel);
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        const float *x = p.residual + (size_t)(m0 + first + t) * p.N + n0 + channel;
+        s.s_a[t] = first + t < tokens ? s_a[first + t] : 0;
+        if (first + t < tokens && p.residual) s.x[t] = *(const Floats *)x;
+    }
 }
 
 /* Scales a warp's sums, M_TILES m16 tiles from n0 and `tokens` <= 8 N_TILES tokens from m0, and
@@ -1078,31 +1053,34 @@ __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[M
     const size_t at_first = (size_t)(m0 + first) * p.N + n0 + lane / 4 * 4;
     auto write = [&](auto *to) {
         using Floats = typename Scales<M_TILES>::Floats;
+        using Halves = std::conditional_t<M_TILES == 2, uint2, uint32_t>;
         constexpr bool TO_RESIDUAL = std::is_same_v<decltype(to), float *>;
-        constexpr bool AHEAD = N_TILES != 4; // where there are registers
+        constexpr bool AHEAD = N_TILES > 4; // one n8 tile, where there are registers
         to += at_first;
+        auto load = [&](int i, auto *from) {
+            const int token = first + i / 2 * 8 + i % 2;
+            if (i >= 2 * N_TILES || token >= tokens) return;
+            s.s_a[i % 2] = s_a[token];
+            if constexpr (TO_RESIDUAL) s.x[i % 2] = *(const Floats *)from;
+        };
 #pragma unroll
         for (int i = 0; i < 2 * N_TILES; i++) {
-            const int j = i / 2, t = i % 2, token = j * 8 + t;
+            const int j = i / 2, t = i % 2;
             float y[2 * M_TILES];
-            uint32_t words[2 * M_TILES], halves[M_TILES];
-            if (!AHEAD && j > 0 && first + token < tokens) {
-                s.s_a[t] = s_a[first + token];
-                if (TO_RESIDUAL) s.x[t] = *(const Floats *)to;
-            }
+            uint32_t halves[M_TILES];
+            if (!AHEAD && j > 0) load(i, to);
 #pragma unroll
             for (int c = 0; c < 2 * M_TILES; c++) {
                 float sum = acc[c / 2][j][c % 2 * 2 + t];
                 y[c] = __fmul_rn(__fmul_rn(sum, s.s_a[t]), (&s.s_channel.x)[c]);
-                if (TO_RESIDUAL) words[c] = __float_as_uint(__fadd_rn((&s.x[t].x)[c], y[c]));
+                if (TO_RESIDUAL) y[c] = __fadd_rn((&s.x[t].x)[c], y[c]);
                 else if (c % 2) halves[c / 2] = pack(y[c - 1], y[c]);
             }
-            if (AHEAD && j + 1 < N_TILES) {
-                const int next = (j + 1) * 8;
-                load_token_scales(p, s_a + next, m0 + next, tokens - next, n0, t, s);
+            if (first + j * 8 + t < tokens) { // __stcg: whole, which plain stores may not be
+                if constexpr (TO_RESIDUAL) __stcg((Floats *)to, *(const Floats *)y);
+                else __stcg((Halves *)to, *(const Halves *)halves);
             }
-            if (TO_RESIDUAL) store(to, words, first + token < tokens);
-            else store(to, halves, first + token < tokens);
+            if (AHEAD) load(i + 2, to + 8 * (size_t)p.N);
             to += (t ? 7 : 1) * (size_t)p.N;
         }
     };
@@ -1638,7 +1616,9 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
         constexpr int CHANNELS_EACH = 64 * T::M_TILES;
         __shared__ __align__(16) float scales[2][TOKENS + CHANNELS_EACH];
         const uint32_t at_shared = shared_address(shared);
-        const int warpgroup = threadIdx.x / WARPGROUP, warp = threadIdx.x / 32 % 4;
+        // __shfl_sync: so that the compiler knows that they are the same for a whole warp.
+        const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
         const int lane = threadIdx.x % 32;
         if (threadIdx.x == 0) {
             for (int i = 0; i < T::STAGES; i++) {

@@ -421,6 +421,9 @@ static void test_quantize() {
                 float f = ((float)(random_bits() % 2001) / 1000 - 1) * scale;
                 x[(size_t)m * K + k] = __float2half(m == 0 ? 0 : m == 1 ? 6e-8f * (k % 3) : f);
             }
+            // x / s_a is 63.5 there, but x (1 / s_a) is beside it for some m.
+            if (m > 1) x[(size_t)m * K + 31] = __float2half(scale * (1 + (m - 5) / 512.0f));
+            if (m > 1) x[(size_t)m * K + 62] = __float2half(scale * (1 + (m - 5) / 512.0f) / 2);
         }
         // x / s_a rounds to 63.5 exactly, a tie; x times 1 / s_a does not.
         x[(size_t)8 * K + 1] = __float2half(1.001953125f); // the largest
