@@ -1908,12 +1908,18 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
 /* In the order of GemmKernel. */
 template <bool GROUPS>
 static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
-    launch_few<GROUPS>,                  launch_gemm<16, 8, GROUPS>,
-    launch_gemm<32, 4, GROUPS>,          launch_gemm<64, 4, GROUPS>,
-    launch_gemm<64, 2, GROUPS>,          launch_gemm<128, 1, GROUPS>,
-    launch_hopper_gemm<64, 64, GROUPS>,  launch_hopper_gemm<128, 64, GROUPS>,
-    launch_hopper_gemm<128, 96, GROUPS>, launch_hopper_gemm<128, 128, GROUPS>,
-    launch_hopper_gemm<256, 96, GROUPS>, launch_hopper_gemm<256, 128, GROUPS>,
+    launch_few<GROUPS>,
+    launch_gemm<16, 8, GROUPS>,
+    launch_gemm<32, 4, GROUPS>,
+    launch_gemm<64, 4, GROUPS>,
+    launch_gemm<64, 2, GROUPS>,
+    launch_gemm<128, 1, GROUPS>,
+    launch_hopper_gemm<64, 64, GROUPS>,
+    launch_hopper_gemm<128, 64, GROUPS>,
+    launch_hopper_gemm<128, 96, GROUPS>,
+    launch_hopper_gemm<128, 128, GROUPS>,
+    launch_hopper_gemm<256, 96, GROUPS>,
+    launch_hopper_gemm<256, 128, GROUPS>,
 };
 
 static GemmArgs gemm_args(const GpuLinear *l, int M) {

@@ -4,7 +4,7 @@
  *
  *   build/synthetic OUT [--shape 1b|8b] [--dim D] [--hidden H] [--layers L] [--heads N]
  *                       [--kv-heads N] [--head-dim D] [--vocab V] [--seed S] [--w4a8 -1|128]
- *                       [--shards N] [--tokenizer FILE]
+ *                       [--head 16|8] [--shards N] [--tokenizer FILE]
  *
  * Weights are normal, of a scale that keeps activations near 1 at any depth: linears 1/sqrt(K),
  * those that add to the residual stream 1/sqrt(2 n_layers) of that. */
@@ -22,12 +22,12 @@
 
 typedef struct {
     const char *out, *tokenizer;
-    int dim, hidden, layers, heads, kv_heads, head_dim, vocab, seed, w4a8, shards;
+    int dim, hidden, layers, heads, kv_heads, head_dim, vocab, seed, w4a8, head, shards;
 } Options;
 
 static Options parse_options(int argc, char **argv) {
     Options o = {.tokenizer = "data/tiny/tokenizer.json", .dim = 256, .hidden = 896};
-    o.layers = 4, o.heads = 4, o.kv_heads = 1, o.vocab = 4096, o.shards = 1;
+    o.layers = 4, o.heads = 4, o.kv_heads = 1, o.vocab = 4096, o.head = 16, o.shards = 1;
     const struct {
         const char *name;
         int *value;
@@ -35,7 +35,7 @@ static Options parse_options(int argc, char **argv) {
         {"--dim", &o.dim},           {"--hidden", &o.hidden},     {"--layers", &o.layers},
         {"--heads", &o.heads},       {"--kv-heads", &o.kv_heads}, {"--vocab", &o.vocab},
         {"--head-dim", &o.head_dim}, {"--seed", &o.seed},         {"--w4a8", &o.w4a8},
-        {"--shards", &o.shards},
+        {"--head", &o.head},         {"--shards", &o.shards},
     };
     for (int i = 1; i < argc; i++) {
         if (argv[i][0] != '-') {
@@ -73,6 +73,8 @@ static Options parse_options(int argc, char **argv) {
     if (o.w4a8 && o.w4a8 != -1 && o.w4a8 != 128) die_usage("--w4a8 %d: expected -1 or 128", o.w4a8);
     if (o.w4a8 == 128 && (o.dim % 128 || o.hidden % 128 || o.heads * o.head_dim % 128))
         die_usage("--w4a8 128: sizes must be multiples of 128");
+    if (o.head != 16 && (o.head != 8 || !o.w4a8))
+        die_usage("--head %d: expected 16 or, of a W4A8 model, 8", o.head);
     if (o.shards < 1 || (o.shards > 1 && o.w4a8))
         die_usage("--shards %d: a directory has at least 1, a model.bin no shards", o.shards);
     return o;
@@ -80,7 +82,7 @@ static Options parse_options(int argc, char **argv) {
 
 /* ---- what to write ------------------------------------------------------------------------- */
 
-typedef enum { NORMAL, CODES, SCALES, GROUPS } Kind;
+typedef enum { NORMAL, CODES, BYTES, SCALES, GROUPS } Kind;
 
 typedef struct {
     Kind kind;
@@ -93,8 +95,9 @@ typedef struct {
     int n;
 } Plan;
 
-/* Standard deviations of the codes q = u - 8 and the mean of s_group that fill() draws. */
-static const float code_deviation = 2.5f, mean_group = 11.5f;
+/* Standard deviations of the codes q = u - 8 and of int8, and the mean of s_group, that fill()
+ * draws. */
+static const float code_deviation = 2.5f, byte_deviation = 32, mean_group = 11.5f;
 
 static void plan_tensor(Plan *p, const char *name, DType dtype, int64_t N, int64_t K, Fill fill) {
     p->tensors = realloc(p->tensors, (size_t)(p->n + 1) * sizeof *p->tensors);
@@ -153,8 +156,14 @@ static Plan make_plan(const Options *o) {
         plan_tensor(&p, name, BF16, o->dim, 0, norm);
     }
     plan_tensor(&p, "model.norm.weight", BF16, o->dim, 0, norm);
-    plan_tensor(&p, "lm_head.weight", BF16, o->vocab, o->dim,
-                (Fill){NORMAL, 0, 2 / sqrtf((float)o->dim)});
+    const float deviation = 2 / sqrtf((float)o->dim);
+    if (o->head == 8) {
+        plan_tensor(&p, "lm_head.weight", I8, o->vocab, o->dim, (Fill){.kind = BYTES});
+        plan_tensor(&p, "lm_head.s_channel", F32, o->vocab, 0,
+                    (Fill){SCALES, deviation / byte_deviation, 0});
+    } else {
+        plan_tensor(&p, "lm_head.weight", BF16, o->vocab, o->dim, (Fill){NORMAL, 0, deviation});
+    }
     return p;
 }
 
@@ -232,6 +241,11 @@ static void fill(const Tensor *t, Fill f, uint64_t key, void *data) {
             for (int64_t j = i; j < n && j < i + 2; j++, bits >>= 32)
                 codes[j] = (uint8_t)(table[bits % TABLE] | table[(bits >> 16) % TABLE] << 4);
         }
+    } else if (f.kind == BYTES) { // at most 119: the quantiles end at 3.7 deviations
+#pragma omp parallel for schedule(static)
+        for (int64_t i = 0; i < n; i++)
+            ((int8_t *)data)[i] =
+                (int8_t)rintf(byte_deviation * quantiles[random_bits(key + (uint64_t)i) % TABLE]);
     } else if (f.kind == GROUPS) { // 8..15
         for (int64_t i = 0; i < n; i++)
             ((uint8_t *)data)[i] = (uint8_t)(8 + random_bits(key + (uint64_t)i) % 8);
