@@ -229,7 +229,7 @@ static void draw(const char *path, const Csv *csv, const Chart *chart) {
         snprintf(style, sizeof style, "stroke=\"%s\" stroke-width=\"3\"", s->color);
         put_line(out, legend, 70, legend + 22, 70, style);
         put_text(out, legend + 28, 74, "start", "fill=\"#333\"", s->label);
-        legend += 52 + 6.3 * strlen(s->label);
+        legend += (RIGHT - LEFT) / (double)MAX_SERIES;
         free(lines[k].points);
     }
     fprintf(out, "</svg>\n");
@@ -263,7 +263,7 @@ static const Chart speedup = {
 
 static const Chart error = {
     .title = "What attention and FFN add to the residual stream",
-    .subtitle = "W4A8 g128 against the float model: higher is better",
+    .subtitle = "W4A8 g128, not rotated, against the float model: higher is better",
     .x_label = "layer",
     .y_label = "signal to noise, dB",
     .x = "layer",
