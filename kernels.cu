@@ -311,8 +311,13 @@ struct LaunchShape {
     dim3 grid;
     int threads;
     size_t shared = 0; // bytes of dynamic shared memory
-    int cluster = 1;   // blocks, along y, that see each other's shared memory (Hopper)
+    int carveout = -1; // percent of L1 that is to be shared memory; -1: as the driver likes
 };
+
+/* For kernels that read memory straight into registers: what is on its way takes room in L1. And a
+ * multiprocessor that is to share its memory otherwise must finish what it has first: neighbours on
+ * the stream do best with the same. */
+constexpr int CARVEOUT = 50;
 
 /* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel
  * launched so must wait_for_previous_kernel(), whatever it does: the one after it relies on that.
@@ -320,18 +325,19 @@ struct LaunchShape {
 template <typename... Parameters, typename... Arguments>
 static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
                    Arguments... arguments) {
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {1, (unsigned)shape.cluster, 1};
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = shape.grid;
     config.blockDim = dim3(shape.threads);
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = !hopper_code() ? 0 : shape.cluster > 1 ? 2 : 1;
+    config.attrs = &overlap;
+    config.numAttrs = hopper_code();
+    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    shape.carveout),
+               "shared memory");
     cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
@@ -1225,6 +1231,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
 constexpr int FEW = 8;                 // tokens of a tile
 constexpr int FEW_AHEAD = 8;           // units that a warp has in flight
+constexpr int FEW_CACHED = 4;          // and behind them on their way to the L2 cache
 constexpr size_t FEW_SHARED = 1 << 16; // bytes of activations; above, gemm_w4a8_kernel is chosen
 
 /* The strip of a block's its-th; N / STRIP or more: none. For SwiGLU a strip of gate and one of up
@@ -1332,6 +1339,11 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_const
         copy_async_16(shared_address(floats + p.K / 4 + i), p.in.norm + 4 * i, true, true);
     }
     launch_dependents();
+    const uint8_t *strip_w = (const uint8_t *)(p.w + (size_t)strip * p.units * 64);
+    const int first = FEW_AHEAD * p.teams, cached = min(p.units, first + FEW_CACHED * p.teams);
+    for (int line = first * 8 + team * 32 + lane; line < cached * 8; line += p.teams * 32) {
+        prefetch(strip_w + line * 128, there);
+    }
     wait_for_previous_kernel();
     if (p.in.x) {
         const float s_a = quantize_input(p, floats, (uint32_t *)shared);
@@ -1812,7 +1824,7 @@ template <bool GROUPS> static void launch_few(GemmArgs p, cudaStream_t stream) {
     constexpr auto kernel = gemm_few_kernel<GROUPS>;
     allow_shared(kernel, shared);
     const dim3 grid(ceil_div(strips * p.teams, WARPS), ceil_div(p.M, FEW));
-    launch(kernel, {grid, THREADS, shared}, stream, p);
+    launch(kernel, {grid, THREADS, shared, CARVEOUT}, stream, p);
 }
 
 /* [rows][bytes] at `at` for the TMA, to be copied in boxes. What a box has beyond the matrix is
@@ -1886,9 +1898,8 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     if (M <= FEW && (size_t)M * l->K <= FEW_SHARED) return GEMM_FEW;
     if (M <= 16) return GEMM_16X8;
     if (wgmma_code() && !portable) {
-        // Few tiles of much K are better shared out, by mma.sync. That costs what the weights do.
-        GemmKernel best = GEMM_64X4;
-        float least = M <= 64 ? 5.2f + 0.18e-6f * l->N * l->K : INFINITY;
+        GemmKernel best = GEMM_HOPPER_64X64;
+        float least = INFINITY;
         for (const HopperCost &c : hopper_costs) {
             bool groups = l->s_group != NULL;
             int rounds = ceil_div(ceil_div(l->N, c.channels) * ceil_div(M, c.tokens), sms);
@@ -2015,64 +2026,8 @@ __device__ static uint32_t block_max(uint32_t x) {
     return __reduce_max_sync(~0u, x);
 }
 
-constexpr int MAX_CLUSTER = 8; // blocks: as many as every Hopper GPU allows
-
-/* The part of a row that is this block's: all of it, or one of gridDim.y equal parts if a cluster
- * shares the row. */
-struct Slice {
-    int first, end; // in Eights
-};
-
-__device__ __forceinline__ Slice my_slice(int K) {
-    int eights = K / 8, each = (eights + gridDim.y - 1) / gridDim.y;
-    return {(int)blockIdx.y * each, min(eights, ((int)blockIdx.y + 1) * each)};
-}
-
-/* The blocks of a cluster see each other's shared memory (Hopper), once all have started. What was
- * written before cluster_barrier() is seen behind it. */
-__device__ __forceinline__ void cluster_started() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
-#endif
-    cluster_wait();
-}
-
-/* x into a variable of another block of the cluster, at the address that this block knows. */
-__device__ __forceinline__ void cluster_store(uint32_t to, int block, uint32_t x) {
-#if __CUDA_ARCH__ >= 900
-    asm("mapa.shared::cluster.u32 %0, %0, %1;\n" : "+r"(to) : "r"(block));
-    asm volatile("st.shared::cluster.u32 [%0], %1;\n" ::"r"(to), "r"(x) : "memory");
-#endif
-}
-
-/* The maximum over the blocks of a cluster, each of which has called cluster_started(): a block
- * writes its own into the shared memory of all. */
-__device__ static uint32_t cluster_max(uint32_t x) {
-    __shared__ uint32_t maxima[MAX_CLUSTER];
-    cluster_wait();
-    if (threadIdx.x < gridDim.y) {
-        cluster_store(shared_address(&maxima[blockIdx.y]), threadIdx.x, x);
-    }
-    cluster_barrier();
-    for (int i = 0; i < (int)gridDim.y; i++) x = max(x, maxima[i]);
-    return x;
-}
-
-/* The end of both kernels: the block's slice of row blockIdx.x, of K values whose largest magnitude
- * is `most`. */
-__device__ static void write_row(const SharedRow &row, Slice slice, int K, uint32_t most,
+/* The end of both kernels: row blockIdx.x, of K values whose largest magnitude is `most`. */
+__device__ static void write_row(const SharedRow &row, int K, uint32_t most,
                                  const LinearInput &out) {
     float s = 1;
     if (out.a) {
@@ -2082,10 +2037,10 @@ __device__ static void write_row(const SharedRow &row, Slice slice, int K, uint3
         int exponent = (int)(most >> 23) - 127;
         if (exponent > 14) s = __int_as_float((exponent - 14 + 127) << 23);
     }
-    if (out.scale && threadIdx.x == 0 && blockIdx.y == 0) out.scale[blockIdx.x] = s;
+    if (out.scale && threadIdx.x == 0) out.scale[blockIdx.x] = s;
     const size_t at = (size_t)blockIdx.x * (K / 8);
-    for (int i = slice.first + threadIdx.x; i < slice.end; i += blockDim.x) {
-        Eight e = row.get(i - slice.first);
+    for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
+        Eight e = row.get(i);
         if (out.a) {
             ((uint2 *)out.a)[at + i] = quantize_eight(e, s);
         } else {
@@ -2126,29 +2081,25 @@ __global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, flo
         most = max(most, magnitude(e));
         row.put(i, e);
     }
-    write_row(row, {0, dim / 8}, dim, block_max(most), out);
+    write_row(row, dim, block_max(most), out);
 }
 
-/* gate_up [T][2][hidden_dim]. Few rows are shared by clusters. Twin: swiglu(), quantize_row(). */
+/* gate_up [T][2][hidden_dim]. Twin: swiglu(), quantize_row(). */
 __global__ void swiglu_kernel(const half *gate_up, int hidden_dim, LinearInput out) {
     extern __shared__ float4 shared_row[];
-    const Slice slice = my_slice(hidden_dim);
-    SharedRow row = {shared_row, max(0, slice.end - slice.first)};
-    if (gridDim.y > 1) cluster_started();
+    SharedRow row = {shared_row, hidden_dim / 8};
     launch_dependents();
     wait_for_previous_kernel();
     const uint4 *gate = (const uint4 *)(gate_up + (size_t)blockIdx.x * 2 * hidden_dim);
     const uint4 *up = gate + hidden_dim / 8;
     uint32_t most = 0;
-    for (int i = slice.first + threadIdx.x; i < slice.end; i += blockDim.x) {
+    for (int i = threadIdx.x; i < hidden_dim / 8; i += blockDim.x) {
         Eight e = from_halves(gate[i]), u = from_halves(up[i]);
         for (int j = 0; j < 8; j++) e.v[j] = swiglu(e.v[j], u.v[j]);
         most = max(most, magnitude(e));
-        row.put(i - slice.first, e);
+        row.put(i, e);
     }
-    most = block_max(most);
-    if (gridDim.y > 1) most = cluster_max(most);
-    write_row(row, slice, hidden_dim, most, out);
+    write_row(row, hidden_dim, block_max(most), out);
 }
 
 /* Threads of a block for a row of K: few rows are to be done soon, many side by side. */
@@ -2166,12 +2117,10 @@ void gpu_rmsnorm(const float *x, const float *weight, int T, int dim, float eps,
 }
 
 void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cudaStream_t stream) {
-    bool few = T * MAX_CLUSTER <= 4 * multiprocessors() && hopper_code();
-    int cluster = few ? MAX_CLUSTER : 1, eights = ceil_div(hidden_dim / 8, cluster);
-    size_t shared = eights * 8 * sizeof(float);
+    size_t shared = hidden_dim * sizeof(float);
     allow_shared(swiglu_kernel, shared);
-    launch(swiglu_kernel, {dim3(T, cluster), row_threads(T, eights * 8), shared, cluster}, stream,
-           gate_up, hidden_dim, out);
+    launch(swiglu_kernel, {dim3(T), row_threads(T, hidden_dim), shared}, stream, gate_up,
+           hidden_dim, out);
 }
 
 /* The block's row of x [T][dim] = the embedding [vocab_size][dim] of a token. */
@@ -2434,8 +2383,8 @@ static void linear_bytes(GpuState *s, const Matrix *w, const half *x, int T, flo
                        : n <= 32 ? linear_bytes_kernel<32>
                                  : linear_bytes_kernel<64>;
         const int channels = WARPS * LM_STRIP;
-        launch(kernel, {dim3(ceil_div(w->N, channels)), THREADS}, s->stream, w->bytes, w->s_channel,
-               w->N, w->K, x + (size_t)t * w->K, n, y + (size_t)t * w->N);
+        launch(kernel, {dim3(ceil_div(w->N, channels)), THREADS, 0, CARVEOUT}, s->stream, w->bytes,
+               w->s_channel, w->N, w->K, x + (size_t)t * w->K, n, y + (size_t)t * w->N);
     }
 }
 
@@ -3517,13 +3466,8 @@ static void attend(GpuState *s, int l, const Rows &rows) {
                                  s->most + 4 * l, s->partial,
                                  s->arrived};
         const auto kernel = attention_kernels(c->head_dim, cache.bits).decode[many];
-        // Half shared memory, half L1 cache: what the driver chooses costs 64 sequences 5 %.
-        if (many)
-            cuda_check(
-                cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 50),
-                "shared memory");
-        launch(kernel, {dim3(s->splits, decode_rows(c), rows.T), many ? 128 : 256}, s->stream,
-               args);
+        launch(kernel, {dim3(s->splits, decode_rows(c), rows.T), many ? 128 : 256, 0, CARVEOUT},
+               s->stream, args);
         return;
     }
     attend_prompt(c, s->qkv, rows.T, rows.sequence, rows.pos, s->rope, cache, s->in_halves, s->att,
@@ -4984,9 +4928,9 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context, int 
         // apart are read more slowly.
         cache->context = (ceil_div(context, 16) | 1) * 16;
     }
-    // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor.
-    int rows = decode_rows(&g->config) * n_sequences;
-    s.splits = max(1, min(MAX_SPLITS, 2 * multiprocessors() / rows));
+    // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor; a tile for each warp.
+    int rows = decode_rows(&g->config) * n_sequences, parts = max(2, ceil_div(context, 8 * 16));
+    s.splits = max(1, min(min(MAX_SPLITS, parts), 2 * multiprocessors() / rows));
     // A block of gemm_few_kernel has x and what is made of it.
     const Config *c = &g->config;
     const size_t inside = max(c->hidden_dim, c->n_heads * c->head_dim);
