@@ -6,7 +6,6 @@ int run_main(int argc, char **argv);
 #include "../run.c"
 #undef main
 
-#include <poll.h>
 #include <sys/wait.h>
 
 #include "test.h"
@@ -77,49 +76,67 @@ static void test_template(const char *key, const char *path) {
     tokenizer_free(tokenizer);
 }
 
-/* ./run -m chat with pipes at its stdin and stdout. */
-static pid_t start_chat(int *to, int *from) {
-    int in[2], out[2];
-    if (pipe(in) || pipe(out)) die("pipe");
-    pid_t child = fork();
-    if (child == 0) {
-        dup2(in[0], STDIN_FILENO);
-        dup2(out[1], STDOUT_FILENO);
-        if (!freopen("/dev/null", "w", stderr)) _exit(3);
-        int all[] = {in[0], in[1], out[0], out[1]};
-        for (int i = 0; i < 4; i++) close(all[i]);
+/* ./run -m chat with pipes at its stdin, stdout and stderr. */
+typedef struct {
+    pid_t process;
+    int to, from;
+    FILE *messages;
+} Chat;
+
+static Chat start_chat(void) {
+    int fd[3][2];
+    for (int i = 0; i < 3; i++)
+        if (pipe(fd[i])) die("pipe");
+    Chat chat = {.process = fork()};
+    if (chat.process == 0) {
+        for (int i = 0; i < 3; i++) dup2(fd[i][i > 0], i);
+        for (int i = 0; i < 6; i++) close(fd[i / 2][i % 2]);
         execl("./run", "run", "data/tiny", "-m", "chat", "-d", "cpu", "-s", "1", "-n", "100000",
               (char *)NULL);
         _exit(3);
     }
-    close(in[0]);
-    close(out[1]);
-    *to = in[1];
-    *from = out[0];
-    return child;
+    for (int i = 0; i < 3; i++) close(fd[i][i > 0]);
+    chat.to = fd[0][1];
+    chat.from = fd[1][0];
+    chat.messages = fdopen(fd[2][0], "r");
+    if (!chat.messages) die("fdopen");
+    return chat;
 }
 
-/* Ctrl-C in the midst of an answer; reads it to its end, which is where a second of silence is. */
-static void interrupt_answer(pid_t child, int to, int from, const char *message) {
-    char buffer[4096];
-    check(write(to, message, strlen(message)) > 0 && read(from, buffer, 1) == 1, "no answer");
-    kill(child, SIGINT);
-    struct pollfd more = {.fd = from, .events = POLLIN};
-    while (poll(&more, 1, 1000) > 0 && read(from, buffer, sizeof buffer) > 0) continue;
+/* Ctrl-C in the midst of an answer. That it has ended shows when the next message, one that does
+ * not fit, is refused; all of it is in the pipe by then. */
+static void interrupt_answer(const Chat *chat, const char *message) {
+    char text[1 << 16], *line = NULL;
+    size_t size = 0;
+    memset(text, ' ', 1 << 15);
+    for (int i = 0; i < 1 << 15; i += 2) text[i] = 'x';
+    text[(1 << 15) - 1] = '\n';
+    check(write(chat->to, message, strlen(message)) > 0 &&
+              read(chat->from, text + (1 << 15), 1) == 1,
+          "no answer");
+    kill(chat->process, SIGINT);
+    check(write(chat->to, text, 1 << 15) == 1 << 15, "cannot be written");
+    bool refused = false;
+    while (!refused && getline(&line, &size, chat->messages) > 0)
+        refused = strstr(line, "not sent");
+    check(refused, "the chat ended");
+    check(read(chat->from, text, sizeof text) > 0, "the answer does not end with a newline");
+    free(line);
 }
 
 static void test_interrupt(void) {
     test_begin("chat: Ctrl-C ends each answer, and the chat goes on");
-    int to, from, status = 0;
-    pid_t child = start_chat(&to, &from);
-    interrupt_answer(child, to, from, "Tell me a story\n");
-    interrupt_answer(child, to, from, "And another one\n");
-    close(to); // no more messages: the chat ends by itself, and with status 0
-    char buffer[4096];
-    while (read(from, buffer, sizeof buffer) > 0) continue;
-    waitpid(child, &status, 0);
+    Chat chat = start_chat();
+    int status = 0;
+    signal(SIGPIPE, SIG_IGN); // if it has ended, writing to it fails
+    interrupt_answer(&chat, "Tell me a story\n");
+    interrupt_answer(&chat, "And another one\n");
+    close(chat.to); // no more messages: the chat ends by itself, and with status 0
+    waitpid(chat.process, &status, 0);
     check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "wait status %x", status);
-    close(from);
+    close(chat.from);
+    fclose(chat.messages);
+    signal(SIGPIPE, SIG_DFL);
 }
 
 void test_chat_program(void) {
