@@ -110,6 +110,17 @@ void open_standard_streams(void) {
     close(fd);
 }
 
+/* GOMP reads these variables before main(), so the program starts once more; where it cannot, it is
+ * only slower. */
+void spin_briefly(char **argv) {
+    char program[4096];
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (n < 0 || getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
+    program[n] = 0;
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    execv(program, argv);
+}
+
 void flush_output(void) {
     if (fflush(stdout) || ferror(stdout)) die("stdout: %s", strerror(errno));
 }
@@ -160,6 +171,7 @@ bool parse_choice(char flag, const char *value, const char *first, const char *s
 }
 
 void show_progress(const char *what, int done, int total, double seconds_left) {
+    static double last = -INFINITY;
     char left[64] = "";
     if (seconds_left >= 0) snprintf(left, sizeof left, ", %.0f s left", seconds_left);
     if (isatty(STDERR_FILENO)) {
@@ -167,8 +179,9 @@ void show_progress(const char *what, int done, int total, double seconds_left) {
         fprintf(stderr, "\r[%.*s%*s] %d of %d %s%s\033[K%s", width,
                 "########################################", 40 - width, "", done, total, what, left,
                 done == total ? "\n" : "");
-    } else if (done && 4 * done / total > 4 * (done - 1) / total) {
+    } else if (done == total || seconds() - last > 5) {
         fprintf(stderr, "%d of %d %s%s\n", done, total, what, left);
+        last = done == total ? -INFINITY : seconds();
     }
 }
 

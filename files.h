@@ -31,6 +31,11 @@ char *format_text(const char *format, ...) __attribute__((format(printf, 1, 2)))
 void open_standard_streams(void);
 void flush_output(void);
 
+/* Also first in main(): threads that wait for others spin for some microseconds instead of
+ * milliseconds, in which a busy machine would have got their work done. Only if the environment
+ * says nothing of it. */
+void spin_briefly(char **argv);
+
 /* Seconds of a monotonic clock; the path of `name` in the directory of the executable. */
 double seconds(void);
 char *beside_program(const char *name);
@@ -44,8 +49,8 @@ double parse_number(char flag, const char *value, double min, double max);
 long long parse_integer(char flag, const char *value, long long min, long long max);
 bool parse_choice(char flag, const char *value, const char *first, const char *second);
 
-/* Long work, on stderr: a bar on a terminal, in a pipe a line at each quarter; seconds_left < 0:
- * not known. show_windows() is the progress of perplexity(). */
+/* Long work, on stderr: a bar on a terminal, in a pipe a line every 5 s; seconds_left < 0: not
+ * known. show_windows() is the progress of perplexity(). */
 void show_progress(const char *what, int done, int total, double seconds_left);
 void show_windows(int done, int total);
 

@@ -71,13 +71,13 @@ static int without_slashes(const char *path) {
     return n;
 }
 
-/* Before a linear is quantized: which one, and when all will be. */
+/* While a linear is calibrated and before it is quantized: which one, and when all will be. */
 static void show_linear(int l, int linear, int n_layers) {
     static double start;
     int done = l * N_LINEARS + linear, total = n_layers * N_LINEARS;
     char what[64];
     snprintf(what, sizeof what, "linears: layer %d, %s", l, linear_names[linear]);
-    if (!done) start = seconds();
+    if (!start) start = seconds();
     show_progress(what, done, total, done ? (seconds() - start) * (total - done) / done : -1);
 }
 
@@ -567,6 +567,7 @@ static double quantize_layers(const Options *o, const Model *m, Model *made, con
     const Config *c = &m->config;
     Quantizer *cpu = NULL;
     GpuQuantizer *gpu = NULL;
+    show_linear(0, 0, c->n_layers);
     if (o->gpu)
         gpu = gpu_quantizer_new(c, &o->method, &made->embedding, tokens, n_windows, o->length,
                                 o->most_memory);
@@ -676,6 +677,7 @@ static void quantize(Options *o, const Checkpoint *c) {
 
 int main(int argc, char **argv) {
     open_standard_streams();
+    spin_briefly(argv);
     Options o = parse_options(argc, argv);
     Checkpoint *c = checkpoint_open(o.model);
     if (!o.out) o.out = default_out(&o, c->path);

@@ -954,6 +954,7 @@ static void benchmark(Session *s, const Options *o) {
 
 int main(int argc, char **argv) {
     open_standard_streams();
+    spin_briefly(argv);
     Options o = parse_options(argc, argv);
     if (o.task == TOKEN_IDS) {
         print_token_ids(&o);

@@ -1863,6 +1863,23 @@ static void test_names(void) {
 #define BROKEN "$QUANTIZE " SCRATCH "/broken.bin " OUT " -c data/calib.txt -n 1 -l 64 "
 
 static void test_usage(void) {
+    test_begin("programs start once more to spin briefly, unless the environment says how long");
+    for (int i = 0; i < 4; i++) { // the OpenMP library says at each of its starts what it reads
+        const char *set[] = {"", "OMP_WAIT_POLICY=passive", "OMP_WAIT_POLICY=active",
+                             "GOMP_SPINCOUNT=7"};
+        for (int run = 0; run < 2; run++) {
+            shell("env -u OMP_WAIT_POLICY -u GOMP_SPINCOUNT OMP_DISPLAY_ENV=true %s %s --version "
+                  "2>&1 | grep -c DISPLAY.ENVIRONMENT.BEGIN",
+                  set[i], run ? "$RUN" : "$QUANTIZE");
+            check(atoi(output) == (i ? 1 : 2), "%s: %s starts", set[i], output);
+        }
+    }
+    test_begin("progress: a first line before the first linear");
+    shell("$QUANTIZE data/tiny " OUT " -d cpu -n 1 -l 64 2>&1 >/dev/null");
+    check(strstr(output, "\n0 of 42 linears: layer 0, self_attn.q_proj\n") != NULL &&
+              strstr(output, "\n42 of 42 linears") != NULL,
+          "%s", output);
+    unlink(OUT);
     test_begin("quantize: options");
     check(shell("$QUANTIZE -h 2>/dev/null") == 0 && !strncmp(output, "usage: ./quantize MODEL", 23),
           "-h: %s", output);
