@@ -913,6 +913,25 @@ __device__ __forceinline__ uint32_t dequantize(uint32_t word, int step, uint32_t
     return (u * s + (0x80808080 - s * 0x08080808)) ^ 0x80808080;
 }
 
+/* mma's left operands of a step: two m16 tiles, from what the lane has of a unit. ORDERED: before
+ * the registers of w are loaded anew; left to itself the compiler may do it afterwards, from a
+ * copy.
+ */
+template <bool GROUPS, bool ORDERED>
+__device__ __forceinline__ void dequantize_tiles(const uint4 (&w)[2], uint32_t s_group, int step,
+                                                 uint32_t (&left)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t words[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * i + r % 2);
+            left[i][r] = dequantize<GROUPS>(words[r], step, s);
+            if (ORDERED) asm volatile("" : "+r"(left[i][r]));
+        }
+    }
+}
+
 /* acc [2 m16 tiles][N_TILES n8 tiles] += weights a . activations at `from`, k32. One ldmatrix reads
  * the right operands of two n8 tiles, four mma use them. */
 template <int N_TILES>
@@ -1110,9 +1129,7 @@ template <int TOKENS, int TEAMS, bool GROUPS>
 __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     gemm_w4a8_kernel(const __grid_constant__ GemmArgs p) {
     using S = Shape<TOKENS, TEAMS>;
-    // A weight is to be dequantized before its registers are loaded anew: left to itself the
-    // compiler may do it afterwards, from a copy. Only mma.sync with 128 tokens is faster that way.
-    constexpr bool ORDERED = TOKENS <= 64;
+    constexpr bool ORDERED = TOKENS <= 64;              // measured
     extern __shared__ __align__(1024) uint8_t shared[]; // [TEAMS][2][STAGE], team sums
 
     const int lane = threadIdx.x % 32;
@@ -1184,16 +1201,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
                     uint32_t left[2][4]; // [m16 tile][register]
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const uint32_t words[4] = {w[u][i].x, w[u][i].y, w[u][i].z, w[u][i].w};
-#pragma unroll
-                        for (int r = 0; r < 4; r++) {
-                            uint32_t s = __byte_perm(s_group[u / 2], 0, 0x4440 + 2 * i + r % 2);
-                            left[i][r] = dequantize<GROUPS>(words[r], step, s);
-                            if (ORDERED) asm volatile("" : "+r"(left[i][r]));
-                        }
-                    }
+                    dequantize_tiles<GROUPS, ORDERED>(w[u], s_group[u / 2], step, left);
                     // A unit that is dequantized makes room for the same one of the next chunk.
                     if (step == 1) load_weights(u);
                     const uint32_t panel = current + u / 2 * TOKENS * 128;
@@ -1376,16 +1384,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_const
 #pragma unroll
             for (int k32 = 0; k32 < 2; k32++) {
                 uint32_t left[2][4]; // [m16 tile][register]
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const uint32_t words[4] = {w[u][i].x, w[u][i].y, w[u][i].z, w[u][i].w};
-#pragma unroll
-                    for (int r = 0; r < 4; r++) {
-                        uint32_t s = __byte_perm(s_group[u / 2], 0, 0x4440 + 2 * i + r % 2);
-                        left[i][r] = dequantize<GROUPS>(words[r], k32, s);
-                        asm volatile("" : "+r"(left[i][r]));
-                    }
-                }
+                dequantize_tiles<GROUPS, true>(w[u], s_group[u / 2], k32, left);
                 if (k32 == 1) load_weights(u);
                 const uint32_t panel = shared_address(shared) + now * rows * 128;
                 multiply_step<1>(acc, left, panel + (b_row ^ (u % 2 * 2 + k32) * 32));
