@@ -79,8 +79,10 @@ demo: all
 	./quantize data/tiny $(DEMO) -n 16 -l 1024 -e data/eval.txt
 	./run $(DEMO) -s 1 -n 120 -i 'Once upon a time there lived a king who'
 
-# Without it idle threads spin, which slows everything down where cores are shared.
-compare plots demo test test-san test-faults test-tsan test-slow coverage: export OMP_WAIT_POLICY = passive
+# Without it idle threads spin, which slows everything down where cores are shared; and the programs
+# would start a second time to spin briefly, where valgrind does not follow.
+compare plots demo test test-san test-faults test-valgrind test-tsan test-slow coverage: \
+	export OMP_WAIT_POLICY = passive
 
 # About a quarter of an hour. COMPARE_OPTIONS='-a' adds the rows left out for time, -h lists more.
 COMPARE ?= data/tiny

@@ -117,8 +117,7 @@ void spin_briefly(char **argv) {
     ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
     if (n < 0 || getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
     program[n] = 0;
-    setenv("GOMP_SPINCOUNT", "1000", 1);
-    execv(program, argv);
+    if (setenv("GOMP_SPINCOUNT", "1000", 1) == 0) execv(program, argv);
 }
 
 void flush_output(void) {
