@@ -635,7 +635,9 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return *(uint32_t *)&pair;
 }
 
-/* ---- activations and their int8 -------------------------------------------------------------- */
+/* ---- activations and their int8 ----------------------------------------------------------------
+ *
+ *     s_a = max|x| / 127      a = rint(x / s_a)      of each token, as quantize_row() in qqq.c */
 
 /* Eight consecutive values, which one thread handles: 16 bytes of halves, 8 of int8. */
 struct Eight {
@@ -741,7 +743,8 @@ __device__ __forceinline__ float rms_scale(float squares, int dim, float eps) {
     return 1.0f / sqrtf(__fadd_rn(squares / dim, eps));
 }
 
-/* silu(gate) * up */
+/* silu(gate) * up, silu(x) = x / (1 + e^-x). __fdividef() gives 0 where the divisor is above 2^126,
+ * as good as right. */
 __device__ __forceinline__ float swiglu(float gate, float up) {
     return __fmul_rn(__fdividef(gate, __fadd_rn(1, expf(-gate))), up);
 }
@@ -914,9 +917,8 @@ __device__ __forceinline__ uint32_t dequantize(uint32_t word, int step, uint32_t
 }
 
 /* mma's left operands of a step: two m16 tiles, from what the lane has of a unit. ORDERED: before
- * the registers of w are loaded anew; left to itself the compiler may do it afterwards, from a
- * copy.
- */
+ * the registers of w are loaded anew. Left to itself the compiler may do it afterwards, from a
+ * copy; only mma.sync with 128 tokens is faster that way. */
 template <bool GROUPS, bool ORDERED>
 __device__ __forceinline__ void dequantize_tiles(const uint4 (&w)[2], uint32_t s_group, int step,
                                                  uint32_t (&left)[2][4]) {
@@ -1129,7 +1131,7 @@ template <int TOKENS, int TEAMS, bool GROUPS>
 __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     gemm_w4a8_kernel(const __grid_constant__ GemmArgs p) {
     using S = Shape<TOKENS, TEAMS>;
-    constexpr bool ORDERED = TOKENS <= 64;              // measured
+    constexpr bool ORDERED = TOKENS <= 64;
     extern __shared__ __align__(1024) uint8_t shared[]; // [TEAMS][2][STAGE], team sums
 
     const int lane = threadIdx.x % 32;
@@ -1228,6 +1230,8 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 }
 
 /* ---- few tokens --------------------------------------------------------------------------------
+ *
+ *     y^T [N][M] = w8 a^T,      M <= 8
  *
  * Up to 8 tokens the time is that of reading the weights, if memory never rests. A block has one
  * tile and is gone: strips side by side, each shared by teams of one warp, as above. Its warps have
@@ -1330,7 +1334,8 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_const
     const uint4 *from_w = p.w + ((size_t)strip * p.units + team * 2) * 64 + lane;
     const uint32_t *from_s_group = p.s_group;
     if (GROUPS) from_s_group += ((size_t)strip * pairs + team) * 8 + lane / 4;
-    int valid = strip < p.N / STRIP ? p.units - team * 2 : 0; // units from there to the end
+    const bool there = strip < p.N / STRIP;
+    int valid = there ? p.units - team * 2 : 0; // units from there to the end
     auto load_weights = [&](int u) {
         const int unit = u / 2 * step + u % 2;
         load_16(w[u][0], from_w + unit * 64, unit < valid);
@@ -1339,7 +1344,6 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_const
     };
 #pragma unroll
     for (int u = 0; u < FEW_AHEAD; u++) load_weights(u);
-    const bool there = strip < p.N / STRIP;
     prefetch(p.s_channel + strip * STRIP, there);
     prefetch(p.out.norm + strip * STRIP, there && p.out.norm);
     float4 *floats = (float4 *)(shared + ceil_div(p.K, 128) * 128);

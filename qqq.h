@@ -285,7 +285,7 @@ typedef struct {
     bool mse;                                              // ranges of least error, not max|w|
     bool gptq, act_order;                                  // or round_to_nearest()
     const int8_t *signs;                                   // [dim] of the rotation, NULL: none
-    void (*progress)(int layer, int linear, int n_layers); // often; NULL: none
+    void (*progress)(int layer, int linear, int n_layers); // at work on it; NULL: none
 } Method;
 
 /* What quantizing a layer reports. */
