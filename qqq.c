@@ -610,6 +610,10 @@ static uint8_t *groups_of(const Linear *l, size_t n) {
     return l->s_group ? l->s_group + n * (l->K / GROUP) : NULL;
 }
 
+static int smaller(int a, int b) {
+    return a < b ? a : b;
+}
+
 static float lowest_code(const Linear *l) {
     return l->s_group ? -8.0f : -7.0f;
 }
@@ -621,18 +625,20 @@ static float lowest_code(const Linear *l) {
  *   y[m][n] = (acc s_a[m]) s_channel[n]
  *
  * The codes u are unsigned and the activations signed: what vpdpbusd and vpmaddubsw multiply. The
- * low nibbles of a row of qweight are its even columns, the high ones its odd columns, so the
- * activations are kept in that order too: K/2 even ones, then K/2 odd ones. ---- */
+ * low nibbles of a row of qweight are its even columns, the high ones its odd columns, so of each
+ * group the activations are kept in that order too: 64 even ones, then 64 odd ones. ---- */
 
 /* Plain C, the one to read. */
 static void dot_u4_c(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
                      int32_t *acc) {
-    for (int t = 0; t < T; t++) {
-        const int8_t *even = a + (size_t)t * K, *odd = even + K / 2;
-        acc[t] = 0;
-        for (int j = 0; j < K / 2; j++) {
-            int s = s_group ? s_group[2 * j / GROUP] : 1;
-            acc[t] += s * ((w[j] & 0x0f) * even[j] + (w[j] >> 4) * odd[j]);
+    for (int k = 0; k < K; k += GROUP) {
+        int n = smaller(GROUP, K - k), s = s_group ? s_group[k / GROUP] : 1;
+        for (int t = 0; t < T; t++) {
+            const int8_t *even = a + (size_t)k * T + t * n, *odd = even + n / 2;
+            for (int j = 0; j < n / 2; j++) {
+                uint8_t codes = w[k / 2 + j];
+                acc[t] += s * ((codes & 0x0f) * even[j] + (codes >> 4) * odd[j]);
+            }
         }
     }
 }
@@ -644,22 +650,27 @@ static int32_t dot_bytes(const int8_t *q, const int16_t *a, int K) {
     return sum;
 }
 
-enum { MAX_T = 8 }; // tokens that share one unpacking of the weights
+enum { TILE_T = 8 }; // tokens that share one unpacking of the weights
+typedef int32_t Tile
+    __attribute__((vector_size(TILE_T * sizeof(int32_t)), aligned(4), may_alias)); // one of each
 
-/* Activations as the dot product wants them. */
+/* Activations as the dot product wants them, in tiles of TILE_T tokens; the last is filled up with
+ * zeros. One token is a tile of its own. */
 typedef struct {
-    int8_t *a;     // [T][2][K/2] even columns, odd columns; or
+    int8_t *a;     // [tiles][K/128][tile][2][64] even columns, odd columns; or
     int16_t *wide; // [T][K] for weights in 8 bits
-    int32_t *sums; // [T][groups] sums over each group; one group per channel
-    int groups;
+    int32_t *sums; // [tiles][groups][TILE_T] sums over each group; one group per channel
+    int tile, groups;
 } Activations;
 
 static Activations split_activations(const Linear *w, int T) {
-    int groups = w->s_group ? w->K / GROUP : 1;
-    if (!w->qweight) return (Activations){.wide = allocate(T, w->K * sizeof(int16_t))};
-    return (Activations){.a = allocate(T, w->K),
-                         .sums = allocate((size_t)T * groups, sizeof(int32_t)),
-                         .groups = groups};
+    int tiles = (T + TILE_T - 1) / TILE_T, groups = w->s_group ? w->K / GROUP : 1;
+    Activations x = {.tile = T == 1 ? 1 : TILE_T, .groups = groups};
+    if (w->qweight) {
+        x.a = allocate((size_t)tiles * x.tile, w->K);
+        x.sums = allocate((size_t)tiles * groups * TILE_T, sizeof(int32_t));
+    } else x.wide = allocate(T, w->K * sizeof(int16_t));
+    return x;
 }
 
 static void free_activations(Activations *x) {
@@ -670,21 +681,23 @@ static void free_activations(Activations *x) {
 
 static void split_row(const Linear *w, const int8_t *a, int t, Activations *to) {
     int K = w->K;
-    for (int k = 0; to->wide && k < K; k++) to->wide[(size_t)t * K + k] = (int16_t)a[k];
-    if (to->wide) return;
-    int8_t *even = to->a + (size_t)t * K, *odd = even + K / 2;
-    for (int j = 0; j < K / 2; j++) {
-        even[j] = a[2 * j];
-        odd[j] = a[2 * j + 1];
+    for (int k = 0; !w->qweight && k < K; k++) to->wide[(size_t)t * K + k] = (int16_t)a[k];
+    if (!w->qweight) return;
+    int i = t % to->tile, first = t - i; // number i of the tile from token `first` on
+    for (int k = 0; k < K; k += GROUP) {
+        int n = smaller(GROUP, K - k);
+        int8_t *even = to->a + (size_t)first * K + k * to->tile + i * n, *odd = even + n / 2;
+        for (int j = 0; j < n / 2; j++) {
+            even[j] = a[k + 2 * j];
+            odd[j] = a[k + 2 * j + 1];
+        }
     }
-    for (int g = 0; g < to->groups; g++) {
-        int32_t sum = 0;
-        for (int k = g * (K / to->groups); k < (g + 1) * (K / to->groups); k++) sum += a[k];
-        to->sums[(size_t)t * to->groups + g] = sum;
-    }
+    int32_t *sums = to->sums + (size_t)first * to->groups + i;
+    for (int g = 0, n = K / to->groups; g < to->groups; g++)
+        for (int k = g * n; k < (g + 1) * n; k++) sums[g * TILE_T] += a[k];
 }
 
-/* acc [T] of output channel n for tokens t .. t + T - 1, T <= MAX_T. */
+/* acc [TILE_T] of output channel n for the tile from token t on, which has T of them. */
 static void accumulate(const Linear *w, DotU4 *dot_u4, const Activations *x, int n, int t, int T,
                        int32_t *acc) {
     size_t K = w->K;
@@ -693,37 +706,34 @@ static void accumulate(const Linear *w, DotU4 *dot_u4, const Activations *x, int
             acc[i] = dot_bytes((const int8_t *)w->w + n * K, x->wide + (t + i) * K, K);
         return;
     }
-    const uint8_t *s_group = w->s_group ? w->s_group + (size_t)n * x->groups : NULL;
-    dot_u4(w->qweight + n * (K / 2), s_group, x->a + t * K, K, T, acc);
-    for (int i = 0; i < T; i++) {
-        const int32_t *sums = x->sums + (size_t)(t + i) * x->groups;
-        int32_t offset = 0;
-        for (int g = 0; g < x->groups; g++) offset += (s_group ? s_group[g] : 1) * sums[g];
-        acc[i] -= 8 * offset;
-    }
+    const uint8_t *s_group = groups_of(w, n);
+    const Tile *sums = (const Tile *)(x->sums + (size_t)t * x->groups);
+    Tile offset = {0};
+    for (int g = 0; g < x->groups; g++) offset += (s_group ? s_group[g] : 1) * sums[g];
+    *(Tile *)acc = -8 * offset;
+    dot_u4(codes_of(w, n), s_group, x->a + t * K, K, x->tile, acc);
 }
 
 /* Of the linears w [n]: y[i] [T][N_i], or the sums themselves in acc [T][N] if y is NULL. */
 static void integer_products(const Linear *w, int n_linears, DotU4 *dot_u4, const Activations *x,
                              const float *s_a, int T, float *const *y, int32_t *acc) {
-    enum { N_BLOCK = 32, T_BLOCK = 32 }; // these tokens stay in the nearest cache for these rows
+    enum { N_BLOCK = 32 }; // rows that pass by a tile while it stays in the nearest cache
 #pragma omp parallel
     for (int i = 0; i < n_linears; i++) {
         const Linear *l = &w[i];
 #pragma omp for schedule(dynamic) nowait
         for (int n0 = 0; n0 < l->N; n0 += N_BLOCK)
-            for (int t0 = 0; t0 < T; t0 += T_BLOCK)
-                for (int n = n0; n < n0 + N_BLOCK && n < l->N; n++)
-                    for (int t = t0; t < t0 + T_BLOCK && t < T; t += MAX_T) {
-                        int32_t sums[MAX_T];
-                        int n_tokens = T - t < MAX_T ? T - t : MAX_T;
-                        accumulate(l, dot_u4, x, n, t, n_tokens, sums);
-                        for (int k = 0; k < n_tokens; k++) {
-                            size_t at = (size_t)(t + k) * l->N + n;
-                            if (y) y[i][at] = ((float)sums[k] * s_a[t + k]) * l->s_channel[n];
-                            else acc[at] = sums[k];
-                        }
-                    }
+            for (int t = 0; t < T; t += TILE_T) {
+                int32_t sums[N_BLOCK][TILE_T];
+                int N = smaller(N_BLOCK, l->N - n0), n_tokens = smaller(TILE_T, T - t);
+                for (int n = 0; n < N; n++) accumulate(l, dot_u4, x, n0 + n, t, n_tokens, sums[n]);
+                for (int k = 0; k < n_tokens; k++) {
+                    size_t at = (size_t)(t + k) * l->N + n0;
+                    for (int n = 0; n < N && y; n++)
+                        y[i][at + n] = ((float)sums[n][k] * s_a[t + k]) * l->s_channel[n0 + n];
+                    for (int n = 0; n < N && acc; n++) acc[at + n] = sums[n][k];
+                }
+            }
     }
 }
 
@@ -1825,45 +1835,59 @@ static void float_linears(const Linear *w, int n_linears, const float *x, int T,
 
 #ifdef __x86_64__
 
-/* 64 columns at a time. Sums of two products, at most 2 * 15 * 128, fit 16 bits, so do four; the
- * step to 32 bits multiplies by s_group on its way. */
+/* sum[t] += of n = 128 or 64 columns. Sums of two products, at most 2 * 15 * 128, fit 16 bits, so
+ * do eight; the step to 32 bits multiplies by s_group on its way. */
+__attribute__((target("avx2"), always_inline)) static inline void
+add_columns_avx2(const uint8_t *w, int s_group, const int8_t *a, int n, int T, __m256i *sum) {
+    const __m256i low = _mm256_set1_epi8(0x0f), s = _mm256_set1_epi16(s_group);
+    __m256i even[2], odd[2];
+    prefetch(w, n / 2);
+    for (int i = 0; i < n / 64; i++) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)w + i);
+        even[i] = _mm256_and_si256(bytes, low);
+        odd[i] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+        const __m256i *a_even = (const __m256i *)(a + t * n);
+        const __m256i *a_odd = (const __m256i *)(a + t * n + n / 2);
+        __m256i products = _mm256_setzero_si256();
+#pragma GCC unroll 2
+        for (int i = 0; i < n / 64; i++) {
+            __m256i e = _mm256_maddubs_epi16(even[i], _mm256_loadu_si256(a_even + i));
+            __m256i o = _mm256_maddubs_epi16(odd[i], _mm256_loadu_si256(a_odd + i));
+            products = _mm256_add_epi16(products, _mm256_add_epi16(e, o));
+        }
+        sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(products, s));
+    }
+}
+
 __attribute__((target("avx2"), always_inline)) static inline void
 dot_u4_avx2_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
               int32_t *acc) {
-    const __m256i low = _mm256_set1_epi8(0x0f);
-    __m256i sum[MAX_T];
-    for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_si256();
-    int j = 0;
-    for (; j + 32 <= K / 2; j += 32) {
-        prefetch(w + j, 32);
-        __m256i bytes = _mm256_loadu_si256((const __m256i *)(w + j));
-        __m256i even = _mm256_and_si256(bytes, low);
-        __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
-        __m256i s = _mm256_set1_epi16(s_group ? s_group[2 * j / GROUP] : 1);
-        for (int t = 0; t < T; t++) {
-            const int8_t *a_t = a + (size_t)t * K + j;
-            __m256i e = _mm256_maddubs_epi16(even, _mm256_loadu_si256((const __m256i *)a_t));
-            __m256i o =
-                _mm256_maddubs_epi16(odd, _mm256_loadu_si256((const __m256i *)(a_t + K / 2)));
-            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(_mm256_add_epi16(e, o), s));
-        }
+    __m256i sum[TILE_T];
+    for (int t = 0; t < TILE_T; t++) sum[t] = _mm256_setzero_si256();
+    int k = 0;
+    for (; k + GROUP <= K; k += GROUP)
+        add_columns_avx2(w + k / 2, s_group ? s_group[k / GROUP] : 1, a + k * T, GROUP, T, sum);
+    int rest = K - k; // only without groups
+    if (rest == 64) add_columns_avx2(w + k / 2, 1, a + k * T, 64, T, sum);
+    for (int t = 0; t < T; t += 4) {
+        __m256i pairs = _mm256_hadd_epi32(sum[t], sum[t + 1]);
+        __m256i fours = _mm256_hadd_epi32(pairs, _mm256_hadd_epi32(sum[t + 2], sum[t + 3]));
+        __m128i total =
+            _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+        __m128i *to = (__m128i *)(acc + t);
+        if (T == 1) acc[0] += _mm_cvtsi128_si32(total);
+        else _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), total));
     }
-    for (int t = 0; t < T; t++) {
-        const int8_t *even = a + (size_t)t * K, *odd = even + K / 2;
-        int32_t lanes[8];
-        _mm256_storeu_si256((__m256i *)lanes, sum[t]);
-        acc[t] = 0;
-        for (int i = 0; i < 8; i++) acc[t] += lanes[i];
-        for (int i = j; i < K / 2; i++) // only without groups is K no multiple of 64
-            acc[t] += (w[i] & 0x0f) * even[i] + (w[i] >> 4) * odd[i];
-    }
+    if (rest != 64) dot_u4_c(w + k / 2, NULL, a + k * T, rest, T, acc);
 }
 
 __attribute__((target("avx2"))) static void
 dot_u4_avx2(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T, int32_t *acc) {
-    if (T == MAX_T) dot_u4_avx2_T(w, s_group, a, K, MAX_T, acc);
-    else
-        for (int t = 0; t < T; t++) dot_u4_avx2_T(w, s_group, a + (size_t)t * K, K, 1, acc + t);
+    if (T == 1) dot_u4_avx2_T(w, s_group, a, K, 1, acc);
+    else dot_u4_avx2_T(w, s_group, a, K, TILE_T, acc);
 }
 
 /* 128 columns, one group, at a time. u * s_group is at most 225 and fits a byte, so one 16-bit
@@ -1872,36 +1896,37 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"), always_inline)) static inl
 dot_u4_vnni_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
               int32_t *acc) {
     const __m512i low = _mm512_set1_epi8(0x0f);
-    __m512i sum[2][MAX_T]; // of even and odd columns apart: two chains of additions, half the wait
+    __m512i sum[2][TILE_T]; // of even and odd columns apart: two chains of additions, half the wait
     for (int t = 0; t < T; t++) sum[0][t] = sum[1][t] = _mm512_setzero_si512();
-    for (int j = 0; j < K / 2; j += 64) {
-        int n = K / 2 - j;
-        __mmask64 valid = n >= 64 ? ~0ull : (1ull << n) - 1;
-        __m512i bytes = _mm512_maskz_loadu_epi8(valid, w + j);
+    for (int k = 0; k < K; k += GROUP) {
+        int n = smaller(GROUP, K - k) / 2;
+        __mmask64 valid = n == 64 ? ~0ull : (1ull << n) - 1;
+        prefetch(w + k / 2, 64);
+        __m512i bytes = _mm512_maskz_loadu_epi8(valid, w + k / 2);
         __m512i even = _mm512_and_si512(bytes, low);
         __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
         if (s_group) {
-            __m512i s = _mm512_set1_epi16(s_group[2 * j / GROUP]);
+            __m512i s = _mm512_set1_epi16(s_group[k / GROUP]);
             even = _mm512_mullo_epi16(even, s);
             odd = _mm512_mullo_epi16(odd, s);
         }
+#pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
-            const int8_t *a_t = a + (size_t)t * K + j;
+            const int8_t *a_t = a + k * T + t * 2 * n;
             __m512i a_even = _mm512_maskz_loadu_epi8(valid, a_t);
-            __m512i a_odd = _mm512_maskz_loadu_epi8(valid, a_t + K / 2);
+            __m512i a_odd = _mm512_maskz_loadu_epi8(valid, a_t + n);
             sum[0][t] = _mm512_dpbusd_epi32(sum[0][t], even, a_even);
             sum[1][t] = _mm512_dpbusd_epi32(sum[1][t], odd, a_odd);
         }
     }
     for (int t = 0; t < T; t++)
-        acc[t] = _mm512_reduce_add_epi32(_mm512_add_epi32(sum[0][t], sum[1][t]));
+        acc[t] += _mm512_reduce_add_epi32(_mm512_add_epi32(sum[0][t], sum[1][t]));
 }
 
 __attribute__((target("avx512f,avx512bw,avx512vnni"))) static void
 dot_u4_vnni(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T, int32_t *acc) {
-    if (T == MAX_T) dot_u4_vnni_T(w, s_group, a, K, MAX_T, acc);
-    else
-        for (int t = 0; t < T; t++) dot_u4_vnni_T(w, s_group, a + (size_t)t * K, K, 1, acc + t);
+    if (T == 1) dot_u4_vnni_T(w, s_group, a, K, 1, acc);
+    else dot_u4_vnni_T(w, s_group, a, K, TILE_T, acc);
 }
 
 #endif

@@ -262,9 +262,9 @@ void linear_free(Linear *l);
 void linear(const Linear *w, const float *x, int T, float *y);
 void linears(const Linear *w, int n, const float *x, int T, float *const *y);
 
-/* The integer dot product under it: acc[t] = sum_k s_group[k / 128] u_k a_tk for T tokens, T <= 8;
- * w [K/2] is a row of qweight, s_group [K/128] or NULL for ones, a [T][2][K/2] holds the even
- * columns of a token, then the odd ones. */
+/* The integer dot product under it: acc[t] += sum_k s_group[k / 128] u_k a_tk for T tokens, 1 or 8;
+ * w [K/2] is a row of qweight, s_group [K/128] or NULL for ones, a [K/128][T][2][64] holds of each
+ * group a token's even columns, then its odd ones; the last group may be smaller. */
 typedef void DotU4(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
                    int32_t *acc);
 
