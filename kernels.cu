@@ -90,6 +90,7 @@ struct GpuState {
     uint8_t *memory;      // [bytes] of all that follows
     size_t bytes;
     int *tokens;        // [max_T] of a prompt
+    int *skip;          // [max_T] of a TokenTree
     int *positions;     // [n_sequences] of the next token
     Choice *chosen;     // [n_sequences] the next token
     float *x;           // [max_T][dim] the residual stream
@@ -142,7 +143,9 @@ struct OneOutput {
 /* Where T rows of x stand: one after the other in a sequence, or each the next token of its own. */
 struct Rows {
     int T;
-    int sequence, pos; // of the first; sequence -1: a decode step
+    int sequence, pos;      // of the first; sequence -1: a decode step
+    const int *skip = NULL; // [T] and trunk: see TokenTree
+    int trunk = 0;
 };
 
 /* ---- a layer --------------------------------------------------------------------------------- */
@@ -214,10 +217,10 @@ static void layers(GpuState *s, const Rows &rows) {
 
 /* ---- a prompt, a step ------------------------------------------------------------------------ */
 
-/* T <= max_T tokens of one sequence, which are in s->tokens, at positions pos .. pos + T - 1. */
-static void prompt(GpuState *s, int sequence, int T, int pos) {
-    embed(s, T);
-    layers(s, {T, sequence, pos});
+/* T <= max_T tokens of one sequence, which are in s->tokens. */
+static void prompt(GpuState *s, const Rows &rows) {
+    embed(s, rows.T);
+    layers(s, rows);
 }
 
 /* One token more for each sequence: that in s->chosen, at its position in s->positions. */
@@ -2669,16 +2672,17 @@ __device__ __forceinline__ void store_token(const GpuCache &cache, size_t head, 
 /* k (after RoPE) and v of tokens at pos .. pos + T - 1 into the cache, T = gridDim.x. qkv
  * [T][qkv_dim]: all query heads, then k, then v. One block a token. */
 template <int HEAD_DIM, int BITS>
-__global__ void write_cache_kernel(const half *qkv, int q_dim, int sequence, int first,
-                                   const float4 *rope, GpuCache cache) {
+__global__ void write_cache_kernel(const half *qkv, int q_dim, Rows rows, const float4 *rope,
+                                   GpuCache cache) {
     launch_dependents();
     wait_for_previous_kernel();
-    const int heads = cache.n_kv_heads, pos = first + blockIdx.x;
-    const bool recent = pos / RECENT == (first + (int)gridDim.x - 1) / RECENT;
+    const int heads = cache.n_kv_heads, pos = rows.pos + blockIdx.x;
+    const bool recent = pos / RECENT == (rows.pos + (int)gridDim.x - 1) / RECENT;
+    if (rows.skip) rope -= (size_t)rows.skip[blockIdx.x] * (HEAD_DIM / 4);
     const half *row = qkv + (size_t)blockIdx.x * (q_dim + 2 * heads * HEAD_DIM) + q_dim;
     for (int i = threadIdx.x / 32; i < 2 * heads; i += blockDim.x / 32) {
-        store_token<HEAD_DIM, BITS>(cache, (size_t)sequence * heads + i % heads, pos, i < heads,
-                                    recent, row + i * HEAD_DIM, rope);
+        store_token<HEAD_DIM, BITS>(cache, (size_t)rows.sequence * heads + i % heads, pos,
+                                    i < heads, recent, row + i * HEAD_DIM, rope);
     }
 }
 
@@ -2747,18 +2751,18 @@ static __host__ __device__ int prompt_tokens(int group) {
  * its tokens are read in sequence `recent` of the cache, those before in `sequence`. */
 template <int HEAD_DIM>
 __global__ void __launch_bounds__(THREADS, 1)
-    attention_prefill_kernel(const half *qkv, int T, int group, int sequence, int pos,
-                             const float4 *rope, GpuCache cache, int recent, half *out) {
+    attention_prefill_kernel(const half *qkv, Rows rows, int group, const float4 *rope,
+                             GpuCache cache, int recent, half *out) {
     constexpr int STEPS = HEAD_DIM / 16, PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
     extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
     const uint32_t tiles = shared_address(shared);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, T = rows.T, pos = rows.pos;
     const int tokens = prompt_tokens(group);                             // of this block
     const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens - pos % tokens; // the longest first
     const int kv_head = blockIdx.x, q_dim = cache.n_kv_heads * group * HEAD_DIM;
     const int qkv_dim = q_dim + 2 * cache.n_kv_heads * HEAD_DIM;
     const int n_keys = pos + min(t0 + tokens, T); // of the last token
-    const size_t older = cache.row(sequence, kv_head) * HEAD_DIM;
+    const size_t older = cache.row(rows.sequence, kv_head) * HEAD_DIM;
     const size_t newer = cache.row(recent, kv_head) * HEAD_DIM;
     const int newer_from = (pos + t0) / RECENT * RECENT;
     launch_dependents();
@@ -2781,8 +2785,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     // This lane's two rows of queries, as mma's left operand, turned by RoPE: dimension i and its
     // partner i + HEAD_DIM / 2 are STEPS / 2 steps apart in the same lane.
     uint32_t q[STEPS][4] = {};
-    int position[2]; // of the two rows; -1: there is none
-    size_t place[2]; // of their heads in a [T][q_dim]
+    int position[2];       // of the two rows, in the cache; -1: there is none
+    uint32_t skip[2] = {}; // places behind the trunk that they do not see
+    size_t place[2];       // of their heads in a [T][q_dim]
     for (int i = 0; i < 2; i++) {
         int row = warp * 16 + lane / 4 + 8 * i, t = t0 + row / group;
         bool there = row < tokens * group && t >= 0 && t < T;
@@ -2790,7 +2795,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         place[i] = (size_t)t * q_dim + (kv_head * group + row % group) * HEAD_DIM;
         if (!there) continue;
         const uint32_t *from = (const uint32_t *)(qkv + place[i] + (size_t)t * (qkv_dim - q_dim));
-        const float4 *angles = rope + (size_t)(pos + t) * (HEAD_DIM / 4);
+        if (rows.skip) skip[i] = rows.skip[t];
+        const float4 *angles = rope + (size_t)(pos + t - skip[i]) * (HEAD_DIM / 4);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
             for (int j = 0; j < 2; j++) q[s][i + 2 * j] = from[s * 8 + j * 4 + lane % 4];
@@ -2823,6 +2829,13 @@ __global__ void __launch_bounds__(THREADS, 1)
                               k_tile + key_place<HEAD_DIM>(j * 8 + lane % 8, step * 2 + lane / 8));
                 mma(s[j], q[step], b[0], b[1]);
                 mma(s[j], q[step + 1], b[2], b[3]);
+            }
+        }
+        if (rows.skip) { // other branches
+#pragma unroll
+            for (int j = 0; j < KEYS / 8 * 4; j++) {
+                uint32_t behind = first + j / 4 * 8 + lane % 4 * 2 + j % 2 - rows.trunk;
+                if (behind < skip[j % 4 / 2]) s[j / 4][j % 4] = -INFINITY;
             }
         }
 #pragma unroll
@@ -3391,9 +3404,9 @@ static int decode_rows(const Config *c) {
 
 /* The kernels for a head_dim and so many bits of the cache. */
 struct AttentionKernels {
-    void (*write)(const half *, int, int, int, const float4 *, GpuCache);
+    void (*write)(const half *, int, Rows, const float4 *, GpuCache);
     void (*read)(GpuCache, int, const half *, int, int, const float4 *, GpuCache); // below 16 bits
-    void (*prompt)(const half *, int, int, int, int, const float4 *, GpuCache, int, half *);
+    void (*prompt)(const half *, Rows, int, const float4 *, GpuCache, int, half *);
     void (*decode[2])(DecodeArgs); // with 8 warps, with 4
 };
 
@@ -3417,27 +3430,27 @@ static AttentionKernels attention_kernels(int head_dim, int bits) {
                        : kernels_for<128, 4>();
 }
 
-/* att [T][q_dim] of T tokens at position pos of a sequence, by way of the cache; if that is in 8 or
- * 4 bits it is read back into `in_halves`. */
-static void attend_prompt(const Config *c, const half *qkv, int T, int sequence, int pos,
-                          const float4 *rope, GpuCache cache, const GpuCache &in_halves, half *att,
+/* att [T][q_dim] of tokens of a sequence, by way of the cache; if that is in 8 or 4 bits it is read
+ * back into `in_halves`. */
+static void attend_prompt(const Config *c, const half *qkv, Rows rows, const float4 *rope,
+                          GpuCache cache, const GpuCache &in_halves, half *att,
                           cudaStream_t stream) {
     const AttentionKernels kernels = attention_kernels(c->head_dim, cache.bits);
     const int group = c->n_heads / c->n_kv_heads, q_dim = c->n_heads * c->head_dim;
-    launch(kernels.write, {dim3(T), THREADS}, stream, qkv, q_dim, sequence, pos, rope, cache);
-    int recent = sequence; // where the positions next to a token are read
+    launch(kernels.write, {dim3(rows.T), THREADS}, stream, qkv, q_dim, rows, rope, cache);
+    int recent = rows.sequence; // where the positions next to a token are read
     if (cache.bits < 16) {
-        launch(kernels.read, {dim3(pos + T), THREADS}, stream, cache, sequence, qkv, q_dim, pos,
-               rope, in_halves);
-        sequence = 0;
+        launch(kernels.read, {dim3(rows.pos + rows.T), THREADS}, stream, cache, rows.sequence, qkv,
+               q_dim, rows.pos, rope, in_halves);
+        rows.sequence = 0;
         recent = cache.bits == 4;
         cache = in_halves;
     }
     const size_t shared = 2 * 2 * KEYS * c->head_dim * sizeof(half);
     allow_shared(kernels.prompt, shared);
-    const int tokens = prompt_tokens(group), blocks = ceil_div(pos % tokens + T, tokens);
-    launch(kernels.prompt, {dim3(c->n_kv_heads, blocks), THREADS, shared}, stream, qkv, T, group,
-           sequence, pos, rope, cache, recent, att);
+    const int tokens = prompt_tokens(group), blocks = ceil_div(rows.pos % tokens + rows.T, tokens);
+    launch(kernels.prompt, {dim3(c->n_kv_heads, blocks), THREADS, shared}, stream, qkv, rows, group,
+           rope, cache, recent, att);
 }
 
 /* Layer l's cache. */
@@ -3473,8 +3486,7 @@ static void attend(GpuState *s, int l, const Rows &rows) {
                s->stream, args);
         return;
     }
-    attend_prompt(c, s->qkv, rows.T, rows.sequence, rows.pos, s->rope, cache, s->in_halves, s->att,
-                  s->stream);
+    attend_prompt(c, s->qkv, rows, s->rope, cache, s->in_halves, s->att, s->stream);
     if (s->model->quantized) {
         gpu_quantize(s->att, rows.T, c->n_heads * c->head_dim, s->a, s->scale, s->stream);
     }
@@ -3984,7 +3996,7 @@ static void attend_windows(GpuQuantizer *q, int T) {
     cache.n_kv_heads = c->n_kv_heads;
     cache.context = q->length;
     for (size_t t = 0; t < (size_t)T; t += q->length)
-        attend_prompt(c, q->wide_half + t * q->qkv.N, q->length, 0, 0, q->rope, cache, {},
+        attend_prompt(c, q->wide_half + t * q->qkv.N, {q->length, 0, 0}, q->rope, cache, {},
                       q->att + t * q_dim, q->stream);
 }
 
@@ -4881,6 +4893,7 @@ static size_t place_buffers(GpuState *s) {
     const bool q = s->model->quantized;
     Places take = {s->memory, 0};
     take(s->tokens, T);
+    take(s->skip, T);
     take(s->positions, B);
     take(s->chosen, B);
     take(s->x, T * c->dim);
@@ -5042,18 +5055,20 @@ static void go_on(GpuState *s, int sequence, int pos, int T) {
     *end = pos + T;
 }
 
-/* Runs tokens [n] of one sequence through all layers, in chunks; calls then(first, T) after each. A
+/* Runs tokens of one sequence through all layers, in chunks; calls then(first, T) after each. A
  * cache in 4 bits is overwritten, where it is recent, at a multiple of RECENT: a chunk starts
  * there, or ends. */
 template <typename F>
-static void feed_chunks(GpuState *s, int sequence, const int *tokens, int n, int pos, F then) {
-    go_on(s, sequence, pos, n);
-    for (int first = 0, T; first < n; first += T) {
-        const int into = (pos + first) % RECENT;
-        T = min(n - first, s->max_T);
+static void feed_chunks(GpuState *s, int sequence, const TokenTree &tree, F then) {
+    check_tokens(s, tree.tokens, tree.n, tree.pos);
+    go_on(s, sequence, tree.pos, tree.n);
+    for (int first = 0, T; first < tree.n; first += T) {
+        const int pos = tree.pos + first, into = pos % RECENT;
+        T = min(tree.n - first, s->max_T);
         if (into && s->cache.bits == 4) T = min(T, RECENT - into);
-        to_gpu(s, s->tokens, tokens + first, T);
-        prompt(s, sequence, T, pos + first);
+        to_gpu(s, s->tokens, tree.tokens + first, T);
+        if (tree.skip) to_gpu(s, s->skip, tree.skip + first, T);
+        prompt(s, {T, sequence, pos, tree.skip ? s->skip : NULL, tree.trunk});
         then(first, T);
     }
 }
@@ -5087,9 +5102,8 @@ static void engine_step(Engine *e, const int *tokens, const int *positions) {
 static void engine_feed(Engine *e, int sequence, const int *tokens, int n, int pos) {
     GpuState *s = state_of(e);
     if (n == 1 && s->n_sequences == 1) return engine_step(e, tokens, &pos);
-    check_tokens(s, tokens, n, pos);
     int last = 0; // of the last chunk
-    feed_chunks(s, sequence, tokens, n, pos, [&](int, int T) { last = T - 1; });
+    feed_chunks(s, sequence, {tokens, NULL, NULL, n, pos, 0}, [&](int, int T) { last = T - 1; });
     lm_head(s, last, 1);
     const int end = pos + n - 1;
     const Choice none = 0;
@@ -5112,19 +5126,17 @@ static const float *engine_logits(Engine *e) {
     return s->host_logits;
 }
 
-static void engine_score(Engine *e, int sequence, const int *tokens, int n, int pos,
-                         Score *scores) {
+static void engine_score(Engine *e, int sequence, const TokenTree *tree, Score *scores) {
     GpuState *s = state_of(e);
-    check_tokens(s, tokens, n, pos);
-    // The last token is only a target.
-    feed_chunks(s, sequence, tokens, n - 1, pos, [&](int first, int T) {
-        to_gpu(s, s->tokens, tokens + first + 1, T);
-        for (int t = 0; t < T; t += LOGIT_ROWS) {
-            const int rows = min(LOGIT_ROWS, T - t);
+    feed_chunks(s, sequence, *tree, [&](int first, int T) {
+        to_gpu(s, s->tokens, tree->targets + first, T);
+        for (int t = max(0, tree->trunk - tree->pos - first), rows; t < T; t += rows) {
+            rows = min(LOGIT_ROWS, T - t);
             lm_head(s, t, rows);
             launch(score_kernel, {dim3(rows), THREADS}, s->stream, s->logits,
                    e->model->config.vocab_size, s->tokens + t, s->scores);
-            to_host(s, scores + first + t, s->scores, rows);
+            to_host(s, scores, s->scores, rows);
+            scores += rows;
         }
     });
 }

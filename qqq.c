@@ -83,7 +83,8 @@ static void rope(const State *s, float *x, int T, int n_heads, int head_dim, int
     int half = head_dim / 2;
 #pragma omp parallel for if (T > 1)
     for (int t = 0; t < T; t++) {
-        const float *angle = s->rope + (size_t)(pos + t) * head_dim;
+        int position = pos + t - (s->skip ? s->skip[t] : 0);
+        const float *angle = s->rope + (size_t)position * head_dim;
         for (int h = 0; h < n_heads; h++) {
             float *v = x + ((size_t)t * n_heads + h) * head_dim;
             for (int i = 0; i < half; i++) {
@@ -265,9 +266,12 @@ static void attend_prompt(const Config *c, State *s, int l, int T, int pos) {
                 memcpy(in + (size_t)t * group * d, s->q + at + t * q_dim, row_bytes);
             View k = {s->keys + h * d, F32, kv_dim, 1}, v = {s->values + h * d, F32, 1, kv_dim};
             matmul(rows, n_keys, d, in, d, k, scores, n_keys);
-            for (int r = 0; r < rows; r++)
-                softmax(scores + (size_t)r * n_keys, pos + t0 + r / group + 1, n_keys,
-                        1.0f / sqrtf(d));
+            for (int r = 0; r < rows; r++) {
+                float *row = scores + (size_t)r * n_keys;
+                int t = t0 + r / group, others = s->skip ? s->skip[t] : 0;
+                for (int i = s->trunk; i < s->trunk + others; i++) row[i] = -INFINITY;
+                softmax(row, pos + t + 1, n_keys, 1.0f / sqrtf(d));
+            }
             matmul(rows, d, n_keys, scores, n_keys, v, in, d);
             for (int t = 0; t < n; t++)
                 memcpy(s->att + at + t * q_dim, in + (size_t)t * group * d, row_bytes);
@@ -353,7 +357,7 @@ void attention_block(const Config *c, const Layer *layer, State *s, int l, int T
         turn(k, T * c->n_kv_heads, c->head_dim);
     }
     write_cache(c, s, l, T, pos);
-    if (T == 1) attend_token(c, s, l, pos);
+    if (T == 1 && !s->skip) attend_token(c, s, l, pos);
     else attend_prompt(c, s, l, T, pos);
 }
 
@@ -517,7 +521,8 @@ Perplexity perplexity(Engine *e, const int *tokens, int n, int length, int max_w
     double sum = 0, squares = 0;
     for (int w = 0; w < total; w++) {
         double loss = 0;
-        e->score(e, 0, tokens + (size_t)w * length, length, 0, scores);
+        const int *window = tokens + (size_t)w * length;
+        e->score(e, 0, &(TokenTree){window, window + 1, .n = length - 1}, scores);
         for (int t = 0; t < length - 1; t++) loss += scores[t].nll;
         loss /= length - 1;
         sum += loss;
@@ -2103,21 +2108,25 @@ static void engine_step(Engine *engine, const int *tokens, const int *positions)
     engine_feed(engine, 0, &token, 1, positions ? *positions : ((CpuEngine *)engine)->pos);
 }
 
-static void engine_score(Engine *engine, int sequence, const int *tokens, int n, int pos,
-                         Score *scores) {
+static void engine_score(Engine *engine, int sequence, const TokenTree *tree, Score *scores) {
     CpuEngine *e = (CpuEngine *)engine;
+    State *s = e->state;
     size_t vocab = engine->model->config.vocab_size;
     (void)sequence;
-    for (int i = 0, T; i < n - 1; i += T) {
-        next_chunk(e, tokens, n - 1, i, pos, &T);
-        for (int t = 0; t < T; t += LOGIT_ROWS) {
-            int rows = T - t < LOGIT_ROWS ? T - t : LOGIT_ROWS;
-            const float *l = logits(engine->model, e->state, t, rows);
+    s->trunk = tree->trunk;
+    for (int i = 0, T, rows; i < tree->n; i += T) {
+        s->skip = tree->skip ? tree->skip + i : NULL;
+        next_chunk(e, tree->tokens, tree->n, i, tree->pos, &T);
+        int t = tree->trunk - tree->pos - i; // the first behind the trunk
+        for (t = t < 0 ? 0 : t; t < T; t += rows, scores += rows) {
+            rows = T - t < LOGIT_ROWS ? T - t : LOGIT_ROWS;
+            const float *l = logits(engine->model, s, t, rows);
 #pragma omp parallel for
             for (int r = 0; r < rows; r++)
-                scores[i + t + r] = score(l + r * vocab, vocab, tokens[i + t + r + 1]);
+                scores[r] = score(l + r * vocab, vocab, tree->targets[i + t + r]);
         }
     }
+    s->skip = NULL;
 }
 
 /* Bytes a second that all threads together read: the best of some passes over 512 MB, which fit in

@@ -121,6 +121,9 @@ typedef struct {
     float *exact;  // [n_layers][2][n_kv_heads][1 + RECENT][head_dim] of it for 4 bits, else NULL
     float *rope;   // [context][head_dim / 2][2] cos and sin
     float *logits; // [LOGIT_ROWS][vocab_size]
+
+    const int *skip; // [T] and trunk: those of the TokenTree at work; NULL: none is
+    int trunk;
 } State;
 
 enum { LOGIT_ROWS = 64 };
@@ -171,6 +174,16 @@ typedef struct {
 
 Score score(const float *logits, int n, int token);
 
+/* A text that may go on in several ways: its trunk, then the branches one after the other in the KV
+ * cache. A token sees the trunk and what is before it in its own branch, and its position is
+ * counted along these (tree attention: SpecInfer, arXiv 2305.09781). */
+typedef struct {
+    const int *tokens;  // [n] which stand in the cache at pos .. pos + n - 1
+    const int *targets; // [n] of each, the next token, whose score is asked for
+    const int *skip;    // [n] places between trunk and branch of a token; NULL: there is one branch
+    int n, pos, trunk;  // the trunk is at 0 .. trunk - 1; its tokens get no scores
+} TokenTree;
+
 /* ---- the engine: a model at work, on the CPU (qqq.c) or the GPU (kernels.cu) ----------------- */
 
 /* A model that runs. After start() it holds n_sequences sequences side by side, each a KV cache of
@@ -206,9 +219,9 @@ struct Engine {
     const int *(*chosen)(Engine *e);
     const float *(*logits)(Engine *e);
 
-    // feed() of all but the last of tokens [n], n >= 2, which sets scores [n - 1] of all but the
-    // first, each after those before it. chosen() and logits() are lost.
-    void (*score)(Engine *e, int sequence, const int *tokens, int n, int pos, Score *scores);
+    // feed() of a tree, which sets the scores of the targets behind the trunk, in their order; with
+    // a KV cache in 4 bits of one branch. chosen() and logits() are lost.
+    void (*score)(Engine *e, int sequence, const TokenTree *tree, Score *scores);
 
     double (*bandwidth)(void); // bytes a second of the memory that it reads from, measured
     void (*free)(Engine *e);

@@ -558,14 +558,18 @@ typedef struct {
     int n;
 } Item;
 
-/* The model with one sequence, and what is known of it. */
+/* The model with one sequence. */
 typedef struct {
     Session *s;
     int max_length; // tokens that it can look at
     Tokens fed;     // in the KV cache
-    float *logits;  // [vocab_size] after the first logits_at tokens of it
-    int logits_at;
 } Scorer;
+
+/* A context and a choice. */
+typedef struct {
+    int *ids;      // [n]
+    int n, length; // the last `length` are the choice's
+} Request;
 
 /* Strings of an array, or of one string; malloc'ed [*n]. */
 static char **item_texts(const Json *json, const char *key, const char *where, int *n) {
@@ -665,62 +669,90 @@ static void push_with_bos(Tokens *t, const Session *s, const char *text, size_t 
     t->ids[0] = bos;
 }
 
-/* Feeds ids [n], of which the cache may hold a part. Leaves their logits in z->logits. */
-static void feed_context(Scorer *z, const int *ids, int n) {
-    Engine *e = z->s->engine;
-    int known = 0;
-    while (known < n && known < z->fed.n && z->fed.ids[known] == ids[known]) known++;
-    if (known == n && z->logits_at != n) known--;
-    if (e->kv_bits == 4 && known / RECENT < (z->fed.n - 1) / RECENT) known -= known % RECENT;
-    if (known == n) return;
-    e->feed(e, 0, ids + known, n - known, known);
-    memcpy(z->logits, e->logits(e), z->s->model->config.vocab_size * sizeof(float));
-    z->logits_at = n;
-    z->fed.n = 0;
-    push(&z->fed, ids, n);
-}
-
-/* ll of " choice" after the context. *greedy: each of its tokens is the likeliest. */
-static double log_likelihood(Scorer *z, const char *where, const char *context, const char *choice,
-                             bool *greedy) {
-    Engine *e = z->s->engine;
+/* A context and " choice" as tokens. */
+static Request new_request(const Scorer *z, const Item *item, int k) {
     // White space at the context's end belongs to the choice: its tokens start with spaces.
-    size_t stripped = stripped_length(context, strlen(context));
-    char *text = format_text("%s %s", context, choice);
+    const char *context = item->contexts[k];
+    char *text = format_text("%s %s", context, item->choices[k]);
     Tokens whole = {0}, head = {0};
     push_with_bos(&whole, z->s, text, strlen(text));
-    push_with_bos(&head, z->s, context, stripped);
+    push_with_bos(&head, z->s, context, stripped_length(context, strlen(context)));
     free(text);
-    int n = whole.n, length = n - head.n; // of the choice
-    if (head.n == 0) die("%s: no context, and the model has no BOS", where);
-    if (length < 1 || length > z->max_length)
-        die("%s: a choice of %d tokens, expected 1 to %d", where, length, z->max_length);
-    const int *ids = whole.ids; // the last token is only a target, so there may be one more
-    if (n > z->max_length + 1) ids += n - (z->max_length + 1), n = z->max_length + 1;
-    if (n > e->context) { // none yet, or too short: as long as this needs, or twice what it was
-        int context_length = n > 2 * e->context ? n : 2 * e->context;
-        e->start(e, 1, context_length < z->max_length ? context_length : z->max_length);
+    free(head.ids);
+    Request r = {whole.ids, whole.n, whole.n - head.n};
+    if (head.n == 0) die("%s: no context, and the model has no BOS", item->where);
+    if (r.length < 1 || r.length > z->max_length)
+        die("%s: a choice of %d tokens, expected 1 to %d", item->where, r.length, z->max_length);
+    int excess = r.n - (z->max_length + 1); // the last token is only a target
+    if (excess > 0) memmove(r.ids, r.ids + excess, (r.n -= excess) * sizeof *r.ids);
+    return r;
+}
+
+/* How many of the first n tokens of a and b are the same. */
+static int same_tokens(const int *a, const int *b, int n) {
+    int same = 0;
+    while (same < n && a[same] == b[same]) same++;
+    return same;
+}
+
+/* ll [count] of requests that begin with the same `trunk` tokens and take n places of the cache.
+ * *greedy: each token of the last one's choice is the likeliest. */
+static void score_requests(Scorer *z, const Request *r, int count, int trunk, int n, double *ll,
+                           bool *greedy) {
+    Engine *e = z->s->engine;
+    if (n > e->context) { // none yet, or too short
+        e->start(e, 1, 2 * n < z->max_length ? 2 * n : z->max_length);
         z->fed.n = 0;
     }
-    Score *scores = allocate(length, sizeof *scores);
-    feed_context(z, ids, n - length);
-    scores[0] = score(z->logits, z->s->model->config.vocab_size, ids[n - length]);
-    if (length > 1) {
-        e->score(e, 0, ids + n - length, length, n - length, scores + 1);
-        z->fed.n = n - length;
-        push(&z->fed, ids + n - length, length - 1);
+    int known = same_tokens(r->ids, z->fed.ids, trunk < z->fed.n ? trunk : z->fed.n);
+    if (e->kv_bits == 4 && known / RECENT < (z->fed.n - 1) / RECENT) known -= known % RECENT;
+    int *tokens = allocate(3 * n, sizeof *tokens), *targets = tokens + n, *skip = targets + n;
+    memcpy(tokens, r->ids, trunk * sizeof *tokens);
+    for (int k = 0, place = trunk; k < count; k++)
+        for (int i = trunk; i < r[k].n - 1; i++, place++) {
+            tokens[place] = r[k].ids[i];
+            targets[place] = r[k].ids[i + 1];
+            skip[place] = place - i;
+        }
+    Score *scores = allocate(n - trunk, sizeof *scores), *s = scores;
+    TokenTree tree = {tokens + known, targets + known, count > 1 ? skip + known : NULL,
+                      n - known,      known,           trunk};
+    e->score(e, 0, &tree, scores);
+    z->fed.n = 0;
+    push(&z->fed, r->ids, r->n - 1);
+    for (int k = 0; k < count; k++) {
+        ll[k] = 0, *greedy = true;
+        for (int i = trunk + 1; i < r[k].n; i++, s++) {
+            if (i < r[k].n - r[k].length) continue; // a token of the context
+            ll[k] -= s->nll;
+            *greedy = *greedy && s->likeliest;
+        }
+        if (!isfinite(ll[k]))
+            die("%s: a logit is NaN or infinite: the weights are damaged", z->s->path);
     }
-    double ll = 0;
-    *greedy = true;
-    for (int t = 0; t < length; t++) {
-        ll -= scores[t].nll;
-        *greedy = *greedy && scores[t].likeliest;
-    }
-    if (!isfinite(ll)) die("%s: a logit is NaN or infinite: the weights are damaged", z->s->path);
+    free(tokens);
     free(scores);
-    free(whole.ids);
-    free(head.ids);
-    return ll;
+}
+
+/* ll [item->n], of as many choices at once as the cache takes; in 4 bits, where what is exact goes
+ * by places, of one. */
+static void log_likelihoods(Scorer *z, const Item *item, double *ll, bool *greedy) {
+    Request *requests = allocate(item->n, sizeof *requests);
+    for (int k = 0; k < item->n; k++) requests[k] = new_request(z, item, k);
+    for (int first = 0, last; first < item->n; first = last) {
+        const Request *a = requests + first, *b = a;
+        int trunk = a->n, rows = 0, n = 0;
+        for (last = first; last < item->n; last++, b++) {
+            int before = b->n - b->length - 1; // the context's last token is needed in each branch
+            int same = same_tokens(a->ids, b->ids, before < trunk ? before : trunk);
+            int places = rows + b->n - 1 - (last - first) * same;
+            if (last > first && (places > z->max_length || z->s->engine->kv_bits == 4)) break;
+            trunk = same, n = places, rows += b->n - 1;
+        }
+        score_requests(z, a, last - first, trunk, n, ll + first, greedy);
+    }
+    for (int k = 0; k < item->n; k++) free(requests[k].ids);
+    free(requests);
 }
 
 /* Mean and its standard error of x over n items. */
@@ -775,17 +807,15 @@ static void zero_shot(Session *s, const Options *o) {
     FILE *out = open_memstream(&lines, &bytes);
     if (!out) die("out of memory");
     print_model(s);
-    Scorer z = {.s = s,
-                .max_length = o->length ? o->length : s->model->config.max_context,
-                .logits = allocate(s->model->config.vocab_size, sizeof(float))};
+    Scorer z = {.s = s, .max_length = o->length ? o->length : s->model->config.max_context};
     double acc = 0, norm = 0, mass = 0, squares = 0, sum = 0, start = seconds();
     for (int i = 0; i < n; i++) {
         Item *item = &items[i];
         double *ll = allocate(item->n, sizeof *ll), *ll_norm = allocate(item->n, sizeof *ll);
         double all = 0, right = 0;
         bool greedy = false;
+        log_likelihoods(&z, item, ll, &greedy);
         for (int k = 0; k < item->n; k++) {
-            ll[k] = log_likelihood(&z, item->where, item->contexts[k], item->choices[k], &greedy);
             ll_norm[k] = ll[k] / characters(item->choices[k]);
             fprintf(out, k ? ", %.5f" : "{\"loglikelihoods\": [%.5f", ll[k]);
         }
@@ -821,7 +851,6 @@ static void zero_shot(Session *s, const Options *o) {
     for (int i = 0; i < n; i++) free_item(&items[i]);
     free(items);
     free(z.fed.ids);
-    free(z.logits);
 }
 
 /* ---- 7: token ids -------------------------------------------------------------------------- */

@@ -299,6 +299,8 @@ void test_zeroshot(void) {
     test_begin("zero-shot: lm_eval's log-likelihoods, acc and acc_norm");
     check_golden("data/tiny", "test/data/zeroshot_choices.jsonl", true);
     check_golden("data/tiny", "test/data/zeroshot_contexts.jsonl", false);
+    test_begin("zero-shot: the same if an item's choices do not all fit into one pass");
+    check_golden("data/tiny -l 42", "test/data/zeroshot_choices.jsonl", true);
     test_other_kinds();
     test_small_caches();
     test_bad_items();
