@@ -1840,6 +1840,37 @@ static void test_head_bytes(void) {
     unlink(OUT);
 }
 
+/* build/synthetic --head 8: the model of --head 16, but for a head of as large weights in int8. */
+static void test_synthetic_head(void) {
+    test_begin("synthetic: lm_head in 8 bits");
+    Opened o[2];
+    double size[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        const char *path = i ? SCRATCH "/head8.bin" : SCRATCH "/head16.bin";
+        check(shell("build/synthetic %s --layers 1 --w4a8 128 --head %d && $RUN %s -d cpu -n 3",
+                    path, i ? 8 : 16, path) == 0,
+              "%s", output);
+        o[i] = open_model(path);
+        const Linear *head = &o[i].m->lm_head;
+        for (int k = 0; k < head->N * head->K; k++) {
+            float w;
+            if (i) w = ((int8_t *)head->w)[k] * head->s_channel[k / head->K];
+            else floats(head->w, head->dtype, k, 1, &w);
+            size[i] += w * w;
+        }
+        unlink(path);
+    }
+    check(o[1].m->lm_head.dtype == I8, "dtype");
+    check(fabs(size[1] / size[0] - 1) < 0.05, "squares add up to %g, not %g", size[1], size[0]);
+    for (int i = 0; i < o[0].c->n_tensors; i++) {
+        const Tensor *t = &o[0].c->tensors[i], *u = checkpoint_find(o[1].c, t->name);
+        bool head = !strcmp(t->name, "lm_head.weight");
+        check(head || (u && u->bytes == t->bytes && !memcmp(t->data, u->data, t->bytes)),
+              "another %s", t->name);
+    }
+    for (int i = 0; i < 2; i++) close_model(o[i]);
+}
+
 static void test_names(void) {
     test_begin("quantize: a calibration text with an odd name");
     copy_text("data/calib.txt", 8000, SCRATCH "/a \"b\\c\td.txt");
@@ -2309,6 +2340,7 @@ void test_quantize(void) {
     test_same_bytes();
     test_tied();
     test_head_bytes();
+    test_synthetic_head();
     test_names();
     test_usage();
     test_bad_texts();
