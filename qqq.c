@@ -78,7 +78,7 @@ void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, 
     add_linear(&layer->down, s->gate, T, s->xb, s->x);
 }
 
-/* Turns x [T][n_heads][head_dim], tokens pos .. pos + T - 1. */
+/* Turns x [T][n_heads][head_dim] of tokens at pos .. pos + T - 1 of the cache. */
 static void rope(const State *s, float *x, int T, int n_heads, int head_dim, int pos) {
     int half = head_dim / 2;
 #pragma omp parallel for if (T > 1)
@@ -243,9 +243,9 @@ static void require_recent(const State *s, int T, int pos) {
         die("-k 4: %d tokens at position %d are not of one block of %d", T, pos, RECENT);
 }
 
-/* att = softmax(q k^T / sqrt(head_dim)) v, causal. Query head h reads KV head h / group. A prompt
- * is bound by arithmetic. A task is one KV head and a block of queries: their query heads are the
- * rows of two matrix products. */
+/* att = softmax(q k^T / sqrt(head_dim)) v, causal, without other branches of a TokenTree. Query
+ * head h reads KV head h / group. A prompt is bound by arithmetic. A task is one KV head and a
+ * block of queries: their query heads are the rows of two matrix products. */
 static void attend_prompt(const Config *c, State *s, int l, int T, int pos) {
     enum { BLOCK = 32 };
     int d = c->head_dim, group = c->n_heads / c->n_kv_heads;

@@ -189,7 +189,7 @@ typedef struct {
 /* A model that runs. After start() it holds n_sequences sequences side by side, each a KV cache of
  * `context` positions; the engine owns them, and the arrays that it returns until its next call.
  * Where a sequence goes on at an earlier position (with a KV cache in 4 bits see RECENT), what
- * stood from there on is forgotten: so one context can be tried with several continuations. */
+ * stood from there on is forgotten. */
 typedef struct Engine Engine;
 struct Engine {
     const Model *model;
