@@ -6,6 +6,8 @@ bin=$1
 shift
 text=$bin/toy.txt
 for i in 1 2 3 4 5; do echo "a b c abc xyz, it's number $i."; done >"$text"
+items=$bin/toy.jsonl
+echo '{"context": "a b c", "choices": ["abc xyz", "c", "xyz a"], "gold": 0}' >"$items"
 
 make_toy() { # NAME DIM
     "$bin/synthetic" "$bin/$1" --dim "$2" --hidden "$2" --layers 2 --heads 2 --kv-heads 1 \
@@ -44,4 +46,5 @@ for model in toy toy-f.bin toy.bin groups.bin; do
     try $tool "$bin/run" "$bin/$model" -e "$text" -k 8
     try $tool "$bin/run" "$bin/$model" -i 'a b c' -n 9 -s 1 -k 4
     try $tool "$bin/run" "$bin/$model" -x "$text"
+    try $tool "$bin/run" "$bin/$model" -z "$items"
 done
