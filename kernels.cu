@@ -692,30 +692,43 @@ __device__ __forceinline__ int quantize_one(float x, float s_a) {
     return (int)fminf(fmaxf(r, -128.0f), 127.0f);
 }
 
-/* The same for four x that are at most 127 s_a; inverse = 1 / s_a. The product with it is off by
- * far less than 1e-4: it decides, unless it is that near to a tie. The lowest byte of 1.5 * 2^23 +
- * r is r in two's complement. */
-__device__ __forceinline__ uint32_t quantize_four(const float *x, float s_a, float inverse) {
-    constexpr float SHIFT = 12582912;
-    float r[4];
-    bool sure = true;
+__device__ __forceinline__ uint32_t lowest_bytes(const uint32_t (&r)[4]) {
+    return __byte_perm(__byte_perm(r[0], r[1], 0x0040), __byte_perm(r[2], r[3], 0x0040), 0x5410);
+}
+
+/* The same for fours of x that are at most 127 s_a. Products with a little less than 1 / s_a and
+ * with a little more decide, if they agree: then no tie is near. The lowest byte of 1.5 * 2^23 + r
+ * is r in two's complement. */
+template <int FOURS>
+__device__ __forceinline__ void quantize_fours(const float (&x)[FOURS][4], float s_a,
+                                               uint32_t (&a)[FOURS]) {
+    constexpr float SHIFT = 12582912, LITTLE = 0x1p-20f;
+    const float inverse = __fdiv_rn(1, s_a);
+    bool sure = s_a >= 0x1p-126f; // the inverse is finite
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        r[i] = __fmaf_rn(x[i], inverse, SHIFT);
-        sure &= fabsf(__fmaf_rn(x[i], inverse, SHIFT - r[i])) < 0.4999f;
+    for (int i = 0; i < FOURS; i++) {
+        auto rounded = [&](float by) {
+            uint32_t r[4];
+            for (int j = 0; j < 4; j++) r[j] = __float_as_uint(__fmaf_rn(x[i][j], by, SHIFT));
+            return lowest_bytes(r);
+        };
+        a[i] = rounded(__fmul_rn(inverse, 1 - LITTLE));
+        sure &= a[i] == rounded(__fmul_rn(inverse, 1 + LITTLE));
     }
-    if (!sure) {
+    if (sure) return;
 #pragma unroll
-        for (int i = 0; i < 4; i++) r[i] = SHIFT + quantize_one(x[i], s_a);
+    for (int i = 0; i < FOURS; i++) {
+        uint32_t r[4];
+        for (int j = 0; j < 4; j++) r[j] = quantize_one(x[i][j], s_a);
+        a[i] = lowest_bytes(r);
     }
-    uint32_t low = __byte_perm(__float_as_uint(r[0]), __float_as_uint(r[1]), 0x0040);
-    uint32_t high = __byte_perm(__float_as_uint(r[2]), __float_as_uint(r[3]), 0x0040);
-    return __byte_perm(low, high, 0x5410);
 }
 
 __device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
-    const float inverse = __fdiv_rn(1, s_a);
-    return make_uint2(quantize_four(e.v, s_a, inverse), quantize_four(e.v + 4, s_a, inverse));
+    const float x[2][4] = {{e.v[0], e.v[1], e.v[2], e.v[3]}, {e.v[4], e.v[5], e.v[6], e.v[7]}};
+    uint32_t a[2];
+    quantize_fours(x, s_a, a);
+    return make_uint2(a[0], a[1]);
 }
 
 /* x^2 summed over four channels; then over a strip, whose parts `lanes` lanes have, `step` apart,
@@ -735,11 +748,15 @@ __device__ __forceinline__ float strip_squares(float sum, int lanes, int step) {
     return sum;
 }
 
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int i = 16; i > 0; i /= 2) x = __fadd_rn(x, __shfl_xor_sync(~0u, x, i));
+    return x;
+}
+
 __device__ __forceinline__ float row_squares(const float *squares, int strips) {
     float sum = 0;
     for (int i = threadIdx.x % 32; i < strips; i += 32) sum = __fadd_rn(sum, squares[i]);
-    for (int i = 16; i > 0; i /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, i));
-    return sum;
+    return warp_sum(sum);
 }
 
 __device__ __forceinline__ float rms_scale(float squares, int dim, float eps) {
@@ -1218,17 +1235,24 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
         int4 *sums = (int4 *)(shared + TEAMS * 2 * S::STAGE);
         Scales<2> s;
+        auto load = [&](int m0, int n0) {
+            load_scales(p, p.s_channel + n0, p.s_a + m0, m0, p.M - m0, n0, s);
+        };
+        auto output = [&](auto then) {
+            place_tile(now, p); // again, rather than keep it in registers
+            const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
+            if (team == 0 && n0 < p.N) then(m0, n0);
+        };
+        if constexpr (!S::SHARES) output(load); // on their way while the teams add up
         if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
         if constexpr (S::SHARES) {
             bool whole = now.end - now.chunk == p.chunks;
             if (!whole && !add_blocks<TOKENS, TEAMS>(p, acc, now, team)) continue;
         }
-        place_tile(now, p); // again, rather than keep it in registers
-        const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
-        if (team == 0 && n0 < p.N) {
-            load_scales(p, p.s_channel + n0, p.s_a + m0, m0, p.M - m0, n0, s);
+        output([&](int m0, int n0) {
+            if constexpr (S::SHARES) load(m0, n0);
             write_tile<2, TOKENS / 8, GROUPS>(p, acc, s, p.s_a + m0, m0, p.M - m0, n0);
-        }
+        });
     }
 }
 
@@ -1262,32 +1286,49 @@ __device__ __forceinline__ uint32_t few_place(int row, int column, int rows) {
     return (column / 8 * rows + row) * 128 + (column % 8 ^ row % 8) * 16;
 }
 
-/* a [K] of the token; its s_a, for every thread. `floats` [2][K] gets x and has norm, on its way.
+/* a [K] of the token, and s_a for every thread. `floats` [2][K] gets x; norm is on its way there.
  */
 __device__ __forceinline__ float quantize_input(const GemmArgs &p, const float4 *floats,
                                                 uint32_t *a) {
     const OneInput &in = p.in;
-    const int fours = p.K / 4;
+    const int fours = p.K / 4, strips = in.norm ? p.K / STRIP : 0, lane = threadIdx.x % 32;
+    // What the scale is made of is asked for first, lest it waits behind x.
+    uint32_t most = *in.most;
+    float squares[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        squares[j] = lane + 32 * j < strips ? in.squares[lane + 32 * j] : 0;
+    }
     for (int i = threadIdx.x; i < fours; i += THREADS) {
         copy_async_16(shared_address(floats + i), in.x + 4 * i, true, true);
     }
     float scale = 1;
-    if (in.norm) scale = rms_scale(row_squares(in.squares, p.K / STRIP), p.K, in.eps);
-    uint32_t most = *in.most;
-    if (in.norm && most < INFINITE) {
-        most = __float_as_uint(__fmul_rn(__uint_as_float(most), scale));
+    if (in.norm) {
+        float sum = 0; // as in row_squares()
+        for (float x : squares) sum = __fadd_rn(sum, x);
+        for (int i = lane + 128; i < strips; i += 32) sum = __fadd_rn(sum, in.squares[i]);
+        scale = rms_scale(warp_sum(sum), p.K, in.eps);
+        if (most < INFINITE) most = __float_as_uint(__fmul_rn(__uint_as_float(most), scale));
     }
-    const float s_a = activation_scale(most), inverse = __fdiv_rn(1, s_a);
+    const float s_a = activation_scale(most);
     copy_async_wait(); // each thread for what it has copied itself
-    for (int i = threadIdx.x; i < ceil_div(p.K, 128) * 32; i += THREADS) {
-        float x[4] = {}; // zeros past the end make whatever weights they meet harmless
-        if (i < fours) *(float4 *)x = floats[i];
-        if (in.norm && i < fours) {
-            const float4 w = floats[fours + i];
+    const int words = ceil_div(p.K, 128) * 32;
+    for (int i = threadIdx.x; i < words; i += 2 * THREADS) {
+        float x[2][4] = {}; // zeros past the end make whatever weights they meet harmless
+#pragma unroll
+        for (int f = 0; f < 2; f++) {
+            const int at = i + f * THREADS;
+            if (at >= fours) continue;
+            *(float4 *)x[f] = floats[at];
+            if (!in.norm) continue;
+            const float4 w = floats[fours + at];
             const float norm[4] = {w.x, w.y, w.z, w.w};
-            for (int j = 0; j < 4; j++) x[j] = __fmul_rn(__fmul_rn(x[j], norm[j]), scale);
+            for (int j = 0; j < 4; j++) x[f][j] = __fmul_rn(__fmul_rn(x[f][j], norm[j]), scale);
         }
-        a[i] = quantize_four(x, s_a, inverse);
+        uint32_t two[2];
+        quantize_fours(x, s_a, two);
+        a[i] = two[0];
+        if (i + THREADS < words) a[i + THREADS] = two[1];
     }
     return s_a;
 }
@@ -1296,7 +1337,7 @@ __device__ __forceinline__ float quantize_input(const GemmArgs &p, const float4 
  * what the RMSNorm that follows wants to know; or silu of it times that of up, another strip. */
 __device__ __forceinline__ void write_one(const GemmArgs &p, const int (&acc)[2][1][4],
                                           const Scales<2> &s, const int (&up)[2][1][4],
-                                          const Scales<2> &of_up, int n0) {
+                                          const Scales<2> &of_up, float4 norm, int n0) {
     const int lane = threadIdx.x % 32, n = n0 + lane / 4 * 4;
     const bool mine = lane % 4 == 0; // four channels of token 0: see write_tile()
     auto scaled = [](const int(&acc)[2][1][4], const Scales<2> &s, int c) {
@@ -1310,7 +1351,7 @@ __device__ __forceinline__ void write_one(const GemmArgs &p, const int (&acc)[2]
         y[c] = scaled(acc, s, c);
         if (p.residual) y[c] = __fadd_rn((&s.x[0].x)[c], y[c]);
         else y[c] = swiglu(rounded(y[c]), rounded(scaled(up, of_up, c)));
-        const float h = p.out.norm ? __fmul_rn(y[c], p.out.norm[n + c]) : y[c];
+        const float h = p.out.norm ? __fmul_rn(y[c], (&norm.x)[c]) : y[c];
         most = max(most, __float_as_uint(h) & 0x7fffffff);
     }
     float *to = p.residual ? p.residual : p.out.product;
@@ -1407,7 +1448,9 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_const
     const int n0 = few_strip(p, strips, its) * STRIP;
     const bool writes = warp < outputs && n0 < p.N;
     Scales<2> s, of_up;
+    float4 norm = {};
     if (writes) load_scales(p, p.s_channel + n0, s_a, m0, rows, n0, s);
+    if (writes && p.out.norm) norm = *(const float4 *)(p.out.norm + n0 + lane / 4 * 4);
     if (writes && p.out.product) {
         load_scales(p, p.s_channel + n0 + p.N / 2, s_a, m0, rows, n0, of_up);
     }
@@ -1424,7 +1467,7 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_const
     if (!p.out.most) return write_tile<2, 1, GROUPS>(p, acc, s, s_a, m0, rows, n0);
     int up[2][1][4] = {};
     if (p.out.product) add_up(up, its + 1);
-    write_one(p, acc, s, up, of_up, n0);
+    write_one(p, acc, s, up, of_up, norm, n0);
 }
 
 /* ---- the same for Hopper: wgmma, fed by the TMA ------------------------------------------------
@@ -2654,19 +2697,20 @@ __device__ __forceinline__ void store_row(const HeadVector<HEAD_DIM> &x, uint8_t
 /* A token's key (or value) of head number `head` = sequence * n_kv_heads + KV head, into the cache;
  * `recent`: in 16 bits too. One warp. */
 template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ void store_token(const GpuCache &cache, size_t head, int pos,
-                                            bool is_key, bool recent, const half *qkv,
-                                            const float4 *rope) {
+__device__ __forceinline__ HeadVector<HEAD_DIM> store_token(const GpuCache &cache, size_t head,
+                                                            int pos, bool is_key, bool recent,
+                                                            const half *qkv, const float4 *rope) {
     HeadVector<HEAD_DIM> x;
     x.load(qkv);
     if (is_key) x.rotate(rope + (size_t)pos * (HEAD_DIM / 4));
     if (BITS == 4 && is_key) x.turn();
     store_row<HEAD_DIM, BITS>(x, is_key ? cache.keys : cache.values,
                               is_key ? cache.k_scales : cache.v_scales, head * cache.context + pos);
-    if (BITS > 4) return;
+    if (BITS > 4) return x;
     if (pos == 0) x.store(cache.position_0 + (head * 2 + !is_key) * HEAD_DIM);
     half *ring = is_key ? cache.recent_keys : cache.recent_values;
     if (recent) x.store(ring + (head * RECENT + pos % RECENT) * HEAD_DIM);
+    return x;
 }
 
 /* k (after RoPE) and v of tokens at pos .. pos + T - 1 into the cache, T = gridDim.x. qkv
@@ -2932,20 +2976,21 @@ template <int HEAD_DIM, int BITS, int LANES> struct Share {
 
 /* Rows of STORED bits in the order of dimensions that BITS ask for: into words of 32 bits, those of
  * the i-th eight dimensions from i * STORED / 4 on. */
-template <int STORED, typename S, int WORDS>
+template <int STORED, typename S, bool SHARED = false, int WORDS>
 __device__ __forceinline__ void load_share(const uint8_t *row, int lane, uint32_t (&words)[WORDS]) {
+    auto load = [](auto *from) { return SHARED ? *from : __ldcg(from); };
     constexpr int RUN = STORED == 16 ? 8 : S::RUN, LOAD = RUN * STORED / 32;
 #pragma unroll
     for (int i = 0; i < WORDS; i += LOAD) {
         const uint8_t *from = row + S::dimension(i * 4 / STORED, lane) * STORED / 8;
         if constexpr (LOAD == 4) {
-            uint4 v = __ldcg((const uint4 *)from);
+            uint4 v = load((const uint4 *)from);
             words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
         } else if constexpr (LOAD == 2) {
-            uint2 v = __ldcg((const uint2 *)from);
+            uint2 v = load((const uint2 *)from);
             words[i] = v.x, words[i + 1] = v.y;
         } else {
-            words[i] = __ldcg((const uint32_t *)from);
+            words[i] = load((const uint32_t *)from);
         }
     }
 }
@@ -3032,6 +3077,13 @@ struct Stored {
     size_t row;
 };
 
+/* The new token's key and value, as they go into the cache, for the warp whose tile they belong to:
+ * that was loaded before they were there. */
+template <int HEAD_DIM, int BITS> struct NewToken {
+    __align__(16) uint8_t rows[2][HEAD_DIM * BITS / 8];
+    half2 scales[2];
+};
+
 /* A warp's tile of the cache in registers: rows of STORED bits, laid out as BITS want it. */
 template <int HEAD_DIM, int BITS, int STORED> struct CacheTile {
     uint32_t k[2][HEAD_DIM / 4 * STORED / 32], v[4][HEAD_DIM / 8 * STORED / 32];
@@ -3062,15 +3114,33 @@ template <int HEAD_DIM, int BITS, int STORED> struct CacheTile {
         load_keys(from, from.row + tile * 16);
         load_values(from, from.row + tile * 16);
     }
+    /* Row `at` of the tile becomes the new token's. */
+    __device__ __forceinline__ void replace(const NewToken<HEAD_DIM, STORED> &by, int at) {
+        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (at != g + 8 * i) continue;
+            load_share<STORED, Share<HEAD_DIM, BITS, 4>, true>(by.rows[0], t, k[i]);
+            if (STORED < 16) k_scale[i] = by.scales[0], v_scale[i] = by.scales[1];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (at != 2 * t + i / 2 * 8 + i % 2) continue;
+            load_share<STORED, Share<HEAD_DIM, BITS, 8>, true>(by.rows[1], g, v[i]);
+        }
+    }
 };
 
-/* The new token's k and v, into the cache. */
-template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ void append_kv(const DecodeArgs &p, const DecodeBlock &b) {
-    const int warp = threadIdx.x / 32;
-    if (warp >= 2) return;
-    store_token<HEAD_DIM, BITS>(p.cache, b.head, b.pos, warp == 0, true,
-                                b.row + b.q_dim + warp * b.kv_dim + b.kv_head * HEAD_DIM, p.rope);
+/* The new token's k and v, into the cache, by the last two warps: queries are the first ones'. */
+template <int HEAD_DIM, int DECODE_WARPS, int BITS>
+__device__ __forceinline__ void append_kv(const DecodeArgs &p, const DecodeBlock &b,
+                                          NewToken<HEAD_DIM, BITS> &token) {
+    const int i = threadIdx.x / 32 - (DECODE_WARPS - 2); // 0: its key, 1: its value
+    if (i < 0) return;
+    const HeadVector<HEAD_DIM> x =
+        store_token<HEAD_DIM, BITS>(p.cache, b.head, b.pos, i == 0, true,
+                                    b.row + b.q_dim + i * b.kv_dim + b.kv_head * HEAD_DIM, p.rope);
+    if (BITS > 4) store_row<HEAD_DIM, BITS>(x, token.rows[0], token.scales, i);
 }
 
 /* The queries of a block as mma's right operand: [eight dimensions of a lane's keys][4 head + t],
@@ -3220,6 +3290,7 @@ attend_tiles(const DecodeBlock &b, const Stored &from, CacheTile<HEAD_DIM, BITS,
                 mma(a.o[i][e], v, b0, b1);
             }
         }
+        __syncwarp(); // loaded any earlier, values would find no register free: spills
         if (next < end) kv.load_values(from, from.row + next * 16);
     }
     return tile;
@@ -3327,24 +3398,24 @@ template <int HEAD_DIM, int DECODE_WARPS, int BITS>
 __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
     attention_decode_kernel(const __grid_constant__ DecodeArgs p) {
     __shared__ Queries<HEAD_DIM> queries;
+    __shared__ NewToken<HEAD_DIM, BITS> token;
     __shared__ Joined<HEAD_DIM, DECODE_WARPS> all;
     launch_dependents();
     const DecodeBlock b = decode_block<HEAD_DIM>(p);
 
-    // A tile of older tokens has been in the cache since earlier steps: see embed_chosen_kernel.
+    // Older tokens have been in the cache since earlier steps: see embed_chosen_kernel.
     const Stored cached = {p.cache.keys, p.cache.values, p.cache.k_scales, p.cache.v_scales,
                            b.head * p.cache.context};
     const int recent = BITS == 4 ? b.pos / RECENT * (RECENT / 16) : b.tiles; // in 16 bits from here
     const int end = min(b.tile1, recent);
     CacheTile<HEAD_DIM, BITS, BITS> kv;
     int tile = b.tile0 + threadIdx.x / 32;
-    const bool early = tile < end && tile < b.pos / 16;
-    if (early) kv.load(cached, tile);
+    if (tile < end) kv.load(cached, tile);
     wait_for_previous_kernel();
-    if (b.tile1 == b.tiles) append_kv<HEAD_DIM, BITS>(p, b); // into this block's part
     load_query<HEAD_DIM, BITS>(p, b, queries);
+    if (b.tile1 == b.tiles) append_kv<HEAD_DIM, DECODE_WARPS>(p, b, token); // this block's part
     __syncthreads(); // now there are the queries, and the new token's k and v
-    if (!early && tile < end) kv.load(cached, tile);
+    if (BITS > 4 && tile == b.pos / 16) kv.replace(token, b.pos % 16);
     Attended<HEAD_DIM> a;
     if (BITS == 4 && tile == 0 && end > 0) attend_first<HEAD_DIM, BITS>(p, b, queries, a);
     tile = attend_tiles<HEAD_DIM, DECODE_WARPS>(b, cached, kv, tile, end, queries, a);
