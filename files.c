@@ -19,6 +19,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -169,8 +170,21 @@ bool parse_choice(char flag, const char *value, const char *first, const char *s
     return is_second;
 }
 
+static pthread_mutex_t progress_lock = PTHREAD_MUTEX_INITIALIZER;
+static char progress_line[200]; // the newest in a pipe; empty: nothing is at work
+
+static void *repeat_progress(void *unused) {
+    for (;;) {
+        sleep(5);
+        pthread_mutex_lock(&progress_lock);
+        fputs(progress_line, stderr);
+        pthread_mutex_unlock(&progress_lock);
+    }
+    return unused;
+}
+
 void show_progress(const char *what, int done, int total, double seconds_left) {
-    static double last = -INFINITY;
+    static pthread_t repeating;
     char left[64] = "";
     if (seconds_left >= 0) snprintf(left, sizeof left, ", %.0f s left", seconds_left);
     if (isatty(STDERR_FILENO)) {
@@ -178,10 +192,16 @@ void show_progress(const char *what, int done, int total, double seconds_left) {
         fprintf(stderr, "\r[%.*s%*s] %d of %d %s%s\033[K%s", width,
                 "########################################", 40 - width, "", done, total, what, left,
                 done == total ? "\n" : "");
-    } else if (done == total || seconds() - last > 5) {
-        fprintf(stderr, "%d of %d %s%s\n", done, total, what, left);
-        last = done == total ? -INFINITY : seconds();
+        return;
     }
+    pthread_mutex_lock(&progress_lock);
+    bool first = !*progress_line;
+    snprintf(progress_line, sizeof progress_line, "%d of %d %s%s\n", done, total, what, left);
+    if (first || done == total) fputs(progress_line, stderr);
+    if (done == total) *progress_line = 0;
+    if (!repeating)
+        pthread_create(&repeating, NULL, repeat_progress, NULL); // or it is said less often
+    pthread_mutex_unlock(&progress_lock);
 }
 
 void show_windows(int done, int total) {

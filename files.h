@@ -49,8 +49,9 @@ double parse_number(char flag, const char *value, double min, double max);
 long long parse_integer(char flag, const char *value, long long min, long long max);
 bool parse_choice(char flag, const char *value, const char *first, const char *second);
 
-/* Long work, on stderr: a bar on a terminal, in a pipe a line every 5 s; seconds_left < 0: not
- * known. show_windows() is the progress of perplexity(). */
+/* Long work, on stderr: a bar on a terminal, in a pipe a line at once and every 5 s, the newest,
+ * until done is total; seconds_left < 0: not known. show_windows() is the progress of perplexity().
+ */
 void show_progress(const char *what, int done, int total, double seconds_left);
 void show_windows(int done, int total);
 

@@ -910,8 +910,8 @@ void hadamard(double *x, int n) {
     for (int i = 0; i < m; i++) cas[i] = cos(2 * M_PI * i / m) + sin(2 * M_PI * i / m);
     for (; n > 0; n -= m, x += m) {
         memset(y, 0, m * sizeof *y);
-        for (size_t i = 0; i < (size_t)m; i++)
-            for (size_t j = 0; j < (size_t)m; j++) y[i] += x[j] * cas[i * j % m];
+        for (int i = 0; i < m; i++)
+            for (int j = 0, ij = 0; j < m; j++, ij = (ij + i) % m) y[i] += x[j] * cas[ij];
         for (int i = 0; i < m; i++) x[i] = y[i] * scale;
     }
     free(cas);
@@ -979,10 +979,19 @@ void rotate_layer(const Config *c, Layer *l, const int8_t *signs) {
     rotate_outputs(l->down.w, l->down.N, l->down.K, c->dim, signs);
 }
 
-void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs) {
-    rotate_input(embedding, NULL, signs);
-    rotate_input(lm_head, norm, signs);
-    for (int i = 0; i < lm_head->K; i++) norm[i] = 1.0f;
+void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs,
+                 void (*progress)(int done, int total)) {
+    enum { ROWS = 1024 }; // between two reports
+    int N = embedding->N, K = embedding->K;
+    for (int n = 0; n < N; n += ROWS) {
+        Linear part = {
+            .N = smaller(ROWS, N - n), .K = K, .w = (float *)embedding->w + (size_t)n * K};
+        rotate_input(&part, NULL, signs);
+        part.w = (float *)lm_head->w + (size_t)n * K;
+        rotate_input(&part, norm, signs);
+        if (progress) progress(n + part.N, N);
+    }
+    for (int i = 0; i < K; i++) norm[i] = 1.0f;
 }
 
 /* ---- step 2: adaptive smoothing

@@ -355,7 +355,8 @@ void scale_inputs(float *w, int N, int K, const float *s);
  * norms move into the weights and become 1. signs [dim]. The model's output stays the same once all
  * its parts are rotated. */
 void rotate_layer(const Config *c, Layer *l, const int8_t *signs);
-void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs);
+void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs,
+                 void (*progress)(int done, int total)); // rows; NULL: none
 
 /* s_k = max(1, max_k / t), all [K]; smooth_layer() folds such scales into a layer_float_copy(),
  * which computes the same: norms and rows of up are divided, columns multiplied. */

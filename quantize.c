@@ -603,7 +603,11 @@ static void require_f16(const Linear *w, const char *name) {
                 x[i]);
 }
 
-/* The model that is made of m, its layers still empty: rotation and -q 8 change its ends. */
+static void show_rows(int done, int total) {
+    show_progress("rows of the embedding and lm_head", done, total, -1);
+}
+
+/* The model that is made of m, its layers still empty and its ends, embedding and lm_head, m's. */
 static Model *new_model(const Options *o, const Model *m) {
     const Config *c = &m->config;
     Model *made = allocate(1, sizeof *made);
@@ -611,20 +615,26 @@ static Model *new_model(const Options *o, const Model *m) {
     made->group_size = o->method.group_size;
     made->layers = allocate(c->n_layers, sizeof *made->layers);
     made->norm = memcpy(allocate(c->dim, sizeof(float)), m->norm, c->dim * sizeof(float));
-    if (o->rotate) {
-        made->config.tied = false;
-        made->embedding = float_copy(&m->embedding, "model.embed_tokens");
-        made->lm_head = float_copy(&m->lm_head, "lm_head");
-        rotate_ends(&made->embedding, &made->lm_head, made->norm, o->method.signs);
-        require_f16(&made->embedding, "model.embed_tokens.weight");
-        require_f16(&made->lm_head, "lm_head.weight");
-    }
-    if (o->head_bits == 16) return made;
-    Linear head = made->lm_head;
-    made->lm_head = quantize_bytes(&head);
-    made->config.tied = false;
-    if (o->rotate) linear_free(&head);
+    if (o->rotate || o->head_bits == 8) made->config.tied = false;
+    if (o->head_bits == 8) made->lm_head.dtype = I8;
     return made;
+}
+
+/* Its ends, rotated and with -q 8 in 8 bits. */
+static void make_ends(const Options *o, const Model *m, Model *made) {
+    Linear head = m->lm_head;
+    if (!o->rotate) {
+        require_finite(&m->embedding, "model.embed_tokens");
+        require_finite(&m->lm_head, "lm_head");
+    } else {
+        made->embedding = float_copy(&m->embedding, "model.embed_tokens");
+        head = float_copy(&m->lm_head, "lm_head");
+        rotate_ends(&made->embedding, &head, made->norm, o->method.signs, show_rows);
+        require_f16(&made->embedding, "model.embed_tokens.weight");
+        require_f16(&head, "lm_head.weight");
+    }
+    made->lm_head = o->head_bits == 8 ? quantize_bytes(&head) : head;
+    if (o->rotate && o->head_bits == 8) linear_free(&head);
 }
 
 static void quantize(Options *o, const Checkpoint *c) {
@@ -639,9 +649,6 @@ static void quantize(Options *o, const Checkpoint *c) {
     // The exhaustive search has no GPU version.
     o->gpu = choose_gpu(o->method.smooth == 2 ? CPU : o->device, config, true, o->where,
                         sizeof o->where);
-    require_finite(&m->embedding, "model.embed_tokens");
-    require_finite(&m->lm_head, "lm_head");
-
     int8_t *signs = allocate(config->dim, 1);
     random_signs(o->seed, config->dim, signs);
     if (o->rotate) o->method.signs = signs;
@@ -654,6 +661,7 @@ static void quantize(Options *o, const Checkpoint *c) {
     if (n_windows)
         fprintf(stderr, "calibration: %s, %d windows of %d\n", base_name(o->calibration), n_windows,
                 o->length);
+    make_ends(o, m, made);
     if (o->eval) evaluate(o, c, m, "before: ");
     double scale = quantize_layers(o, m, made, tokens, n_windows, &out);
     for (int i = 0; i < config->dim; i++) made->norm[i] *= scale; // step 6

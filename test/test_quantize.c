@@ -228,7 +228,7 @@ static void rotate_model(Model *m, uint64_t seed) {
     int8_t *signs = allocate(m->config.dim, 1);
     random_signs(seed, m->config.dim, signs);
     for (int l = 0; l < m->config.n_layers; l++) rotate_layer(&m->config, &m->layers[l], signs);
-    rotate_ends(&m->embedding, &m->lm_head, m->norm, signs);
+    rotate_ends(&m->embedding, &m->lm_head, m->norm, signs, NULL);
     free(signs);
 }
 
@@ -455,7 +455,7 @@ static void test_rotate_layer(void) {
     memcpy(norm, norms, sizeof norm);
     Linear embedding = {.N = 40, .K = 16, .w = copy_floats(e, 40 * 16)};
     Linear lm_head = {.N = 40, .K = 16, .w = copy_floats(h, 40 * 16)};
-    rotate_ends(&embedding, &lm_head, norm, signs);
+    rotate_ends(&embedding, &lm_head, norm, signs, NULL);
     double *exact = doubles(e, 40, 16, NULL), *scaled = doubles(h, 40, 16, norms);
     check_near("embedding", embedding.w, times_rotation(exact, 40, 16, 16, signs), 40 * 16, 1e-5);
     check_near("lm_head", lm_head.w, times_rotation(scaled, 40, 16, 16, signs), 40 * 16, 1e-5);
@@ -1905,12 +1905,32 @@ static void test_usage(void) {
             check(atoi(output) == (i ? 1 : 2), "%s: %s starts", set[i], output);
         }
     }
-    test_begin("progress: a first line before the first linear");
+    test_begin("progress: the model before it is read, its ends, a first line before the linears");
     shell("$QUANTIZE data/tiny " OUT " -d cpu -n 1 -l 64 2>&1 >/dev/null");
-    check(strstr(output, "\n0 of 42 linears: layer 0, self_attn.q_proj\n") != NULL &&
-              strstr(output, "\n42 of 42 linears") != NULL,
-          "%s", output);
+    const char *steps[] = {"data/tiny: LLaMA 3.1, ",
+                           "\n1024 of 4096 rows of the embedding and lm_head\n",
+                           "\n4096 of 4096 rows", "\n0 of 42 linears: layer 0, self_attn.q_proj\n",
+                           "\n42 of 42 linears"};
+    const char *at = output;
+    for (size_t i = 0; i < sizeof steps / sizeof *steps && at; i++) at = strstr(at, steps[i]);
+    check(at && !strncmp(output, steps[0], strlen(steps[0])), "%s", output);
     unlink(OUT);
+    test_begin("progress: the newest line is said again while a step takes long");
+    int ends[2];
+    pid_t child = pipe(ends) ? -1 : fork();
+    if (!child) {
+        dup2(ends[1], STDERR_FILENO);
+        for (int done = 0; done < 2; done++) show_progress("steps", done, 2, -1);
+        alarm(30); // the end, and the pipe's, if nothing more is said
+        for (;;) pause();
+    }
+    close(ends[1]);
+    char line[80] = "";
+    FILE *said = fdopen(ends[0], "r");
+    check(fgets(line, sizeof line, said) && !strcmp(line, "0 of 2 steps\n"), "%s", line);
+    check(fgets(line, sizeof line, said) && !strcmp(line, "1 of 2 steps\n"), "%s", line);
+    fclose(said);
+    if (child > 0) kill(child, SIGKILL), waitpid(child, NULL, 0);
     test_begin("quantize: options");
     check(shell("$QUANTIZE -h 2>/dev/null") == 0 && !strncmp(output, "usage: ./quantize MODEL", 23),
           "-h: %s", output);
