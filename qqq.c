@@ -1904,37 +1904,38 @@ dot_u4_avx2(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, in
     else dot_u4_avx2_T(w, s_group, a, K, TILE_T, acc);
 }
 
-/* 128 columns, one group, at a time. u * s_group is at most 225 and fits a byte, so one 16-bit
+/* sum[.][t] += of up to 128 columns. u * s_group is at most 225 and fits a byte, so one 16-bit
  * multiplication scales two codes at once, once for all tokens. */
+__attribute__((target("avx512f,avx512bw,avx512vnni"), always_inline)) static inline void
+add_columns_vnni(const uint8_t *w, int s_group, const int8_t *a, int n, int T, __m512i (*sum)[2]) {
+    const __m512i low = _mm512_set1_epi8(0x0f), s = _mm512_set1_epi16(s_group);
+    __mmask64 valid = n == GROUP ? ~0ull : (1ull << n / 2) - 1;
+    prefetch(w, 64);
+    __m512i bytes = _mm512_maskz_loadu_epi8(valid, w);
+    __m512i even = _mm512_mullo_epi16(_mm512_and_si512(bytes, low), s);
+    __m512i odd = _mm512_mullo_epi16(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), s);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+        __m512i a_even = _mm512_maskz_loadu_epi8(valid, a + t * n);
+        __m512i a_odd = _mm512_maskz_loadu_epi8(valid, a + t * n + n / 2);
+        sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], even, a_even);
+        sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], odd, a_odd);
+    }
+}
+
 __attribute__((target("avx512f,avx512bw,avx512vnni"), always_inline)) static inline void
 dot_u4_vnni_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
               int32_t *acc) {
-    const __m512i low = _mm512_set1_epi8(0x0f);
-    __m512i sum[2][TILE_T]; // of even and odd columns apart: two chains of additions, half the wait
-    for (int t = 0; t < T; t++) sum[0][t] = sum[1][t] = _mm512_setzero_si512();
-    for (int k = 0; k < K; k += GROUP) {
-        int n = smaller(GROUP, K - k) / 2;
-        __mmask64 valid = n == 64 ? ~0ull : (1ull << n) - 1;
-        prefetch(w + k / 2, 64);
-        __m512i bytes = _mm512_maskz_loadu_epi8(valid, w + k / 2);
-        __m512i even = _mm512_and_si512(bytes, low);
-        __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-        if (s_group) {
-            __m512i s = _mm512_set1_epi16(s_group[k / GROUP]);
-            even = _mm512_mullo_epi16(even, s);
-            odd = _mm512_mullo_epi16(odd, s);
-        }
+    __m512i sum[TILE_T][2]; // of even and odd columns apart: two chains of additions, half the wait
 #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) {
-            const int8_t *a_t = a + k * T + t * 2 * n;
-            __m512i a_even = _mm512_maskz_loadu_epi8(valid, a_t);
-            __m512i a_odd = _mm512_maskz_loadu_epi8(valid, a_t + n);
-            sum[0][t] = _mm512_dpbusd_epi32(sum[0][t], even, a_even);
-            sum[1][t] = _mm512_dpbusd_epi32(sum[1][t], odd, a_odd);
-        }
-    }
+    for (int t = 0; t < T; t++) sum[t][0] = sum[t][1] = _mm512_setzero_si512();
+    int k = 0;
+    for (; k + GROUP <= K; k += GROUP)
+        add_columns_vnni(w + k / 2, s_group ? s_group[k / GROUP] : 1, a + k * T, GROUP, T, sum);
+    if (k < K) add_columns_vnni(w + k / 2, 1, a + k * T, K - k, T, sum);
+#pragma GCC unroll 8
     for (int t = 0; t < T; t++)
-        acc[t] += _mm512_reduce_add_epi32(_mm512_add_epi32(sum[0][t], sum[1][t]));
+        acc[t] += _mm512_reduce_add_epi32(_mm512_add_epi32(sum[t][0], sum[t][1]));
 }
 
 __attribute__((target("avx512f,avx512bw,avx512vnni"))) static void
