@@ -726,7 +726,8 @@ static void integer_products(const Linear *w, int n_linears, DotU4 *dot_u4, cons
 #pragma omp parallel
     for (int i = 0; i < n_linears; i++) {
         const Linear *l = &w[i];
-#pragma omp for schedule(dynamic) nowait
+// guided: first long stretches of rows, in which prefetch() runs ahead
+#pragma omp for schedule(guided) nowait
         for (int n0 = 0; n0 < l->N; n0 += N_BLOCK)
             for (int t = 0; t < T; t += TILE_T) {
                 int32_t sums[N_BLOCK][TILE_T];
