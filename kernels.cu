@@ -2328,8 +2328,7 @@ static void linear_halves(GpuState *s, const Matrix *w, const half *in, const fl
  * of the product: it gets the same bits whatever stands beside it. */
 
 constexpr int LM_STRIP = 32;  // channels of a warp: two m16 tiles
-constexpr int LM_CHUNK = 128; // k between two barriers
-constexpr int LM_AHEAD = 2;   // chunks of weights in flight
+constexpr int LM_CHUNK = 128; // k between two barriers, and of the weights in flight
 
 /* What stands in two bytes of a word, q + 128, as halves: 0x6400 + u are the bits of 1024 + u. */
 __device__ __forceinline__ uint32_t bytes_to_halves(uint32_t biased, uint32_t which) {
@@ -2348,7 +2347,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int n0 = (blockIdx.x * WARPS + threadIdx.x / 32) * LM_STRIP + g; // and 8, 16, 24 on
     const int8_t *from = q + (size_t)n0 * K + t * 16;
-    uint4 w[LM_AHEAD][2][4] = {}; // [64 k][channel]
+    uint4 w[2][4] = {}; // [64 k][channel]
     auto load_weights = [&](uint4(&to)[4], int k) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -2366,46 +2365,41 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
         }
     };
 #pragma unroll
-    for (int a = 0; a < LM_AHEAD; a++) {
-        for (int c = 0; c < 2; c++) load_weights(w[a][c], a * LM_CHUNK + c * 64);
-    }
+    for (int c = 0; c < 2; c++) load_weights(w[c], c * 64);
     launch_dependents();
     wait_for_previous_kernel();
     load_x(0, 0);
 
     float sum[2][TOKENS / 8][4] = {};
-    for (int k0 = 0; k0 < K; k0 += LM_AHEAD * LM_CHUNK) {
+    int stage = 0;
+    for (int k = 0; k < K; k += LM_CHUNK, stage = 1 - stage) {
+        copy_async_wait();
+        __syncthreads(); // the chunk of x is there, and the other stage free
+        load_x(k + LM_CHUNK, 1 - stage);
 #pragma unroll
-        for (int a = 0; a < LM_AHEAD; a++) {
-            const int k = k0 + a * LM_CHUNK;
-            copy_async_wait();
-            __syncthreads(); // the chunk of x is there, and the other stage free
-            load_x(k + LM_CHUNK, (a + 1) % 2);
+        for (int c = 0; c < 2; c++) {
+            const uint32_t *words = (const uint32_t *)w[c]; // [channel][4]
 #pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const uint32_t *words = (const uint32_t *)w[a][c]; // [channel][4]
+            for (int i = 0; i < 4; i += 2) { // words, and the two steps of mma they are
+                uint32_t left[2][2][4];      // [step][m16 tile]
 #pragma unroll
-                for (int i = 0; i < 4; i += 2) { // words, and the two steps of mma they are
-                    uint32_t left[2][2][4];      // [step][m16 tile]
+                for (int j = 0; j < 16; j++) { // step, tile, k, half of the tile
+                    const int step = j / 8, tile = j / 4 % 2, late = j / 2 % 2, half = j % 2;
+                    left[step][tile][late * 2 + half] =
+                        bytes_to_halves(words[(tile * 2 + half) * 4 + i + step] ^ 0x80808080,
+                                        late ? 0x4342 : 0x4140);
+                }
 #pragma unroll
-                    for (int j = 0; j < 16; j++) { // step, tile, k, half of the tile
-                        const int step = j / 8, tile = j / 4 % 2, late = j / 2 % 2, half = j % 2;
-                        left[step][tile][late * 2 + half] =
-                            bytes_to_halves(words[(tile * 2 + half) * 4 + i + step] ^ 0x80808080,
-                                            late ? 0x4342 : 0x4140);
-                    }
-#pragma unroll
-                    for (int j = 0; j < TOKENS / 8; j++) {
-                        const uint4 b = *(const uint4 *)(shared[a % 2] + (j * 8 + g) * ROW +
-                                                         (c * 64 + t * 16 + i * 4) * sizeof(half));
-                        for (int tile = 0; tile < 2; tile++) {
-                            mma(sum[tile][j], left[0][tile], b.x, b.y);
-                            mma(sum[tile][j], left[1][tile], b.z, b.w);
-                        }
+                for (int j = 0; j < TOKENS / 8; j++) {
+                    const uint4 b = *(const uint4 *)(shared[stage] + (j * 8 + g) * ROW +
+                                                     (c * 64 + t * 16 + i * 4) * sizeof(half));
+                    for (int tile = 0; tile < 2; tile++) {
+                        mma(sum[tile][j], left[0][tile], b.x, b.y);
+                        mma(sum[tile][j], left[1][tile], b.z, b.w);
                     }
                 }
-                load_weights(w[a][c], k + LM_AHEAD * LM_CHUNK + c * 64);
             }
+            load_weights(w[c], k + LM_CHUNK + c * 64);
         }
     }
 #pragma unroll
