@@ -760,7 +760,7 @@ __device__ __forceinline__ float row_squares(const float *squares, int strips) {
 }
 
 __device__ __forceinline__ float rms_scale(float squares, int dim, float eps) {
-    return 1.0f / sqrtf(__fadd_rn(squares / dim, eps));
+    return rsqrtf(__fadd_rn(squares / dim, eps));
 }
 
 /* silu(gate) * up, silu(x) = x / (1 + e^-x). __fdividef() gives 0 where the divisor is above 2^126,
@@ -5009,8 +5009,8 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context, int 
         // apart are read more slowly.
         cache->context = (ceil_div(context, 16) | 1) * 16;
     }
-    // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor; a tile for each warp.
-    int rows = decode_rows(&g->config) * n_sequences, parts = max(2, ceil_div(context, 8 * 16));
+    // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor; about a tile a warp.
+    int rows = decode_rows(&g->config) * n_sequences, parts = max(2, (context + 64) / (8 * 16));
     s.splits = max(1, min(min(MAX_SPLITS, parts), 2 * multiprocessors() / rows));
     // A block of gemm_few_kernel has x and what is made of it.
     const Config *c = &g->config;
