@@ -174,6 +174,9 @@ static pthread_mutex_t progress_lock = PTHREAD_MUTEX_INITIALIZER;
 static char progress_line[200]; // the newest in a pipe; empty: nothing is at work
 
 static void *repeat_progress(void *unused) {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, NULL); // a signal stops the thread that writes the file
     for (;;) {
         sleep(5);
         pthread_mutex_lock(&progress_lock);
