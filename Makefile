@@ -79,8 +79,7 @@ demo: all
 	./quantize data/tiny $(DEMO) -n 16 -l 1024 -e data/eval.txt
 	./run $(DEMO) -s 1 -n 120 -i 'Once upon a time there lived a king who'
 
-# Without it idle threads spin, which slows everything down where cores are shared; and the programs
-# would start a second time to spin briefly, where valgrind does not follow.
+# Without it idle threads spin, which slows everything down where cores are shared.
 compare plots demo test test-san test-faults test-valgrind test-tsan test-slow coverage: \
 	export OMP_WAIT_POLICY = passive
 
@@ -102,7 +101,7 @@ test: all $(BUILD)/tests $(BUILD)/synthetic
 test-slow: all $(BUILD)/tests $(BUILD)/synthetic test-faults test-valgrind test-tsan
 	$(BUILD)/tests slow
 
-# Every allocation, every write fails in turn; signals at random moments. Without CUDA, whose own
+# Every allocation, every write fails in turn; SIGKILL at random moments. Without CUDA, whose own
 # library does not survive this; in a directory of their own, as the tests run the programs there.
 FAULTS = $(BUILD)/faults
 test-faults:
