@@ -502,6 +502,13 @@ char *json_string(const Json *j, int node, size_t *bytes) {
     return out;
 }
 
+const char *json_source(const Json *j, int node, size_t *bytes) {
+    const jsmntok_t *t = &j->tokens[node];
+    int quotes = t->type == JSMN_STRING;
+    *bytes = t->end - t->start + 2 * quotes;
+    return j->text + t->start - quotes;
+}
+
 bool json_number(const Json *j, int node, double *value) {
     if (json_type(j, node) != 'p') return false;
     const jsmntok_t *t = &j->tokens[node];
@@ -512,6 +519,20 @@ bool json_number(const Json *j, int node, double *value) {
     if (strspn(digits, "+-.0123456789eE") != bytes) return false;
     *value = strtod(digits, &end);
     return !*end && isfinite(*value);
+}
+
+void put_json_string(FILE *out, const char *text) {
+    fputc('"', out);
+    const char *end = text + strlen(text);
+    for (const char *s = text; s < end;) {
+        int bytes = utf8_bytes(s, end);
+        if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
+        else if (bytes < 1) fputs("\\ufffd", out); // not UTF-8
+        else if ((unsigned char)*s < ' ') fprintf(out, "\\u%04x", *s);
+        else fwrite(s, 1, bytes, out);
+        s += bytes < 1 ? 1 : bytes;
+    }
+    fputc('"', out);
 }
 
 /* ---- 3 model files
@@ -684,6 +705,13 @@ static const Mapping *add_mapping(Checkpoint *c, Mapping m) {
     return &c->maps[c->n_maps++];
 }
 
+void *checkpoint_memory(Checkpoint *c, size_t bytes) {
+    void *data = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) die("out of memory: %zu bytes were asked for", bytes);
+    add_mapping(c, (Mapping){format_text("memory"), data, bytes});
+    return data;
+}
+
 /* No object of the header has a key twice, and no number is beyond double's range. */
 static void check_header(const Json *j) {
     for (int node = 0; node < j->n; node++) {
@@ -752,7 +780,7 @@ static Json *add_safetensors(Checkpoint *c, const Mapping m) {
     return j;
 }
 
-static void sort_tensors(Checkpoint *c) {
+void checkpoint_sort(Checkpoint *c) {
     if (c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
     for (int i = 1; i < c->n_tensors; i++)
         if (!by_name(&c->tensors[i - 1], &c->tensors[i]))
@@ -780,7 +808,7 @@ static void add_shards(Checkpoint *c, Mapping index) {
         }
     for (int i = 0; i < n; i++) free(shards[i]);
     free(shards);
-    sort_tensors(c);
+    checkpoint_sort(c);
     for (int key = json_first(j, map); key >= 0; key = json_next(j, map, key)) {
         size_t bytes;
         char *name = json_string(j, key, &bytes);
@@ -820,14 +848,12 @@ static char *text_in(const char *directory, const char *name, bool optional) {
     return text;
 }
 
-const char *const chat_file_names[N_CHAT_FILES] = {"tokenizer_config.json", "chat_template.jinja",
-                                                   "special_tokens_map.json"};
+static const char *const chat_file_names[N_CHAT_FILES] = {
+    "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"};
 
 static Tensor text_tensor(const char *name, const char *data, size_t bytes) {
     return (Tensor){(char *)name, U8, 1, {bytes}, data, bytes, NULL};
 }
-
-static void open_qqq(Checkpoint *c);
 
 static void open_directory(Checkpoint *c) {
     c->config = text_in(c->path, "config.json", false);
@@ -851,9 +877,8 @@ static void open_directory(Checkpoint *c) {
         Mapping single = map_file(format_text("%s/model.safetensors", c->path), true);
         if (!single.data) die_missing(c->path, "model.safetensors");
         json_free(add_safetensors(c, *add_mapping(c, single)));
-        sort_tensors(c);
+        checkpoint_sort(c);
     }
-    open_qqq(c);
 }
 
 bool same_file(const char *a, const char *b) {
@@ -894,7 +919,7 @@ static char *metadata_text(const Json *j, const char *key) {
 
 static void open_model_bin(Checkpoint *c) {
     Json *j = add_safetensors(c, *add_mapping(c, map_file(format_text("%s", c->path), false)));
-    sort_tensors(c);
+    checkpoint_sort(c);
     char *format = metadata_text(j, "format"), *version = metadata_text(j, "version");
     if (!format || strcmp(format, "qqq"))
         die("%s: a safetensors file, but no model.bin (its format is %s, not qqq); for a Hugging "
@@ -1401,11 +1426,15 @@ void qqq_pack(const Linear *l, uint8_t *B, float *s_channel, uint16_t *s_group) 
     }
 }
 
+/* The tensor NAME.suffix, which must be of this dtype and shape. */
 static Tensor *find_part(const Checkpoint *c, const char *name, const char *suffix, DType dtype,
                          int rows, int columns) {
     char *full = format_text("%s%s", name, suffix);
-    const Tensor *t = need(c, &(Parameter){.name = full, .rows = rows, .columns = columns});
-    expect_dtype(t, t->dtype == dtype, dtypes[dtype].name);
+    const Tensor *t = checkpoint_find(c, full);
+    if (!t) die("%s: tensor %s is missing", c->path, full);
+    bool ok = t->dtype == dtype && t->n_dims == 2;
+    if (!ok || t->shape[0] != rows || t->shape[1] != columns)
+        die("%s: tensor %s is no %s [%d][%d]", t->path, full, dtype_name(dtype), rows, columns);
     free(full);
     return (Tensor *)t;
 }
@@ -1423,11 +1452,9 @@ static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
     if (groups) group = find_part(c, name, ".s_group", F16, K / GROUP, N);
     free(name);
     size_t bytes = N * K / 2 + N * sizeof(float) + (groups ? N * K / GROUP : 0);
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) die("out of memory: %zu bytes were asked for", bytes);
-    add_mapping(c, (Mapping){format_text("%s", B->path), memory, bytes});
-    uint8_t *qweight = memory, *s_group = qweight + N * K / 2 + N * sizeof(float);
-    float *s_channel = (void *)(qweight + N * K / 2);
+    uint8_t *qweight = checkpoint_memory(c, bytes),
+            *s_group = qweight + N * K / 2 + N * sizeof(float);
+    float *s_channel = (void *)(qweight + N * K / 2); // aligned: N is a multiple of 64
 
     QqqOrder order = qqq_order(groups);
     const uint8_t *codes = B->data;
@@ -1462,12 +1489,32 @@ static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
         *group = (Tensor){group->name, U8, 2, {N, K / GROUP}, s_group, N * K / GROUP, group->path};
 }
 
-/* Makes of an opened directory of this kind what a model.bin would be. */
-static void open_qqq(Checkpoint *c) {
+char *json_without(const Json *j, const char *const *keys, int n, const char *more) {
+    char *text;
+    size_t text_bytes;
+    FILE *out = open_memstream(&text, &text_bytes);
+    if (!out) die("out of memory");
+    const char *separator = "{\n  ";
+    for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
+        int i = 0;
+        while (i < n && !json_is(j, key, keys[i])) i++;
+        if (i < n) continue;
+        size_t name_bytes, bytes;
+        const char *name = json_source(j, key, &name_bytes),
+                   *value = json_source(j, key + 1, &bytes);
+        fprintf(out, "%s%.*s: %.*s", separator, (int)name_bytes, name, (int)bytes, value);
+        separator = ",\n  ";
+    }
+    fprintf(out, "%s\n}\n", more);
+    if (ferror(out) || fclose(out) || !text) die("out of memory");
+    return text;
+}
+
+void qqq_import(Checkpoint *c) {
     char *name = format_text("%s: config.json", c->path);
     Json *j = json_parse(name, c->config, strlen(c->config));
     int q = json_get(j, 0, "quantization_config");
-    if (json_is(j, json_get(j, q, "quant_method"), "qqq")) {
+    if (!c->quantization && json_is(j, json_get(j, q, "quant_method"), "qqq")) {
         double bits = 0, group_size = 0;
         json_number(j, json_get(j, q, json_get(j, q, "bits") < 0 ? "wbits" : "bits"), &bits);
         json_number(j, json_get(j, q, "group_size"), &group_size);
@@ -1486,7 +1533,7 @@ static void open_qqq(Checkpoint *c) {
             free(t->name);
             t->name = renamed;
         }
-        sort_tensors(c);
+        checkpoint_sort(c);
         c->quantization =
             format_text("{\"bits\":4,\"group_size\":%d,\"method\":\"qqq\"}", (int)group_size);
         char *config = json_without(j, (const char *[]){"quantization_config"}, 1, "");
@@ -1515,41 +1562,6 @@ static int by_slot_name(const void *a, const void *b) {
     return strcmp(((const struct Slot *)a)->name, ((const struct Slot *)b)->name);
 }
 
-char *json_without(const Json *j, const char *const *keys, int n, const char *more) {
-    char *text;
-    size_t bytes;
-    FILE *out = open_memstream(&text, &bytes);
-    if (!out) die("out of memory");
-    const char *separator = "{\n  ";
-    for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
-        int i = 0;
-        while (i < n && !json_is(j, key, keys[i])) i++;
-        if (i < n) continue;
-        const jsmntok_t *name = &j->tokens[key], *value = name + 1;
-        int quotes = value->type == JSMN_STRING;
-        fprintf(out, "%s\"%.*s\": %.*s", separator, name->end - name->start, j->text + name->start,
-                value->end - value->start + 2 * quotes, j->text + value->start - quotes);
-        separator = ",\n  ";
-    }
-    fprintf(out, "%s\n}\n", more);
-    if (ferror(out) || fclose(out) || !text) die("out of memory");
-    return text;
-}
-
-void put_json_string(FILE *out, const char *text) {
-    fputc('"', out);
-    const char *end = text + strlen(text);
-    for (const char *s = text; s < end;) {
-        int bytes = utf8_bytes(s, end);
-        if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
-        else if (bytes < 1) fputs("\\ufffd", out); // not UTF-8
-        else if ((unsigned char)*s < ' ') fprintf(out, "\\u%04x", *s);
-        else fwrite(s, 1, bytes, out);
-        s += bytes < 1 ? 1 : bytes;
-    }
-    fputc('"', out);
-}
-
 static void put_metadata(FILE *out, const char *key, const char *value) {
     if (!value) return;
     fprintf(out, ",\"%s\":", key);
@@ -1559,7 +1571,7 @@ static void put_metadata(FILE *out, const char *key, const char *value) {
 static void put_tensor(FILE *out, const Tensor *t, size_t *offset) {
     fprintf(out, ",");
     put_json_string(out, t->name);
-    fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", dtypes[t->dtype].name);
+    fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", dtype_name(t->dtype));
     for (int i = 0; i < t->n_dims; i++) fprintf(out, i ? ",%lld" : "%lld", (long long)t->shape[i]);
     fprintf(out, "],\"data_offsets\":[%zu,%zu]}", *offset, *offset + t->bytes);
     *offset += t->bytes;
@@ -1598,6 +1610,20 @@ static void put_header(Writer *w, int file, const char *metadata, const Tensor *
     w->bytes += offset;
 }
 
+void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
+    const struct Slot key = {.name = (char *)name};
+    struct Slot *slot = w->n ? bsearch(&key, w->slots, w->n, sizeof key, by_slot_name) : NULL;
+    if (!slot || slot->written || slot->bytes != bytes)
+        die("tensor %s with %zu bytes was not announced", name, bytes);
+    output_write(w->out, slot->file, data, bytes, slot->offset);
+    slot->written = true;
+}
+
+void writer_text(Writer *w, const char *name, const char *text, size_t bytes) {
+    output_write(w->out, output_add(w->out, name), text, bytes, 0);
+    w->bytes += bytes;
+}
+
 /* The order of the tensors in their file: whole multiples of 256 bytes first, which keep each other
  * aligned; then the small rest by size of element, for the same reason; texts last. */
 static int rank(const Tensor *t) {
@@ -1617,7 +1643,9 @@ static Tensor *in_file_order(const Tensor *tensors, int n) {
 
 int checkpoint_texts(const Checkpoint *c, Tensor texts[1 + N_CHAT_FILES]) {
     int n = 0;
-    if (c->tokenizer) texts[n++] = text_tensor("tokenizer.json", c->tokenizer, c->tokenizer_bytes);
+    int64_t bytes = c->tokenizer_bytes;
+    if (c->tokenizer)
+        texts[n++] = (Tensor){"tokenizer.json", U8, 1, {bytes}, c->tokenizer, bytes, NULL};
     for (int i = 0; i < N_CHAT_FILES; i++)
         if (c->chat_files[i].data) texts[n++] = c->chat_files[i];
     return n;
@@ -1696,20 +1724,6 @@ Writer *writer_open_directory(const char *path, size_t shard_bytes, const Tensor
     free(index);
     free(first);
     return w;
-}
-
-void writer_text(Writer *w, const char *name, const char *text, size_t bytes) {
-    output_write(w->out, output_add(w->out, name), text, bytes, 0);
-    w->bytes += bytes;
-}
-
-void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
-    const struct Slot key = {.name = (char *)name};
-    struct Slot *slot = w->n ? bsearch(&key, w->slots, w->n, sizeof key, by_slot_name) : NULL;
-    if (!slot || slot->written || slot->bytes != bytes)
-        die("tensor %s with %zu bytes was not announced", name, bytes);
-    output_write(w->out, slot->file, data, bytes, slot->offset);
-    slot->written = true;
 }
 
 size_t writer_close(Writer *w) {

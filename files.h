@@ -92,9 +92,8 @@ bool json_is(const Json *json, int node, const char *s);
 char *json_string(const Json *json, int node, size_t *bytes);
 bool json_number(const Json *json, int node, double *value);
 
-/* The root object without these keys [n] and with the text `more` before its closing brace: text,
- * malloc'ed. */
-char *json_without(const Json *json, const char *const *keys, int n, const char *more);
+/* A node as it is in the text, a string with its quotes: bytes in the text. */
+const char *json_source(const Json *json, int node, size_t *bytes);
 
 /* Writes `text` as a JSON string, quotes and escapes included. */
 void put_json_string(FILE *out, const char *text);
@@ -120,7 +119,6 @@ typedef struct {
 /* What chat needs elsewhere: tokenizer_config.json, chat_template.jinja, special_tokens_map.json.
  */
 enum { N_CHAT_FILES = 3 };
-extern const char *const chat_file_names[N_CHAT_FILES];
 
 /* A model on disk: a Hugging Face directory or a model.bin, mapped read-only, nothing copied.
  * Format: https://huggingface.co/docs/safetensors. */
@@ -140,10 +138,14 @@ typedef struct Checkpoint {
 
 /* Opens a Hugging Face directory (config.json, tokenizer.json and model.safetensors, or
  * model.safetensors.index.json and its shards), a Hugging Face cache's folder of one, or a
- * model.bin, and checks the headers as strictly as the safetensors library does. A directory in the
- * QQQ repository's format is unpacked into memory and then looks like a model.bin. */
+ * model.bin, and checks the headers as strictly as the safetensors library does. */
 Checkpoint *checkpoint_open(const char *path);
 void checkpoint_close(Checkpoint *c);
+
+/* Memory [bytes], zeroed, that lives as long as the checkpoint, for tensors that a program makes;
+ * and what must follow when it has renamed some. */
+void *checkpoint_memory(Checkpoint *c, size_t bytes);
+void checkpoint_sort(Checkpoint *c);
 
 /* Where a model is: `path`, or if that is a Hugging Face cache's models--ORGANIZATION--NAME, the
  * directory in its snapshots/ that refs/main names, else the only one there. malloc'ed. */
@@ -217,6 +219,14 @@ void print_perplexity(const Checkpoint *c, Engine *e, const char *where, const c
 /* A quantized linear as the QQQ repository's kernel reads it: B [K/16][2 N] 32-bit words, s_channel
  * [N], s_group [K/128][N] halves (untouched per channel). N is a multiple of 64, K of 64 (128). */
 void qqq_pack(const Linear *l, uint8_t *B, float *s_channel, uint16_t *s_group);
+
+/* The root object without these keys [n] and with the text `more` before its closing brace: text,
+ * malloc'ed. */
+char *json_without(const Json *json, const char *const *keys, int n, const char *more);
+
+/* Unpacks an opened directory in the QQQ repository's format into memory: it then looks like a
+ * model.bin. Other checkpoints stay as they are. */
+void qqq_import(Checkpoint *c);
 
 /* ---- files.c 6: the writer ------------------------------------------------------------------- */
 

@@ -687,6 +687,7 @@ int main(int argc, char **argv) {
     open_standard_streams();
     Options o = parse_options(argc, argv);
     Checkpoint *c = checkpoint_open(o.model);
+    qqq_import(c);
     if (!o.out) o.out = default_out(&o, c->path);
     check_out(&o, c);
     if (o.convert) convert(&o, c);
