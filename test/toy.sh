@@ -10,7 +10,7 @@ items=$bin/toy.jsonl
 echo '{"context": "a b c", "choices": ["abc xyz", "c", "xyz a"], "gold": 0}' >"$items"
 
 make_toy() { # NAME DIM
-    "$bin/synthetic" "$bin/$1" --dim "$2" --hidden "$2" --layers 2 --heads 2 --kv-heads 1 \
+    "$bin/build/synthetic" "$bin/$1" --dim "$2" --hidden "$2" --layers 2 --heads 2 --kv-heads 1 \
         --vocab 266 --tokenizer test/corpus/tokenizer/chat
     sed -i s/131072/32/ "$bin/$1/config.json"
 }
