@@ -806,27 +806,13 @@ void quantize_layer(Quantizer *q, const Layer *layer, int l, Layer *out, Smoothi
     quantize_half(q, l, &f, out, false, errors); // q, k, v, then o
     quantize_half(q, l, &f, out, true, errors);  // gate, up, then down
     for (int k = 0; k < N_LINEARS; k++) linear_free(&f.linears[k]);
+    size_t numbers = (size_t)q->n * q->length * q->config.dim;
+    if (l == q->n_layers - 1 && !all_finite(q->x_quant, numbers))
+        die("the last layer's output holds NaN or infinity");
 }
 
 static float *window(const Quantizer *q, float *x, int w) {
     return x + (size_t)w * q->length * q->config.dim;
-}
-
-/* Step 6: c times the final norm's weight w brings the quantized model's output nearest to the
- * float model's, by least squares: c = sum w^2 x f / sum w^2 x^2, x and f normed. Noise in x makes
- * c < 1: the logits of a noisy model are too sure of themselves. An extension. */
-void final_scale(const Quantizer *q, const float *norm, double *xf, double *xx) {
-    int dim = q->config.dim, T = q->length;
-    *xf = *xx = 0;
-    for (int w = 0; w < q->n; w++) {
-        float *f = q->s_float->xb, *x = q->s_quant->xb;
-        rmsnorm(window(q, q->x_float, w), norm, T, dim, q->config.norm_eps, f);
-        rmsnorm(window(q, q->x_quant, w), norm, T, dim, q->config.norm_eps, x);
-        for (size_t i = 0; i < (size_t)T * dim; i++) {
-            *xf += (double)x[i] * f[i];
-            *xx += (double)x[i] * x[i];
-        }
-    }
 }
 
 Quantizer *quantizer_new(const Config *c, const Method *method, const Linear *embedding,
@@ -1079,60 +1065,6 @@ float search_smoothing(const Linear *w, int n_linears, const float *x, int T, co
 /* Which of a layer's linears read each SmoothedInput. */
 static const struct { int first, count; } smoothed[] = {{0, 3}, {4, 2}, {6, 1}};
 
-/* The output that the published search compares; from s->xb, or s->gate for down. */
-static const float *block_output(const Config *c, const Layer *layer, State *s, SmoothedInput which,
-                                 int T) {
-    switch (which) {
-    case SMOOTH_QKV:
-        attention_block(c, layer, s, 0, T, 0);
-        return s->att;
-    case SMOOTH_GATE_UP:
-        ffn_block(c, layer, s, T);
-        return s->gate;
-    default:
-        linear(&layer->down, s->gate, T, s->x);
-        return s->x;
-    }
-}
-
-float search_smoothing_published(const Config *c, const Layer *layer, State *state,
-                                 SmoothedInput which, const float *x, int windows, int length,
-                                 const float *max, int group_size, float *s) {
-    const int outputs[] = {layer->o.K, layer->down.K, c->dim};
-    const int first = smoothed[which].first, count = smoothed[which].count;
-    const Linear *w = &layer->linears[first];
-    int K = w->K;
-    size_t n_in = (size_t)length * K, n_out = (size_t)length * outputs[which];
-    float *in = which == SMOOTH_DOWN ? state->gate : state->xb;
-    float *target = allocate(windows * n_out, sizeof *target);
-    for (int i = 0; i < windows; i++) {
-        memcpy(in, x + i * n_in, n_in * sizeof *x);
-        memcpy(target + i * n_out, block_output(c, layer, state, which, length),
-               n_out * sizeof *target);
-    }
-    float highest = max_magnitude(max, K), lowest = 0.1f, best_t = highest;
-    int steps = fminf(fmaxf(100, highest / 0.5f), 4096); // one absurd activation is not worth days
-    double least = INFINITY;
-    for (int i = 0; i < steps; i++) {
-        float t = highest - (highest - lowest) * i / (steps - 1);
-        Layer candidate = *layer;
-        smoothing_scales(max, K, t, s);
-        for (int j = 0; j < count; j++)
-            candidate.linears[first + j] = quantize_smoothed(w + j, s, NULL, group_size);
-        double distance = 0;
-        for (int j = 0; j < windows; j++) {
-            divide(x + j * n_in, s, length, K, in);
-            distance += squared_distance(block_output(c, &candidate, state, which, length),
-                                         target + j * n_out, n_out);
-        }
-        for (int j = 0; j < count; j++) linear_free(&candidate.linears[first + j]);
-        if (distance < least) least = distance, best_t = t;
-    }
-    smoothing_scales(max, K, best_t, s);
-    free(target);
-    return best_t;
-}
-
 static void show(const Quantizer *q, int l, int linear) {
     if (q->method.progress) q->method.progress(l, linear, q->n_layers);
 }
@@ -1162,7 +1094,6 @@ static void record_inputs(const Quantizer *q, int l, const Layer *layer, int win
  * drives (arXiv 2402.17762), and s would serve that one token at the cost of all weights. */
 static void smooth(const Quantizer *q, int l, Layer *layer, Smoothing found[3]) {
     int windows = q->n < SEARCH_WINDOWS ? q->n : SEARCH_WINDOWS, total = windows * q->length;
-    bool published = q->method.smooth == 2;
     float *inputs[3], *scales[3];
     for (int i = 0; i < 3; i++)
         inputs[i] = allocate((size_t)total * layer->linears[smoothed[i].first].K, sizeof(float));
@@ -1178,22 +1109,18 @@ static void smooth(const Quantizer *q, int l, Layer *layer, Smoothing found[3]) 
             float magnitude = fabsf(inputs[i][j]);
             if (!(magnitude < INFINITY))
                 die("layer %d: the input of %s holds NaN or infinity", l, linear_names[first]);
-            bool is_sink = j / K % q->length == 0 && !published;
+            bool is_sink = j / K % q->length == 0;
             max[j % K] = magnitude > max[j % K] && !is_sink ? magnitude : max[j % K];
         }
-        if (published) {
-            found[i].t = search_smoothing_published(&q->config, layer, q->s_float, i, inputs[i],
-                                                    windows, q->length, max, group_size, scales[i]);
-        } else { // a sample spread evenly over the windows
-            int rest = q->length - 1, T = windows * rest, stride = (T - 1) / SEARCH_TOKENS + 1;
-            T /= stride;
-            for (size_t t = 0; t < (size_t)T; t++) {
-                size_t token = t * stride + t * stride / rest + 1;
-                memmove(inputs[i] + t * K, inputs[i] + token * K, K * sizeof(float));
-            }
-            found[i].t =
-                search_smoothing(w, smoothed[i].count, inputs[i], T, max, group_size, scales[i]);
+        // a sample spread evenly over the windows
+        int rest = q->length - 1, T = windows * rest, stride = (T - 1) / SEARCH_TOKENS + 1;
+        T /= stride;
+        for (size_t t = 0; t < (size_t)T; t++) {
+            size_t token = t * stride + t * stride / rest + 1;
+            memmove(inputs[i] + t * K, inputs[i] + token * K, K * sizeof(float));
         }
+        found[i].t =
+            search_smoothing(w, smoothed[i].count, inputs[i], T, max, group_size, scales[i]);
         found[i].n = 0;
         for (size_t k = 0; k < K; k++) found[i].n += max[k] > found[i].t;
         free(max);

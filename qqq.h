@@ -294,7 +294,7 @@ void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_
 /* What is done to a layer. */
 typedef struct {
     int group_size;                                        // 128, or -1: per channel
-    int smooth;                                            // 1 search_smoothing(), 2 .._published()
+    bool smooth;                                           // search_smoothing()
     bool mse;                                              // ranges of least error, not max|w|
     bool gptq, act_order;                                  // or round_to_nearest()
     const int8_t *signs;                                   // [dim] of the rotation, NULL: none
@@ -326,10 +326,6 @@ void quantizer_free(Quantizer *q);
  * smooths, and errors [N_LINEARS], NaN without calibration. */
 void quantize_layer(Quantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
                     Errors *errors);
-
-/* After the last layer: sums over all tokens and channels of x f and x x, the normed streams of
- * the quantized and of the float model, whose quotient the final norm is multiplied with. */
-void final_scale(const Quantizer *q, const float *norm, double *xf, double *xx);
 
 /* Ends the program if float weights hold NaN or infinity. */
 void require_finite(const Linear *l, const char *name);
@@ -372,15 +368,9 @@ enum { SEARCH_WINDOWS = 8, SEARCH_TOKENS = 2048 }; // what the search looks at, 
 float search_smoothing(const Linear *w, int n_linears, const float *x, int T, const float *max,
                        int group_size, float *s);
 
-/* The search of the published code, 30 to 40 times the work: x [windows][length][K] whole windows;
- * max(100, max|x| / 0.5) equal steps, at most 4096; plain ranges; the score is taken at the output
- * of the block: attention for qkv, silu(gate) up for gate and up, the linear itself for down.
- * `state` needs one layer and `length` positions. o's input cannot be smoothed: one v serves
- * several query heads. */
+/* The inputs that smoothing scales: of q, k, v; of gate and up; of down. o's input cannot be
+ * smoothed: one v serves several query heads. */
 typedef enum { SMOOTH_QKV, SMOOTH_GATE_UP, SMOOTH_DOWN } SmoothedInput;
-float search_smoothing_published(const Config *c, const Layer *layer, State *state,
-                                 SmoothedInput which, const float *x, int windows, int length,
-                                 const float *max, int group_size, float *s);
 
 /* Scales of one row of weights w [K]: returns s_channel and sets s_group [K/128] (NULL: per
  * channel). importance [K] weighs the squared errors of the range search; NULL: the plain range
@@ -577,7 +567,6 @@ Engine *gpu_engine(const Model *m, int kv_bits);
 #pragma weak gpu_quantizer_new
 #pragma weak gpu_quantizer_free
 #pragma weak gpu_quantize_layer
-#pragma weak gpu_final_scale
 #pragma weak gpu_quantizer_report
 
 /* The calibration, all on the GPU: the residual streams of the float and of the quantized model,
@@ -592,10 +581,9 @@ GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Lin
                                 const int *tokens, int n_windows, int length, size_t most_memory);
 void gpu_quantizer_free(GpuQuantizer *q);
 
-/* quantize_layer() and final_scale(). */
+/* quantize_layer(). */
 void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
                         Errors *errors);
-void gpu_final_scale(GpuQuantizer *q, const float *norm, double *xf, double *xx);
 
 /* One line: where the time went, and the GPU memory. */
 void gpu_quantizer_report(GpuQuantizer *q, FILE *out);

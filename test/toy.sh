@@ -30,7 +30,7 @@ tool=$*
 make_toy toy 16
 make_toy groups 128
 try $tool "$bin/quantize" "$bin/toy" "$bin/toy-f.bin" -f
-try_quantize toy -g -1 -a 2 -e "$text"
+try_quantize toy -g -1 -b rtn -e "$text"
 try_quantize toy -g -1 -r 0
 try_quantize toy -g -1
 try_quantize groups -b rtn -a 0 -m 0 -q 8
