@@ -51,7 +51,7 @@ static const char usage[] =
     "\n"
     "  -l TOKENS          context (8192 or the model's, if less); with -e the window (2048)\n"
     "  -d cpu|cuda        device (cuda if there is a GPU)\n"
-    "  -k 16|8|4          bits of the KV cache (16)\n"
+    "  -k 16|8            bits of the KV cache (16)\n"
     "  -h, --help         this help; --version\n";
 
 typedef enum { GENERATE, CHAT, PERPLEXITY, ZERO_SHOT, TOKEN_IDS, BENCHMARK } Task;
@@ -122,7 +122,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 's') o.seed = parse_integer(flag, value, 0, LLONG_MAX);
         if (flag == 'n') o.n_tokens = parse_integer(flag, value, 0, INT_MAX);
         if (flag == 'l') o.length = parse_integer(flag, value, 2, INT_MAX);
-        if (flag == 'k') o.kv_bits = parse_integer(flag, value, 4, 16);
+        if (flag == 'k') o.kv_bits = parse_choice(flag, value, "16", "8") ? 8 : 16;
         if (flag == 'o') o.items = value;
         if (flag == 'i') {
             free(o.prompt);
@@ -135,8 +135,6 @@ static Options parse_options(int argc, char **argv) {
     if (chat && o.task != GENERATE) die_usage("-m chat: not together with -e, -z, -x or -b");
     if (o.items && o.task != ZERO_SHOT) die_usage("-o: only with -z");
     if (o.items && !*o.items) die_usage("-o: the name of the file is empty");
-    if (o.kv_bits != 16 && o.kv_bits != 8 && o.kv_bits != 4)
-        die_usage("-k %d: expected 16, 8 or 4", o.kv_bits);
     if (o.system && !chat) die_usage("-y: a system prompt needs -m chat");
     if (chat) o.task = CHAT;
     if (o.n_tokens < 0) o.n_tokens = chat ? 0 : 256;
@@ -695,64 +693,33 @@ static int same_tokens(const int *a, const int *b, int n) {
     return same;
 }
 
-/* ll [count] of requests that begin with the same `trunk` tokens and take n places of the cache.
- * *greedy: each token of the last one's choice is the likeliest. */
-static void score_requests(Scorer *z, const Request *r, int count, int trunk, int n, double *ll,
-                           bool *greedy) {
+/* Sum of log p over the choice's tokens. *greedy: each of them is the likeliest. The KV cache keeps
+ * the context for the item's next choice, which goes back to its end. */
+static double log_likelihood(Scorer *z, const Request *r, bool *greedy) {
     Engine *e = z->s->engine;
-    if (n > e->context) { // none yet, or too short
-        e->start(e, 1, 2 * n < z->max_length ? 2 * n : z->max_length);
+    int last = r->n - r->length - 1; // of the context: its logits score the choice's first token
+    if (r->n - 1 > e->context) {     // none yet, or too short
+        e->start(e, 1, 2 * r->n < z->max_length ? 2 * r->n : z->max_length);
         z->fed.n = 0;
     }
-    int known = same_tokens(r->ids, z->fed.ids, trunk < z->fed.n ? trunk : z->fed.n);
-    if (e->kv_bits == 4 && known / RECENT < (z->fed.n - 1) / RECENT) known -= known % RECENT;
-    int *tokens = allocate(3 * n, sizeof *tokens), *targets = tokens + n, *skip = targets + n;
-    memcpy(tokens, r->ids, trunk * sizeof *tokens);
-    for (int k = 0, place = trunk; k < count; k++)
-        for (int i = trunk; i < r[k].n - 1; i++, place++) {
-            tokens[place] = r[k].ids[i];
-            targets[place] = r[k].ids[i + 1];
-            skip[place] = place - i;
-        }
-    Score *scores = allocate(n - trunk, sizeof *scores), *s = scores;
-    TokenTree tree = {tokens + known, targets + known, count > 1 ? skip + known : NULL,
-                      n - known,      known,           trunk};
-    e->score(e, 0, &tree, scores);
+    // 1. what the KV cache lacks of the context
+    int known = same_tokens(r->ids, z->fed.ids, last < z->fed.n ? last : z->fed.n);
+    if (known < last) e->feed(e, 0, r->ids + known, last - known, known);
+    // 2. the choice
+    Score *scores = allocate(r->length, sizeof *scores);
+    e->score(e, 0, r->ids + last, r->ids + last + 1, r->length, last, scores);
     z->fed.n = 0;
     push(&z->fed, r->ids, r->n - 1);
-    for (int k = 0; k < count; k++) {
-        ll[k] = 0, *greedy = true;
-        for (int i = trunk + 1; i < r[k].n; i++, s++) {
-            if (i < r[k].n - r[k].length) continue; // a token of the context
-            ll[k] -= s->nll;
-            *greedy = *greedy && s->likeliest;
-        }
-        if (!isfinite(ll[k]))
-            die("%s: a logit is NaN or infinite: the weights are damaged", z->s->path);
+    // 3. its sum
+    double ll = 0;
+    *greedy = true;
+    for (int i = 0; i < r->length; i++) {
+        ll -= scores[i].nll;
+        *greedy = *greedy && scores[i].likeliest;
     }
-    free(tokens);
+    if (!isfinite(ll)) die("%s: a logit is NaN or infinite: the weights are damaged", z->s->path);
     free(scores);
-}
-
-/* ll [item->n], of as many choices at once as the cache takes; in 4 bits, where what is exact goes
- * by places, of one. */
-static void log_likelihoods(Scorer *z, const Item *item, double *ll, bool *greedy) {
-    Request *requests = allocate(item->n, sizeof *requests);
-    for (int k = 0; k < item->n; k++) requests[k] = new_request(z, item, k);
-    for (int first = 0, last; first < item->n; first = last) {
-        const Request *a = requests + first, *b = a;
-        int trunk = a->n, rows = 0, n = 0;
-        for (last = first; last < item->n; last++, b++) {
-            int before = b->n - b->length - 1; // the context's last token is needed in each branch
-            int same = same_tokens(a->ids, b->ids, before < trunk ? before : trunk);
-            int places = rows + b->n - 1 - (last - first) * same;
-            if (last > first && (places > z->max_length || z->s->engine->kv_bits == 4)) break;
-            trunk = same, n = places, rows += b->n - 1;
-        }
-        score_requests(z, a, last - first, trunk, n, ll + first, greedy);
-    }
-    for (int k = 0; k < item->n; k++) free(requests[k].ids);
-    free(requests);
+    return ll;
 }
 
 /* Mean and its standard error of x over n items. */
@@ -814,8 +781,10 @@ static void zero_shot(Session *s, const Options *o) {
         double *ll = allocate(item->n, sizeof *ll), *ll_norm = allocate(item->n, sizeof *ll);
         double all = 0, right = 0;
         bool greedy = false;
-        log_likelihoods(&z, item, ll, &greedy);
         for (int k = 0; k < item->n; k++) {
+            Request r = new_request(&z, item, k);
+            ll[k] = log_likelihood(&z, &r, &greedy);
+            free(r.ids);
             ll_norm[k] = ll[k] / characters(item->choices[k]);
             fprintf(out, k ? ", %.5f" : "{\"loglikelihoods\": [%.5f", ll[k]);
         }
