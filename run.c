@@ -854,6 +854,15 @@ static void print_token_ids(const Options *o) {
 
 /* ---- 8: benchmark -------------------------------------------------------------------------- */
 
+/* One row of the benchmark. Rates are tokens per second of all sequences together. */
+typedef struct {
+    int batch, prompt, end;    // sequences; tokens of each prompt; position of the last measurement
+    int decoded;               // tokens of each sequence decoded after the prompt
+    double GB, prefill;        // memory in GB
+    double empty, after, last; // decoding from an empty context, after the prompt, from `end` on
+    double read;               // bytes per second that decoding after the prompt reads
+} Rates;
+
 /* Waits for the GPU, and ends the program if a sequence has no next token. */
 static void require_chosen(Session *s) {
     for (int b = 0; b < s->engine->n_sequences; b++)
@@ -861,93 +870,130 @@ static void require_chosen(Session *s) {
             die("%s: a logit is NaN or infinite: the weights are damaged", s->path);
 }
 
-/* Runs `steps` tokens more of each sequence, or as many as 10 s allow. Returns how many. */
-static int decode(Session *s, int steps, double *time) {
+/* Decodes `steps` tokens of each sequence, or as many as 10 s allow, after one to warm up. Returns
+ * how many per second and sequence. */
+static double decode_rate(Session *s, int steps, int *done) {
     Engine *e = s->engine;
-    int done = 0;
-    double start = seconds();
-    for (*time = 0; done < steps && *time < 10; done++) {
+    e->step(e, NULL, NULL);
+    require_chosen(s);
+    double start = seconds(), time = 0;
+    for (*done = 0; *done < steps && time < 10; ++*done) {
         e->step(e, NULL, NULL);
-        if (!e->on_gpu) *time = seconds() - start;
+        if (!e->on_gpu) time = seconds() - start;
     }
     require_chosen(s);
-    *time = seconds() - start;
-    return done;
+    return *done / (seconds() - start);
 }
 
-/* What `steps` decoded tokens of each sequence, from position `pos` on, read a second: all weights
- * and the KV cache so far, for each. Against the memory's bandwidth it is how good the decoder is.
- */
-static double bytes_per_second(const Engine *e, int pos, int steps, double time) {
-    double positions = pos + (steps + 1) / 2.0;
-    return steps * (e->step_bytes + (double)e->position_bytes * e->n_sequences * positions) / time;
+/* Feeds made-up tokens at positions first .. end - 1 of sequence b. */
+static void feed_prompt(Session *s, int b, int first, int end) {
+    int *tokens = allocate(end - first, sizeof *tokens);
+    for (int t = first; t < end; t++)
+        tokens[t - first] = (int)((t * 7919ll + b * 104729ll) % s->model->config.vocab_size);
+    s->engine->feed(s->engine, b, tokens, end - first, first);
+    free(tokens);
 }
 
-/* Decode from an empty context, prefill of 1024 tokens of each sequence (fewer where they would
- * take longer than 15 s), decode after them: 128 tokens of all sequences together. */
+/* How many tokens a prompt has: `limit`, or as many as run in 15 s. It also warms up. */
+static int affordable_prompt(Session *s, int limit) {
+    int n = !s->engine->on_gpu && limit > 32 ? 32 : limit;
+    double start = seconds();
+    feed_prompt(s, 0, 0, n);
+    s->engine->chosen(s->engine); // waits
+    double affordable = 15 * n / (seconds() - start);
+    return affordable >= limit ? limit : affordable < n ? n : (int)affordable;
+}
+
+/* Fills the contexts of all sequences from position `first` to `end`, and shows how far it is. */
+static void fill_contexts(Session *s, int batch, int first, int end) {
+    enum { PIECE = 512 };
+    double start = seconds();
+    int total = batch * (end - first), done = 0;
+    for (int b = 0; b < batch; b++)
+        for (int t = first, next; t < end; t = next) {
+            next = end - t < PIECE ? end : t + PIECE;
+            feed_prompt(s, b, t, next);
+            done += next - t;
+            double left = (seconds() - start) / done * (total - done);
+            show_progress("tokens of the contexts", done, total, left);
+        }
+    require_chosen(s);
+}
+
+/* Decodes from an empty context, runs prompts of up to 1024 tokens, decodes after them, and, if the
+ * context is longer than that, at its end. */
+static Rates measure(Session *s, int batch, int context) {
+    Engine *e = s->engine;
+    int steps = context < 1154 ? context / 9 : 128, limit = context - steps - 2, decoded;
+    Rates r = {.batch = batch, .end = limit};
+    e->start(e, batch, context);
+    r.GB = (e->weight_bytes + e->state_bytes) / 1e9;
+    // 1. from an empty context
+    for (int b = 0; b < batch; b++) feed_prompt(s, b, 0, 1);
+    r.empty = batch * decode_rate(s, steps, &decoded);
+    // 2. prompts
+    r.prompt = affordable_prompt(s, limit < 1024 ? limit : 1024);
+    double start = seconds();
+    for (int b = 0; b < batch; b++) feed_prompt(s, b, 0, r.prompt);
+    require_chosen(s);
+    r.prefill = batch * r.prompt / (seconds() - start);
+    // 3. after them: a step reads all weights and the KV cache so far
+    r.after = r.last = batch * decode_rate(s, steps, &r.decoded);
+    double positions = r.prompt + 1 + (r.decoded + 1) / 2.0;
+    r.read = (e->step_bytes + positions * e->position_bytes * batch) * r.after / batch;
+    // 4. at the end of the context
+    if (limit <= 1024) {
+        r.end = r.prompt;
+        return r;
+    }
+    fill_contexts(s, batch, r.prompt, limit);
+    r.last = batch * decode_rate(s, steps, &decoded);
+    return r;
+}
+
 static void benchmark(Session *s, const Options *o) {
     static const int batches[] = {1, 4, 16, 64};
     enum { N = sizeof batches / sizeof *batches };
-    const Config *c = &s->model->config;
     Engine *e = s->engine;
-    int limit = o->length ? o->length : c->max_context, context = limit < 1154 ? limit : 1154;
-    int steps = context / 9, most = context - steps - 2; // 128, 1024
-    if (steps < 1) die_usage("-l %d: a benchmark needs a context of 9 or more", limit);
+    int most = s->model->config.max_context, context = o->length ? o->length : most;
+    if (!o->length && context > 1154) context = 1154; // a prompt of 1024, 128 steps
+    if (context < 9) die_usage("-l %d: a benchmark needs a context of 9 or more", context);
     print_model(s);
-    int *tokens = allocate(most, sizeof *tokens);
-    char device[400], csv[N][200] = {0};
+    char device[400];
     if (e->on_gpu) snprintf(device, sizeof device, "%s", s->where);
     else snprintf(device, sizeof device, "%d threads", omp_get_max_threads());
     double memory = e->bandwidth();
+    // 1. a table for people
     printf("%s, %s, on %s; GB/s is of weights and KV cache, memory's is %.1f\n\n", o->model,
-           weights_kind(s->model), e->on_gpu ? s->where : device, memory / 1e9);
+           weights_kind(s->model), device, memory / 1e9);
     printf("batch  memory GB  prefill tokens/s  decode tokens/s, empty  after prefill    GB/s  of "
-           "memory's\n");
-    for (int i = 0; i < N; i++) {
-        int batch = batches[i], prompt = most;
-        if (!e->fits(e, batch, context)) {
-            if (e->on_gpu) printf("%5d  does not fit: %.2f GB\n", batch, e->state_bytes / 1e9);
+           "memory's");
+    if (context > 1154) printf("  decode from %d on", context - 130);
+    putchar('\n');
+    Rates rates[N];
+    int n = 0;
+    for (; n < N; n++) {
+        if (!e->fits(e, batches[n], context)) {
+            if (e->on_gpu) printf("%5d  does not fit: %.2f GB\n", batches[n], e->state_bytes / 1e9);
             break;
         }
-        e->start(e, batch, context);
-        double time[3], start = 0;
-        for (int b = 0, token; b < batch; b++) {
-            token = b % c->vocab_size;
-            e->feed(e, b, &token, 1, 0);
-        }
-        require_chosen(s);
-        decode(s, 1, &time[0]); // the weights come from the disk, the GPU makes its graph
-        int empty = decode(s, steps, &time[0]);
-        for (int b = -1; b < batch; b++) { // -1: to warm up
-            for (int t = 0; t < prompt; t++)
-                tokens[t] = (int)((t * 7919ll + b * 104729ll + 104729) % c->vocab_size);
-            if (b <= 0) start = seconds();
-            int n = b < 0 && !e->on_gpu && prompt > 32 ? 32 : prompt;
-            e->feed(e, b < 0 ? 0 : b, tokens, n, 0);
-            if (b >= 0) continue;
-            e->chosen(e); // waits
-            double affordable = 15 * n / (seconds() - start);
-            if (affordable < prompt) prompt = affordable < n ? n : (int)affordable;
-        }
-        require_chosen(s);
-        time[1] = seconds() - start;
-        decode(s, 1, &time[2]);
-        int decoded = decode(s, steps, &time[2]);
-        double rate = batch * prompt / time[1], GB = (e->weight_bytes + e->state_bytes) / 1e9;
-        double read = bytes_per_second(e, prompt + 1, decoded, time[2]);
-        printf("%5d  %9.2f  %16.1f  %22.1f  %13.1f  %6.1f  %.0f %%\n", batch, GB, rate,
-               batch * empty / time[0], batch * decoded / time[2], read / 1e9, 100 * read / memory);
+        Rates r = rates[n] = measure(s, batches[n], context);
+        printf("%5d  %9.2f  %16.1f  %22.1f  %13.1f  %6.1f  %8.0f %%", r.batch, r.GB, r.prefill,
+               r.empty, r.after, r.read / 1e9, 100 * r.read / memory);
+        if (context > 1154) printf("  %*.1f", 15, r.last);
+        putchar('\n');
         fflush(stdout);
-        snprintf(csv[i], sizeof csv[i], "%d,%.3f,%d,%.1f,%d,%.2f,%.2f,%.2f,%.2f\n", batch, GB,
-                 prompt, rate, decoded, batch * decoded / time[2], read / 1e9, memory / 1e9,
-                 batch * empty / time[0]);
     }
+    // 2. the same for programs
     printf("\nmodel,weights,device,batch,memory_GB,prefill_tokens,prefill_tokens_per_s,"
            "decode_tokens,decode_tokens_per_s,decode_GB_per_s,memory_GB_per_s,"
-           "empty_decode_tokens_per_s\n");
-    for (int i = 0; i < N && *csv[i]; i++)
-        printf("%s,%s,%s,%s", o->model, weights_kind(s->model), device, csv[i]);
-    free(tokens);
+           "empty_decode_tokens_per_s,last_position,last_decode_tokens_per_s\n");
+    for (int i = 0; i < n; i++) {
+        Rates r = rates[i];
+        printf("%s,%s,%s,%d,%.3f,%d,%.1f,%d,%.2f,%.2f,%.2f,%.2f,%d,%.2f\n", o->model,
+               weights_kind(s->model), device, r.batch, r.GB, r.prompt, r.prefill, r.decoded,
+               r.after, r.read / 1e9, memory / 1e9, r.empty, r.end, r.last);
+    }
 }
 
 int main(int argc, char **argv) {
