@@ -874,6 +874,7 @@ static void require_chosen(Session *s) {
  * how many per second and sequence. */
 static double decode_rate(Session *s, int steps, int *done) {
     Engine *e = s->engine;
+    require_chosen(s);
     e->step(e, NULL, NULL);
     require_chosen(s);
     double start = seconds(), time = 0;
