@@ -44,7 +44,6 @@ for model in toy toy-f.bin toy.bin groups.bin; do
     try $tool "$bin/run" "$bin/$model" -m chat -i 'a' -n 5 -s 1
     try $tool "$bin/run" "$bin/$model" -e "$text"
     try $tool "$bin/run" "$bin/$model" -e "$text" -k 8
-    try $tool "$bin/run" "$bin/$model" -i 'a b c' -n 9 -s 1 -k 4
     try $tool "$bin/run" "$bin/$model" -x "$text"
     try $tool "$bin/run" "$bin/$model" -z "$items"
 done
