@@ -198,8 +198,8 @@ struct Engine {
     const int *(*chosen)(Engine *e);
     const float *(*logits)(Engine *e);
 
-    // feed() that also sets scores [n]: those of targets[i] as the token after tokens[i]. chosen()
-    // and logits() are lost.
+    // feed() of tokens [n] that also sets scores[i], of targets[i] as the token after tokens[i].
+    // chosen() and logits() are lost.
     void (*score)(Engine *e, int sequence, const int *tokens, const int *targets, int n, int pos,
                   Score *scores);
 
@@ -468,16 +468,12 @@ typedef struct {
 GpuLinear gpu_linear_create(const Linear *parts, int n_parts);
 void gpu_linear_free(GpuLinear *l);
 
-/* Device memory through which blocks that share an output tile add up their sums. One for each
- * stream that runs GEMMs; cudaFree() releases it. */
-int *gpu_gemm_workspace(void);
-
 /* y [M][N] = (a [M][K] . w8 [N][K]) * s_a [M] * s_channel [N], any M >= 1. All device memory, a and
  * y 16-byte aligned. Launches one kernel on `stream` and nothing else, so it may be captured into a
  * graph. The kernel starts to read its weights before the kernel ahead of it on the stream has
  * finished (programmatic dependent launch); everything else it reads and writes afterwards. */
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
-                   float *residual, int *workspace, cudaStream_t stream);
+                   float *residual, cudaStream_t stream);
 
 /* The kernels that it chooses from, each right for every shape: of mma.sync, for up to 8 tokens,
  * then by the tokens of a tile and how many teams of warps share K; of wgmma (where the program was
@@ -485,8 +481,6 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
 typedef enum {
     GEMM_FEW,
     GEMM_16X8,
-    GEMM_32X4,
-    GEMM_64X4,
     GEMM_64X2,
     GEMM_128,
     GEMM_HOPPER_64X64,
@@ -501,10 +495,9 @@ typedef enum {
 /* Its choice, with `portable` among those of mma.sync only. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable);
 
-/* For tests and benchmarks: gpu_gemm_w4a8() with a given kernel. acc, unless NULL, receives the
- * integer sums [M][N]. */
+/* For tests and benchmarks: gpu_gemm_w4a8() with a given kernel. */
 void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
-                  half *y, float *residual, int *acc, int *workspace, cudaStream_t stream);
+                  half *y, float *residual, cudaStream_t stream);
 
 /* quantize_row() for each row of x [M][K]: a [M][K], s_a [M]. K is a multiple of 8, x and a are
  * 16-byte aligned. */
