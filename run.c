@@ -470,7 +470,7 @@ static void push_turn(Session *s, const char *text, size_t bytes) {
 
 /* Ctrl-C ends an answer; a second time, or when there is none, the program. */
 static void on_interrupt(int number) {
-    if (interrupted) end_by(number);
+    if (interrupted) signal(number, SIG_DFL), raise(number);
     interrupted = 1;
 }
 
@@ -768,7 +768,7 @@ static void zero_shot(Session *s, const Options *o) {
     if (o->items && same_file(o->items, o->file)) die("-o %s: it is the file of -z", o->items);
     if (o->items && checkpoint_owns(s->checkpoint, o->items))
         die("-o %s: it is a file of MODEL", o->items);
-    Writer *writer = o->items ? writer_open_text(o->items) : NULL;
+    Output *file = o->items ? output_open(o->items, false) : NULL;
     char *lines;
     size_t bytes;
     FILE *out = open_memstream(&lines, &bytes);
@@ -806,7 +806,7 @@ static void zero_shot(Session *s, const Options *o) {
         free(ll_norm);
     }
     if (ferror(out) || fclose(out) || !lines) die("out of memory");
-    if (writer) writer_text(writer, NULL, lines, bytes), writer_close(writer);
+    if (file) output_write(file, 0, lines, bytes, 0), output_close(file);
     free(lines);
     if (items[0].kind == WEIGHTED) print_mean("mc2", mass, squares, n);
     else print_mean("acc", acc, acc, n); // 0 and 1 are their own squares
@@ -999,7 +999,6 @@ static void benchmark(Session *s, const Options *o) {
 
 int main(int argc, char **argv) {
     open_standard_streams();
-    spin_briefly(argv);
     Options o = parse_options(argc, argv);
     if (o.task == TOKEN_IDS) {
         print_token_ids(&o);
