@@ -84,7 +84,6 @@ static void test_memory(void) {
     each_fault("out of memory at each allocation: quantize", "memory", GPTQ, A_FILE);
     each_fault("out of memory at each allocation: quantize -b rtn -e", "memory",
                GPTQ " -b rtn -e " SCRATCH "/text", A_FILE);
-    each_fault("out of memory at each allocation: quantize -a 2", "memory", GPTQ " -a 2", A_FILE);
     each_fault("out of memory at each allocation: quantize -f", "memory",
                "./quantize -f " TOY " " OUT, A_FILE);
     each_fault("out of memory at each allocation: quantize -x vllm", "memory", EXPORT "vllm",
