@@ -15,7 +15,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "files.h"
+#include "qqq.h"
 
 /* ---- 1: options ---------------------------------------------------------------------------- */
 
@@ -164,6 +164,393 @@ static void evaluate(const Options *o, const Checkpoint *c, const Model *m, cons
     Engine *e = engine_new(m, o->gpu, 16);
     print_perplexity(c, e, NULL, label, o->eval, 0);
     e->free(e);
+}
+
+/* ---- checkpoints of the QQQ repository and of GPTQModel (format "qqq") ----
+ *
+ *   NAME.B         I32 [K/16][2 N]  4-bit codes in the order in which QQQ's kernel reads them
+ *   NAME.s_channel F32 [1][N]       permuted, and divided by 16 per channel
+ *   NAME.s_group   F16 [K/128][N]   permuted; per channel [0]
+ *
+ * The codes as [K][N] are cut into tiles of 16 x 16, those of the same 16 input channels side by
+ * side, each row by row; every 1024 codes (4 tiles) are permuted; eight are a word, the first in
+ * its lowest bits. A code is q + 8 with groups; per channel it is q mod 16, from which the kernel
+ * makes 16 q: hence the 16. Source: https://github.com/HandH1998/QQQ, whose kernel descends from
+ * Marlin (arXiv 2408.11743). */
+
+// Where the i-th of a run comes from.
+typedef struct {
+    int n[1024], k[1024]; // within 64 output and 16 input channels
+    int s_channel[32], s_group[64];
+} QqqOrder;
+
+static QqqOrder qqq_order(bool groups) {
+    static const int nibbles[2][8] = {{4, 0, 5, 1, 6, 2, 7, 3}, {0, 2, 4, 6, 1, 3, 5, 7}};
+    static const int pairs[8] = {0, 1, 8, 9, 16, 17, 24, 25};
+    QqqOrder order;
+    for (int i = 0; i < 1024; i++) { // a thread of a warp has 4 x 2 codes of each tile
+        int from = i / 8 * 8 + nibbles[groups][i % 8];
+        int thread = from / 32, tile = from / 8 % 4, half = from / 4 % 2, r = from % 4;
+        order.n[i] = 16 * tile + 8 * half + thread / 4;
+        order.k[i] = 4 * (thread % 4) + r;
+    }
+    for (int i = 0; i < 32; i++) order.s_channel[i] = 2 * (i / 8) + pairs[i % 8];
+    for (int i = 0; i < 64; i++) order.s_group[i] = i / 8 + 8 * (i % 8);
+    return order;
+}
+
+/* A quantized linear as the QQQ repository's kernel reads it: B [K/16][2 N] 32-bit words, s_channel
+ * [N], s_group [K/128][N] halves (untouched per channel). N is a multiple of 64, K of 64 (128). */
+static void qqq_pack(const Linear *l, uint8_t *B, float *s_channel, uint16_t *s_group) {
+    size_t N = l->N, K = l->K;
+    bool groups = l->s_group != NULL;
+    QqqOrder order = qqq_order(groups);
+    memset(B, 0, N * K / 2);
+#pragma omp parallel for
+    for (size_t run = 0; run < N * K / 1024; run++)
+        for (size_t i = 0; i < 1024; i++) {
+            size_t n = run % (N / 64) * 64 + order.n[i], k = run / (N / 64) * 16 + order.k[i];
+            int u = l->qweight[n * (K / 2) + k / 2] >> 4 * (k % 2) & 15;
+            B[run * 512 + i / 2] |= (groups ? u : u ^ 8) << 4 * (i % 2); // (q + 8) ^ 8 = q mod 16
+        }
+    for (size_t i = 0; i < N; i++) {
+        size_t n = i / 32 * 32 + order.s_channel[i % 32];
+        s_channel[i] = groups ? l->s_channel[n] : l->s_channel[n] / 16;
+    }
+    for (size_t i = 0; groups && i < N * K / GROUP; i++) {
+        size_t n = i % N / 64 * 64 + order.s_group[i % 64];
+        size_t from = n * (K / GROUP) + i / N;
+        s_group[i] = float_to_f16(l->s_group[from]);
+    }
+}
+
+/* The tensor NAME.suffix, which must be of this dtype and shape. */
+static Tensor *find_part(const Checkpoint *c, const char *name, const char *suffix, DType dtype,
+                         int rows, int columns) {
+    char *full = format_text("%s%s", name, suffix);
+    const Tensor *t = checkpoint_find(c, full);
+    if (!t) die("%s: tensor %s is missing", c->path, full);
+    bool ok = t->dtype == dtype && t->n_dims == 2;
+    if (!ok || t->shape[0] != rows || t->shape[1] != columns)
+        die("%s: tensor %s is no %s [%d][%d]", t->path, full, dtype_name(dtype), rows, columns);
+    free(full);
+    return (Tensor *)t;
+}
+
+/* The inverse: B [K/16][2 N] and the scales beside it become the tensors of a model.bin, but for
+ * their names, in memory of their own. */
+static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
+    char *name = format_text("%.*s", (int)strlen(B->name) - 2, B->name);
+    size_t K = 16 * B->shape[0], N = B->shape[1] / 2;
+    if (B->dtype != I32 || B->n_dims != 2 || N % 64 || K % (groups ? GROUP : 64) || N > 1 << 24 ||
+        K > 1 << 24)
+        die("%s: tensor %s is no I32 [K / 16][2 N] with N a multiple of 64, K of %d", B->path,
+            B->name, groups ? GROUP : 64);
+    Tensor *channel = find_part(c, name, ".s_channel", F32, 1, N), *group = NULL;
+    if (groups) group = find_part(c, name, ".s_group", F16, K / GROUP, N);
+    free(name);
+    size_t bytes = N * K / 2 + N * sizeof(float) + (groups ? N * K / GROUP : 0);
+    uint8_t *qweight = checkpoint_memory(c, bytes),
+            *s_group = qweight + N * K / 2 + N * sizeof(float);
+    float *s_channel = (void *)(qweight + N * K / 2); // aligned: N is a multiple of 64
+
+    QqqOrder order = qqq_order(groups);
+    const uint8_t *codes = B->data;
+    int lowest = 15;
+#pragma omp parallel for reduction(min : lowest)
+    for (size_t run = 0; run < N * K / 1024; run++) // no two share a byte of qweight
+        for (size_t i = 0; i < 1024; i++) {
+            size_t n = run % (N / 64) * 64 + order.n[i], k = run / (N / 64) * 16 + order.k[i];
+            int code = codes[run * 512 + i / 2] >> 4 * (i % 2) & 15, u = groups ? code : code ^ 8;
+            qweight[n * (K / 2) + k / 2] |= u << 4 * (k % 2);
+            lowest = u < lowest ? u : lowest;
+        }
+    if (!groups && lowest == 0)
+        die("%s: tensor %s holds the code -8, per channel -7 to 7 are expected", B->path, B->name);
+    for (size_t i = 0; i < N; i++) {
+        float scale;
+        floats(channel->data, F32, i, 1, &scale);
+        s_channel[i / 32 * 32 + order.s_channel[i % 32]] = groups ? scale : scale * 16;
+    }
+    for (size_t i = 0; groups && i < N * K / GROUP; i++) {
+        float scale;
+        floats(group->data, F16, i, 1, &scale);
+        if (!(scale >= 1 && scale <= 15 && scale == rintf(scale)))
+            die("%s: tensor %s holds the scale %g; a model.bin's are whole numbers, 1 to 15",
+                group->path, group->name, scale);
+        size_t n = i % N / 64 * 64 + order.s_group[i % 64];
+        s_group[n * (K / GROUP) + i / N] = scale;
+    }
+    *B = (Tensor){B->name, U8, 2, {N, K / 2}, qweight, N * K / 2, B->path};
+    *channel = (Tensor){channel->name, F32, 1, {N}, s_channel, N * sizeof(float), channel->path};
+    if (groups)
+        *group = (Tensor){group->name, U8, 2, {N, K / GROUP}, s_group, N * K / GROUP, group->path};
+}
+
+/* The root object without these keys [n] and with the text `more` before its closing brace: text,
+ * malloc'ed. */
+static char *json_without(const Json *j, const char *const *keys, int n, const char *more) {
+    char *text;
+    size_t text_bytes;
+    FILE *out = open_memstream(&text, &text_bytes);
+    if (!out) die("out of memory");
+    const char *separator = "{\n  ";
+    for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
+        int i = 0;
+        while (i < n && !json_is(j, key, keys[i])) i++;
+        if (i < n) continue;
+        size_t name_bytes, bytes;
+        const char *name = json_source(j, key, &name_bytes),
+                   *value = json_source(j, key + 1, &bytes);
+        fprintf(out, "%s%.*s: %.*s", separator, (int)name_bytes, name, (int)bytes, value);
+        separator = ",\n  ";
+    }
+    fprintf(out, "%s\n}\n", more);
+    if (ferror(out) || fclose(out) || !text) die("out of memory");
+    return text;
+}
+
+/* Unpacks an opened directory in the QQQ repository's format into memory: it then looks like a
+ * model.bin. Other checkpoints stay as they are. */
+static void qqq_import(Checkpoint *c) {
+    char *name = format_text("%s: config.json", c->path);
+    Json *j = json_parse(name, c->config, strlen(c->config));
+    int q = json_get(j, 0, "quantization_config");
+    if (!c->quantization && json_is(j, json_get(j, q, "quant_method"), "qqq")) {
+        double bits = 0, group_size = 0;
+        json_number(j, json_get(j, q, json_get(j, q, "bits") < 0 ? "wbits" : "bits"), &bits);
+        json_number(j, json_get(j, q, "group_size"), &group_size);
+        if (bits != 4 || (group_size != -1 && group_size != GROUP))
+            die("%s: bits %g, group_size %g; expected 4 bits, group_size -1 or %d", name, bits,
+                group_size, GROUP);
+        for (int i = 0; i < c->n_tensors; i++) {
+            char *suffix = strrchr(c->tensors[i].name, '.');
+            if (suffix && !strcmp(suffix, ".B")) qqq_unpack(c, &c->tensors[i], group_size > 0);
+        }
+        for (int i = 0; i < c->n_tensors; i++) { // once no name is searched for any more
+            Tensor *t = &c->tensors[i];
+            char *suffix = strrchr(t->name, '.');
+            if (!suffix || strcmp(suffix, ".B")) continue;
+            char *renamed = format_text("%.*s.qweight", (int)(suffix - t->name), t->name);
+            free(t->name);
+            t->name = renamed;
+        }
+        checkpoint_sort(c);
+        c->quantization =
+            format_text("{\"bits\":4,\"group_size\":%d,\"method\":\"qqq\"}", (int)group_size);
+        char *config = json_without(j, (const char *[]){"quantization_config"}, 1, "");
+        free(c->config);
+        c->config = config;
+    }
+    json_free(j);
+    free(name);
+}
+
+/* ---- the writer ---- */
+
+/* A model being written, tensor by tensor: a model.bin, or a directory for other engines. It
+ * appears whole or not at all, as an Output. */
+typedef struct {
+    Output *out;
+    int n;
+    struct Slot {
+        char *name;
+        int file;             // of `out`
+        size_t offset, bytes; // in the file
+        bool written;
+    } * slots; // [n] sorted by name
+    size_t bytes;
+} Writer;
+
+static int by_slot_name(const void *a, const void *b) {
+    return strcmp(((const struct Slot *)a)->name, ((const struct Slot *)b)->name);
+}
+
+static void put_metadata(FILE *out, const char *key, const char *value) {
+    if (!value) return;
+    fprintf(out, ",\"%s\":", key);
+    put_json_string(out, value);
+}
+
+static void put_tensor(FILE *out, const Tensor *t, size_t *offset) {
+    fprintf(out, ",");
+    put_json_string(out, t->name);
+    fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", dtype_name(t->dtype));
+    for (int i = 0; i < t->n_dims; i++) fprintf(out, i ? ",%lld" : "%lld", (long long)t->shape[i]);
+    fprintf(out, "],\"data_offsets\":[%zu,%zu]}", *offset, *offset + t->bytes);
+    *offset += t->bytes;
+}
+
+/* Writes the header of a file, and notes the place of each of the tensors [n] in it; `metadata` is
+ * a JSON object. */
+static void put_header(Writer *w, int file, const char *metadata, const Tensor *tensors, int n) {
+    char *header;
+    size_t length, data_bytes = 0;
+    FILE *out = open_memstream(&header, &length);
+    if (!out) die("out of memory");
+    // 1. The entries, then spaces until the data starts at a multiple of 4096 bytes.
+    fprintf(out, "{\"__metadata__\":%s", metadata);
+    for (int i = 0; i < n; i++) put_tensor(out, &tensors[i], &data_bytes);
+    fprintf(out, "}");
+    while ((8 + ftell(out)) % 4096 && fputc(' ', out) == ' ') {
+    }
+    if (ferror(out) || fclose(out) || !header) die("out of memory");
+    // 2. The length, little-endian, and the header behind it.
+    uint8_t prefix[8];
+    for (int i = 0; i < 8; i++) prefix[i] = (uint64_t)length >> 8 * i;
+    output_write(w->out, file, prefix, 8, 0);
+    output_write(w->out, file, header, length, 8);
+    free(header);
+    // 3. The places.
+    w->slots = realloc(w->slots, (w->n + n + 1) * sizeof *w->slots);
+    if (!w->slots) die("out of memory");
+    size_t offset = 8 + length;
+    for (int i = 0; i < n; i++) {
+        const Tensor *t = &tensors[i];
+        w->slots[w->n++] = (struct Slot){format_text("%s", t->name), file, offset, t->bytes, false};
+        offset += t->bytes;
+    }
+    qsort(w->slots, w->n, sizeof *w->slots, by_slot_name);
+    w->bytes += offset;
+}
+
+/* Writes the data [bytes] of one of the tensors; in any order, each exactly once. */
+static void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
+    const struct Slot key = {.name = (char *)name};
+    struct Slot *slot = w->n ? bsearch(&key, w->slots, w->n, sizeof key, by_slot_name) : NULL;
+    if (!slot || slot->written || slot->bytes != bytes)
+        die("tensor %s with %zu bytes was not announced", name, bytes);
+    output_write(w->out, slot->file, data, bytes, slot->offset);
+    slot->written = true;
+}
+
+static void writer_text(Writer *w, const char *name, const char *text, size_t bytes) {
+    output_write(w->out, output_add(w->out, name), text, bytes, 0);
+    w->bytes += bytes;
+}
+
+/* The order of the tensors in their file: whole multiples of 256 bytes first, which keep each other
+ * aligned; then the small rest by size of element, for the same reason; texts last. */
+static int rank(const Tensor *t) {
+    if (t->dtype == U8 && t->n_dims == 1) return 5;
+    if (t->bytes % 256 == 0) return 0;
+    size_t size = dtype_size(t->dtype);
+    return size == 8 ? 1 : size == 4 ? 2 : size == 2 ? 3 : 4;
+}
+
+static Tensor *in_file_order(const Tensor *tensors, int n) {
+    Tensor *ordered = allocate(n + 1, sizeof *ordered);
+    for (int r = 0, m = 0; r <= 5; r++)
+        for (int i = 0; i < n; i++)
+            if (rank(&tensors[i]) == r) ordered[m++] = tensors[i];
+    return ordered;
+}
+
+/* The files that a model carries along, tokenizer.json first, as U8 tensors; returns how many. */
+static int checkpoint_texts(const Checkpoint *c, Tensor texts[1 + N_CHAT_FILES]) {
+    int n = 0;
+    int64_t bytes = c->tokenizer_bytes;
+    if (c->tokenizer)
+        texts[n++] = (Tensor){"tokenizer.json", U8, 1, {bytes}, c->tokenizer, bytes, NULL};
+    for (int i = 0; i < N_CHAT_FILES; i++)
+        if (c->chat_files[i].data) texts[n++] = c->chat_files[i];
+    return n;
+}
+
+/* Starts the model.bin `path` with the header for tensors [n], whose data is not read. In the file
+ * those of a multiple of 256 bytes come first, which aligns them, then the small rest by size of
+ * element, each in the order given. The strings of `c` go to __metadata__ and its texts to U8
+ * tensors of their names; `quantization` may be NULL. A link as `path` is followed. */
+static Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
+                           const Tensor *tensors, int n) {
+    // 1. The texts of the model come behind the tensors.
+    Tensor texts[1 + N_CHAT_FILES], *all = in_file_order(tensors, n);
+    int n_texts = checkpoint_texts(c, texts);
+    all = realloc(all, (n + n_texts + 1) * sizeof *all);
+    if (!all) die("out of memory");
+    memcpy(all + n, texts, n_texts * sizeof *all);
+    // 2. The metadata says what the file is.
+    char *metadata;
+    size_t bytes;
+    FILE *out = open_memstream(&metadata, &bytes);
+    if (!out) die("out of memory");
+    fprintf(out, "{\"format\":\"qqq\",\"version\":\"1\"");
+    put_metadata(out, "quantization", quantization);
+    put_metadata(out, "config", c->config);
+    put_metadata(out, "generation_config", c->generation_config);
+    fprintf(out, "}");
+    if (ferror(out) || fclose(out) || !metadata) die("out of memory");
+    // 3. The header and the texts are written, the tensors follow by writer_put().
+    Writer *w = allocate(1, sizeof *w);
+    w->out = output_open(path, false);
+    put_header(w, 0, metadata, all, n + n_texts);
+    for (int i = 0; i < n_texts; i++) writer_put(w, texts[i].name, texts[i].data, texts[i].bytes);
+    free(metadata);
+    free(all);
+    return w;
+}
+
+/* Cuts tensors [n] into shards of at most `bytes`, or one tensor that has more: shard s has tensors
+ * first[s] .. first[s + 1] - 1. Returns how many there are; first [n + 2] is malloc'ed. */
+static int cut_shards(size_t bytes, const Tensor *tensors, int n, int **first) {
+    int n_shards = 0;
+    size_t full = 0;
+    *first = allocate(n + 2, sizeof **first);
+    for (int i = 0; i < n; i++) {
+        bool fits = i > 0 && full + tensors[i].bytes <= bytes;
+        if (!fits) (*first)[n_shards++] = i, full = 0;
+        full += tensors[i].bytes;
+    }
+    (*first)[n_shards] = n;
+    return n_shards;
+}
+
+/* Starts the directory `path`, which must not exist or be empty, with tensors [n] in
+ * model.safetensors; if they have more than shard_bytes, in shards of at most as many with an
+ * index. writer_text() adds a file to it. */
+static Writer *writer_open_directory(const char *path, size_t shard_bytes, const Tensor *tensors,
+                                     int n) {
+    int *first, n_shards = cut_shards(shard_bytes, tensors, n, &first);
+    size_t total = 0, index_bytes;
+    for (int i = 0; i < n; i++) total += tensors[i].bytes;
+    Writer *w = allocate(1, sizeof *w);
+    w->out = output_open(path, true);
+    char *index;
+    FILE *out = open_memstream(&index, &index_bytes);
+    if (!out) die("out of memory");
+    fprintf(out, "{\n  \"metadata\": {\"total_size\": %zu},\n  \"weight_map\": {\n", total);
+    for (int s = 0; s < n_shards; s++) {
+        // 1. A file with the header of one shard.
+        char name[64] = "model.safetensors";
+        if (n_shards > 1)
+            snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", s + 1, n_shards);
+        int n_here = first[s + 1] - first[s];
+        Tensor *shard = in_file_order(tensors + first[s], n_here);
+        put_header(w, output_add(w->out, name), "{\"format\":\"pt\"}", shard, n_here);
+        free(shard);
+        // 2. The index says which tensors are in it.
+        for (int i = first[s]; i < first[s + 1]; i++)
+            fprintf(out, "    \"%s\": \"%s\"%s\n", tensors[i].name, name, i < n - 1 ? "," : "");
+    }
+    fprintf(out, "  }\n}\n");
+    if (ferror(out) || fclose(out) || !index) die("out of memory");
+    if (n_shards > 1) writer_text(w, "model.safetensors.index.json", index, index_bytes);
+    free(index);
+    free(first);
+    return w;
+}
+
+/* Puts the model in its place and frees the writer. Returns its bytes. */
+static size_t writer_close(Writer *w) {
+    for (int i = 0; i < w->n; i++) {
+        if (!w->slots[i].written) die("tensor %s is missing", w->slots[i].name);
+        free(w->slots[i].name);
+    }
+    output_close(w->out);
+    size_t bytes = w->bytes;
+    free(w->slots);
+    free(w);
+    return bytes;
 }
 
 /* ---- 3: what is written -------------------------------------------------------------------- */

@@ -17,7 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "files.h"
+#include "qqq.h"
 
 /* ---- 1: options ---------------------------------------------------------------------------- */
 

@@ -15,7 +15,7 @@
 #include <sys/random.h>
 #include <utf8proc.h>
 
-#include "files.h"
+#include "qqq.h"
 
 /* ---- 1 the tables --------------------------------------------------------------------------- */
 

@@ -16,7 +16,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#include "../files.h"
+#include "../qqq.h"
 
 /* ---- options ------------------------------------------------------------------------------- */
 

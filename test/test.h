@@ -3,7 +3,7 @@
 #ifndef TEST_H
 #define TEST_H
 
-#include "../files.h"
+#include "../qqq.h"
 
 /* Starts a test; the one before it ends here. */
 void test_begin(const char *name);
