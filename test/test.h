@@ -26,6 +26,11 @@ char *read_file(const char *path, size_t *bytes);
 /* Writes a whole file; a test's own files go under build/test/. */
 void write_file(const char *path, const void *data, size_t bytes);
 
+/* Writes the model.bin of these tensors [n], with the texts of `c` and its configs, as ./quantize
+ * does; `quantization` may be NULL. Returns its bytes. */
+size_t write_model(const char *path, const Checkpoint *c, const char *quantization,
+                   const Tensor *tensors, int n);
+
 /* Runs a command line through sh; out [out_size] gets stdout and stderr, cut to fit, with a NUL.
  * Returns the exit status, 128 + the signal's number if one ended it. */
 int run_command(const char *command, char *out, size_t out_size);

@@ -8,12 +8,18 @@
 
 #include "test.h"
 
+// The writer and QQQ's format are in quantize.c, and static there.
+#define main export_main
+int export_main(int argc, char **argv);
+#include "../quantize.c"
+#undef main
+
 #define SCRATCH "build/test/export"
 
 static const char *const kinds[] = {"g128", "channel"};
 static const char *const flags[] = {"-b rtn -r 0 -a 0 -m 0 -g 128", "-b rtn -a 0 -m 0 -g -1"};
 
-static bool quantize(const char *args) {
+static bool run_quantize(const char *args) {
     int status = shell("$QUANTIZE %s -d cpu", args);
     return check(status == 0, "quantize %s: status %d: %s", args, status, output);
 }
@@ -22,7 +28,7 @@ static bool quantize(const char *args) {
 static bool make(const char *model, const char *out, const char *options) {
     char args[512];
     snprintf(args, sizeof args, SCRATCH "/%s " SCRATCH "/%s %s", model, out, options);
-    return quantize(args);
+    return run_quantize(args);
 }
 
 static bool same_directories(const char *a, const char *b) {
@@ -114,9 +120,7 @@ static void make_models(void) {
         if (strcmp(c->tensors[i].name, "lm_head.weight")) list[n++] = c->tensors[i];
     memcpy(strstr(c->config, "\"tie_word_embeddings\": false"), "\"tie_word_embeddings\": true ",
            28);
-    Writer *w = writer_open(SCRATCH "/tied.bin", c, NULL, list, n);
-    for (int i = 0; i < n; i++) writer_put(w, list[i].name, list[i].data, list[i].bytes);
-    writer_close(w);
+    write_model(SCRATCH "/tied.bin", c, NULL, list, n);
     free(list);
     checkpoint_close(c);
 }

@@ -1236,12 +1236,8 @@ static void make_model(const char *path, Made s) {
         t[n] = (Tensor){names[n], F32, K ? 2 : 1, {N, K}, w, size * sizeof *w, NULL};
         n++;
     }
-    Writer *writer = writer_open(path, &c, NULL, t, n);
-    for (size_t i = 0; i < n; i++) {
-        writer_put(writer, t[i].name, t[i].data, t[i].bytes);
-        free((void *)t[i].data);
-    }
-    writer_close(writer);
+    write_model(path, &c, NULL, t, n);
+    for (size_t i = 0; i < n; i++) free((void *)t[i].data);
     free(names);
     free(t);
     free(tokenizer);
@@ -1577,9 +1573,7 @@ static void test_outliers(void) {
             if (!strncmp(part, linear_names[k], strlen(linear_names[k])))
                 new->data = m->layers[l].linears[k].w;
     }
-    Writer *writer = writer_open(path, o.c, NULL, t, n);
-    for (int i = 0; i < n; i++) writer_put(writer, t[i].name, t[i].data, t[i].bytes);
-    writer_close(writer);
+    write_model(path, o.c, NULL, t, n);
     free(t);
     free(s);
     model_free(m);
