@@ -109,9 +109,9 @@ typedef struct {
     const char *path; // the file it is in, for messages
 } Tensor;
 
-/* What chat needs elsewhere: tokenizer_config.json, chat_template.jinja, special_tokens_map.json.
- */
-enum { N_CHAT_FILES = 3 };
+/* The files beside tokenizer.json: tokenizer_config.json, chat_template.jinja,
+ * special_tokens_map.json, added_tokens.json. */
+enum { N_CHAT_FILES = 4 };
 extern const char *const chat_file_names[N_CHAT_FILES];
 
 /* A model on disk: a Hugging Face directory or a model.bin, mapped read-only, nothing copied.
@@ -152,8 +152,10 @@ bool checkpoint_owns(const Checkpoint *c, const char *path);
 /* The tensor of that name, or NULL. */
 const Tensor *checkpoint_find(const Checkpoint *c, const char *name);
 
-/* Reads a whole text file, malloc'ed with a NUL behind. */
+/* Reads a whole text, a file, a pipe or, of "-", stdin: malloc'ed with a NUL behind. Ends the
+ * program if it is empty or no UTF-8; check_text() does so for a text from elsewhere. */
 char *read_text(const char *path, size_t *bytes);
+void check_text(const char *name, const char *text, size_t bytes);
 
 /* ---- files.c 4: the model in a file ---------------------------------------------------------- */
 

@@ -51,6 +51,7 @@ typedef struct {
     int bos;                      // -1: none
     int eos[16];                  // [n_eos] generation stops at any of them
     int n_eos;
+    float temperature, top_p; // generation_config.json's, -1: none
 } Config;
 
 /* A file may hold others, which dtype_name() knows; no model needs them. */
