@@ -816,11 +816,8 @@ static Tensor text_tensor(const char *name, const char *data, size_t bytes) {
 
 static void open_qqq(Checkpoint *c);
 
-static void open_directory(Checkpoint *c) {
-    char *adapter = text_in(c->path, "adapter_config.json", true);
-    if (adapter) die("%s: adapter_config.json: merge the adapter into its model first", c->path);
-    c->config = text_in(c->path, "config.json", false);
-    c->generation_config = text_in(c->path, "generation_config.json", true);
+/* tokenizer.json and the files beside it. */
+static void open_texts(Checkpoint *c) {
     Mapping tokenizer = map_file(format_text("%s/tokenizer.json", c->path), true);
     if (tokenizer.data) {
         c->tokenizer = tokenizer.data;
@@ -833,6 +830,14 @@ static void open_directory(Checkpoint *c) {
         c->chat_files[i] = text_tensor(chat_file_names[i], text.data, text.bytes);
         add_mapping(c, text);
     }
+}
+
+static void open_directory(Checkpoint *c) {
+    char *adapter = text_in(c->path, "adapter_config.json", true);
+    if (adapter) die("%s: adapter_config.json: merge the adapter into its model first", c->path);
+    c->config = text_in(c->path, "config.json", false);
+    c->generation_config = text_in(c->path, "generation_config.json", true);
+    open_texts(c);
     Mapping single = map_file(format_text("%s/model.safetensors", c->path), true);
     Mapping index = map_file(format_text("%s/model.safetensors.index.json", c->path), true);
     if (!single.data && !index.data) die_missing(c->path, "model.safetensors");
@@ -933,16 +938,24 @@ char *model_path(const char *path) {
     return found;
 }
 
-Checkpoint *checkpoint_open(const char *path) {
+static Checkpoint *open_parts(const char *path, void (*open_in)(Checkpoint *c)) {
     Checkpoint *c = allocate(1, sizeof *c);
     c->path = model_path(path);
     c->next = opened;
     opened = c;
     struct sigaction cut = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
     sigaction(SIGBUS, &cut, NULL);
-    if (is_directory(c->path)) open_directory(c);
+    if (is_directory(c->path)) open_in(c);
     else open_model_bin(c);
     return c;
+}
+
+Checkpoint *checkpoint_open(const char *path) {
+    return open_parts(path, open_directory);
+}
+
+Checkpoint *checkpoint_open_texts(const char *path) {
+    return open_parts(path, open_texts);
 }
 
 void checkpoint_close(Checkpoint *c) {
@@ -1044,8 +1057,8 @@ static void generation_parse(const char *path, const char *text, Config *c) {
     c->top_p = sampling_number(j, "top_p", 1);
     int sample = json_get(j, 0, "do_sample");
     if (json_type(j, sample) == 'p' && json_is(j, sample, "false")) c->temperature = 0;
-    static const char *const others[] = {"top_k", "min_p", "typical_p", "repetition_penalty",
-                                         "no_repeat_ngram_size", "num_beams"};
+    static const char *const others[] = {
+        "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "num_beams"};
     for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
         double value; // 0 and 1 turn each of them off
         if (json_number(j, json_get(j, 0, others[i]), &value) && value != 0 && value != 1)
@@ -1092,7 +1105,8 @@ Config config_parse(const char *path, const char *config, const char *generation
     // transformers 5 moved rope_theta and rope_scaling's content into rope_parameters; where both
     // are given, it reads rope_scaling.
     int rope = json_get(j, 0, "rope_scaling"), newer = json_get(j, 0, "rope_parameters");
-    bool parameters = json_absent(j, rope) || (json_type(j, rope) == '{' && json_first(j, rope) < 0);
+    bool parameters =
+        json_absent(j, rope) || (json_type(j, rope) == '{' && json_first(j, rope) < 0);
     if (parameters && !json_absent(j, newer)) rope = newer;
     else if (json_first(j, newer) >= 0) note("%s: rope_scaling counts, not rope_parameters", name);
     if (json_type(j, rope) != '{' && !json_absent(j, rope))
@@ -1336,7 +1350,7 @@ static int begin_token(const Checkpoint *c, int configured) {
     for (int p = sequence ? json_first(j, list) : post; p >= 0;
          p = sequence ? json_next(j, list, p) : -1) {
         int template = json_get(j, p, "single"), type = json_get(j, p, "type");
-        if (!json_absent(j, p) && !json_is(j, type, "ByteLevel") && template < 0)
+        if (!json_absent(j, p) && !json_is(j, type, "ByteLevel") && template <0)
             die("%s: post_processor is %s, expected TemplateProcessing", name, shown(j, type));
         for (int i = json_first(j, template); i >= 0; i = json_next(j, template, i)) {
             int special = json_get(j, i, "SpecialToken");
@@ -1405,42 +1419,91 @@ void describe_model(const Checkpoint *checkpoint, const Model *m, const char *wh
     free(made);
 }
 
-Tokenizer *checkpoint_tokenizer(const Checkpoint *c, int vocab_size) {
+/* Says which tokens of a node of the files beside tokenizer.json it lacks: strings of an array or
+ * object, or their "content". `id` is the one that the file gives it, or -1. */
+static void note_tokens(const Tokenizer *t, const Json *j, int node, int64_t id) {
+    bool object = json_type(j, node) == '{';
+    int content = object ? json_get(j, node, "content") : node;
+    if (json_type(j, content) == '"') {
+        size_t bytes;
+        char *token = json_string(j, content, &bytes);
+        int found = tokenizer_id(t, token);
+        if (found < 0 || (id >= 0 && id != found))
+            note("%s: token %s is not used: tokenizer.json has it not, or another id for it",
+                 j->name, token);
+        free(token);
+    } else {
+        for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i))
+            note_tokens(t, j, object ? i + 1 : i, -1);
+    }
+}
+
+/* The same of a whole file: added_tokens.json {TOKEN: id}, or one with {"bos_token": TOKEN,
+ * "extra_special_tokens": [TOKEN, ..], "added_tokens_decoder": {id: TOKEN}}. */
+static void note_outside_tokens(const Tokenizer *t, const Checkpoint *c, const Tensor *file) {
+    char *name = format_text("%s: %s", c->path, file->name);
+    Json *j = json_parse(name, file->data, file->bytes);
+    for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
+        size_t bytes;
+        char *text = json_string(j, key, &bytes), *end = strrchr(text, '_');
+        if (!strcmp(file->name, "added_tokens.json"))
+            note_tokens(t, j, key, json_integer(j, key + 1, INT32_MAX));
+        else if (end && (!strcmp(end, "_token") || !strcmp(end, "_tokens") ||
+                         !strcmp(text, "added_tokens_decoder")))
+            note_tokens(t, j, key + 1, -1);
+        free(text);
+    }
+    json_free(j);
+    free(name);
+}
+
+Tokenizer *checkpoint_tokenizer(const Checkpoint *c) {
     if (!c->tokenizer) die("%s: it has no tokenizer.json", c->path);
     char *name = format_text("%s: tokenizer.json", c->path);
     Tokenizer *t = tokenizer_load(name, c->tokenizer, c->tokenizer_bytes);
-    if (tokenizer_size(t) > vocab_size)
-        die("%s: its tokenizer has %d tokens, its embedding only %d rows", c->path,
-            tokenizer_size(t), vocab_size);
     free(name);
+    for (int i = 0; i < N_CHAT_FILES; i++) {
+        const char *end = c->chat_files[i].data ? strrchr(c->chat_files[i].name, '.') : NULL;
+        if (end && !strcmp(end, ".json")) note_outside_tokens(t, c, &c->chat_files[i]);
+    }
     return t;
 }
 
-int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n) {
-    Tokenizer *tokenizer = checkpoint_tokenizer(c, INT_MAX);
-    size_t bytes;
-    char *text = read_text(path, &bytes);
-    int *ids = tokenizer_encode(tokenizer, text, bytes, true, n);
-    if (bos >= 0) {
+int *encode_text(const Tokenizer *t, const Config *c, const char *name, const char *text,
+                 size_t bytes, int *n) {
+    int *ids = tokenizer_encode(t, text, bytes, true, n);
+    if (c->bos >= 0 && (*n == 0 || ids[0] != c->bos)) {
         ids = realloc(ids, (*n + 1) * sizeof *ids);
         if (!ids) die("out of memory");
         memmove(ids + 1, ids, (*n)++ * sizeof *ids);
-        ids[0] = bos;
+        ids[0] = c->bos;
     }
-    free(text);
-    tokenizer_free(tokenizer);
+    for (int i = 0; i < *n; i++)
+        if (ids[i] >= c->vocab_size)
+            die("%s: token %d, the embedding has %d", name, ids[i], c->vocab_size);
     return ids;
 }
 
-void print_perplexity(const Checkpoint *c, Engine *e, const char *where, const char *label,
-                      const char *path, int length) {
-    const Config *config = &e->model->config;
-    if (!length) length = config->max_context < 2048 ? config->max_context : 2048;
-    int n, *tokens = text_tokens(c, config->bos, path, &n);
-    if (n < length) die("%s: it has %d tokens, a window needs %d (-l sets it)", path, n, length);
-    if (where) describe_model(c, e->model, where);
+int *read_tokens(const Tokenizer *t, const Config *c, const char *path, int *n) {
+    size_t bytes;
+    char *text = read_text(path, &bytes);
+    if (!t) die("%s: the model has no tokenizer.json, which it needs", path);
+    int *ids = encode_text(t, c, path, text, bytes, n);
+    free(text);
+    return ids;
+}
+
+int *read_windows(const Tokenizer *t, const Config *c, const char *path, int *length, int *n) {
+    int *ids = read_tokens(t, c, path, n);
+    if (!*length) *length = c->max_context < 2048 ? c->max_context : 2048;
+    if (*n < *length)
+        die("%s: it has %d tokens, a window needs %d (-l sets it)", path, *n, *length);
+    return ids;
+}
+
+void print_perplexity(const Checkpoint *c, Engine *e, const char *label, const int *tokens, int n,
+                      int length) {
     Perplexity p = perplexity(e, tokens, n, length, 0, show_windows);
-    free(tokens);
     if (!isfinite(p.mean))
         die("%s: the perplexity is %f: the weights are damaged", c->path, p.mean);
     printf("%sperplexity %.4f (%d windows of %d)", label, p.mean, p.windows, length);

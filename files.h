@@ -136,6 +136,7 @@ typedef struct Checkpoint {
  * model.bin, and checks the headers as strictly as the safetensors library does. A directory in the
  * QQQ repository's format is unpacked into memory and then looks like a model.bin. */
 Checkpoint *checkpoint_open(const char *path);
+Checkpoint *checkpoint_open_texts(const char *path); // of a directory tokenizer.json is enough
 void checkpoint_close(Checkpoint *c);
 
 /* Where a model is: `path`, or if that is a Hugging Face cache's models--ORGANIZATION--NAME, the
@@ -195,17 +196,23 @@ const char *weights_kind(const Model *m);
  * options that made it. `where` is what it runs on, or NULL. */
 void describe_model(const Checkpoint *c, const Model *m, const char *where);
 
-/* The checkpoint's tokenizer, or the end if it has none, or one of more than vocab_size tokens. */
-Tokenizer *checkpoint_tokenizer(const Checkpoint *c, int vocab_size);
+/* The checkpoint's tokenizer, or the end if it has none. Says which tokens of the older files
+ * beside it it lacks. */
+Tokenizer *checkpoint_tokenizer(const Checkpoint *c);
 
-/* Token ids [*n] of a text file by the checkpoint's tokenizer, special tokens parsed; `bos` stands
- * in front unless it is -1. malloc'ed. */
-int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n);
+/* Token ids [*n] of a text, special tokens parsed, BOS in front unless the text begins with it;
+ * malloc'ed. `name` is for the message if one is beyond the embedding. */
+int *encode_text(const Tokenizer *t, const Config *c, const char *name, const char *text,
+                 size_t bytes, int *n);
 
-/* perplexity() of a text file, with its BOS, printed as one line after `label`; length 0: 2048 or
- * the model's context, if less. Unless `where` is NULL the model is described before. */
-void print_perplexity(const Checkpoint *c, Engine *e, const char *where, const char *label,
-                      const char *path, int length);
+/* The same of a text file; and of one to be cut into windows of *length tokens, at least one. 0
+ * asks for 2048, or the model's context if that is less. */
+int *read_tokens(const Tokenizer *t, const Config *c, const char *path, int *n);
+int *read_windows(const Tokenizer *t, const Config *c, const char *path, int *length, int *n);
+
+/* perplexity() of tokens [n], printed as one line after `label`. */
+void print_perplexity(const Checkpoint *c, Engine *e, const char *label, const int *tokens, int n,
+                      int length);
 
 /* ---- files.c 5: the QQQ repository's checkpoints --------------------------------------------- */
 

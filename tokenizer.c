@@ -396,6 +396,7 @@ Tokenizer *tokenizer_load(const char *name, const char *text, size_t bytes) {
 }
 
 void tokenizer_free(Tokenizer *t) {
+    if (!t) return;
     for (int i = 0; i < t->size; i++) free(t->tokens[i].bytes);
     for (int i = 0; i < t->n_added; i++) free(t->added[i].text);
     free(t->tokens);
