@@ -2084,10 +2084,11 @@ static bool skip(Cursor *c, const char *word) {
     return c->at += n;
 }
 
-/* The bytes of the UTF-8 character at s, below 1 if there is none. */
+/* The bytes of the UTF-8 character at s, 0 if it is none. */
 static int utf8_bytes(const char *s, const char *end) {
     utf8proc_int32_t code;
-    return utf8proc_iterate((const uint8_t *)s, end - s, &code);
+    utf8proc_ssize_t bytes = utf8proc_iterate((const uint8_t *)s, end - s, &code);
+    return bytes > 0 ? (int)bytes : 0;
 }
 
 /* The code unit of the escape \uXXXX at s, -1 if there is none. */
@@ -2113,7 +2114,7 @@ static bool valid_string(Cursor *c) {
     for (c->at++; c->at < c->end && *c->at != '"';) {
         bool escape = *c->at == '\\', control = (unsigned char)*c->at < ' ';
         int bytes = escape ? escape_bytes(c->at, c->end) : utf8_bytes(c->at, c->end);
-        if (bytes < 1 || control) return false;
+        if (!bytes || control) return false;
         c->at += bytes;
     }
     return skip(c, "\"");
@@ -2211,10 +2212,11 @@ int json_next(const Json *j, int node, int child) {
 }
 
 int json_get(const Json *j, int node, const char *key) {
-    if (json_type(j, node) != '{') return -1;
+    int found = -1; // of a key that is there twice the last counts
+    if (json_type(j, node) != '{') return found;
     for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i))
-        if (json_is(j, i, key)) return i + 1;
-    return -1;
+        if (json_is(j, i, key)) found = i + 1;
+    return found;
 }
 
 bool json_absent(const Json *j, int node) {
@@ -2297,10 +2299,10 @@ void put_json_string(FILE *out, const char *text) {
     for (const char *s = text; s < end;) {
         int bytes = utf8_bytes(s, end);
         if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
-        else if (bytes < 1) fputs("\\ufffd", out); // not UTF-8
+        else if (!bytes) fputs("\\ufffd", out); // not UTF-8
         else if ((unsigned char)*s < ' ') fprintf(out, "\\u%04x", *s);
         else fwrite(s, 1, bytes, out);
-        s += bytes < 1 ? 1 : bytes;
+        s += bytes ? bytes : 1;
     }
     fputc('"', out);
 }
@@ -2389,8 +2391,42 @@ static char *read_file(const char *path, bool optional, size_t *bytes) {
     return text;
 }
 
+void check_text(const char *name, const char *text, size_t bytes) {
+    for (size_t i = 0, length; i < bytes; i += length) {
+        length = text[i] ? utf8_bytes(text + i, text + bytes) : 0;
+        if (!length)
+            die("%s: not a text: its byte %zu, 0x%02x, is no UTF-8", name, i, (uint8_t)text[i]);
+    }
+}
+
 char *read_text(const char *path, size_t *bytes) {
-    return read_file(path, false, bytes);
+    FILE *in = strcmp(path, "-") ? fopen(path, "re") : stdin;
+    char *text = NULL;
+    size_t size = 0, n = 1;
+    *bytes = 0;
+    for (; in && n; *bytes += n) {
+        if (*bytes == size) text = realloc(text, (size = 2 * size + (1 << 16)) + 1);
+        if (!text || *bytes > INT_MAX) die("%s: more text than fits in memory", path);
+        n = fread(text + *bytes, 1, size - *bytes, in);
+    }
+    if (!in || ferror(in)) die("%s: %s", path, strerror(errno));
+    if (in != stdin) fclose(in);
+    if (!*bytes) die("%s: it is empty", path);
+    text[*bytes] = 0;
+    check_text(path, text, *bytes);
+    return text;
+}
+
+/* Says on stderr what of MODEL is not used, or which of two words counts. */
+static void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
+static void note(const char *format, ...) {
+    char text[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    make_printable(text);
+    fprintf(stderr, "note: %s\n", text);
 }
 
 /* A whole number in [0, max] or -1. */
@@ -2619,15 +2655,14 @@ static char *text_in(const char *directory, const char *name, bool optional) {
 }
 
 static const char *const chat_file_names[N_CHAT_FILES] = {
-    "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"};
+    "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"};
 
 static Tensor text_tensor(const char *name, const char *data, size_t bytes) {
     return (Tensor){(char *)name, U8, 1, {bytes}, data, bytes, NULL};
 }
 
-static void open_directory(Checkpoint *c) {
-    c->config = text_in(c->path, "config.json", false);
-    c->generation_config = text_in(c->path, "generation_config.json", true);
+/* tokenizer.json and the files beside it. */
+static void open_texts(Checkpoint *c) {
     Mapping tokenizer = map_file(format_text("%s/tokenizer.json", c->path), true);
     if (tokenizer.data) {
         c->tokenizer = tokenizer.data;
@@ -2640,14 +2675,24 @@ static void open_directory(Checkpoint *c) {
         c->chat_files[i] = text_tensor(chat_file_names[i], text.data, text.bytes);
         add_mapping(c, text);
     }
+}
+
+static void open_directory(Checkpoint *c) {
+    char *adapter = text_in(c->path, "adapter_config.json", true);
+    if (adapter) die("%s: adapter_config.json: merge the adapter into its model first", c->path);
+    c->config = text_in(c->path, "config.json", false);
+    c->generation_config = text_in(c->path, "generation_config.json", true);
+    open_texts(c);
+    Mapping single = map_file(format_text("%s/model.safetensors", c->path), true);
     Mapping index = map_file(format_text("%s/model.safetensors.index.json", c->path), true);
-    if (index.data) {
-        add_shards(c, *add_mapping(c, index));
-    } else {
-        Mapping single = map_file(format_text("%s/model.safetensors", c->path), true);
-        if (!single.data) die_missing(c->path, "model.safetensors");
+    if (!single.data && !index.data) die_missing(c->path, "model.safetensors");
+    if (index.data) add_mapping(c, index);
+    if (single.data) {
+        if (index.data) note("%s: model.safetensors is read, the index beside it not", c->path);
         json_free(add_safetensors(c, *add_mapping(c, single)));
         checkpoint_sort(c);
+    } else {
+        add_shards(c, index);
     }
 }
 
@@ -2737,12 +2782,20 @@ char *model_path(const char *path) {
     return found;
 }
 
-Checkpoint *checkpoint_open(const char *path) {
+static Checkpoint *open_parts(const char *path, void (*open_in)(Checkpoint *c)) {
     Checkpoint *c = allocate(1, sizeof *c);
     c->path = model_path(path);
-    if (is_directory(c->path)) open_directory(c);
+    if (is_directory(c->path)) open_in(c);
     else open_model_bin(c);
     return c;
+}
+
+Checkpoint *checkpoint_open(const char *path) {
+    return open_parts(path, open_directory);
+}
+
+Checkpoint *checkpoint_open_texts(const char *path) {
+    return open_parts(path, open_texts);
 }
 
 void checkpoint_close(Checkpoint *c) {
@@ -2820,15 +2873,42 @@ static void add_all_eos(Config *c, const Json *j) {
         add_eos(c, j, i);
 }
 
+/* A number from 0 to max, -1 if it is absent. */
+static double sampling_number(const Json *j, const char *key, double max) {
+    int node = json_get(j, 0, key);
+    double value = -1;
+    if (!json_absent(j, node) && (!json_number(j, node, &value) || value < 0 || value > max))
+        die("%s: %s is %s, expected a number from 0 to %g", j->name, key, shown(j, node), max);
+    return value;
+}
+
+/* generation_config.json: its EOS counts instead of config.json's, its temperature and top_p where
+ * no option says otherwise. */
+static void generation_parse(const char *path, const char *text, Config *c) {
+    char *name = format_text("%s: generation_config.json", path);
+    Json *j = json_parse(name, text, strlen(text));
+    if (json_type(j, 0) != '{') die("%s: no JSON object", name);
+    if (!json_absent(j, json_get(j, 0, "eos_token_id"))) c->n_eos = 0;
+    add_all_eos(c, j);
+    c->temperature = sampling_number(j, "temperature", 100);
+    c->top_p = sampling_number(j, "top_p", 1);
+    int sample = json_get(j, 0, "do_sample");
+    if (json_type(j, sample) == 'p' && json_is(j, sample, "false")) c->temperature = 0;
+    static const char *const others[] = {
+        "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "num_beams"};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        double value; // 0 and 1 turn each of them off
+        if (json_number(j, json_get(j, 0, others[i]), &value) && value != 0 && value != 1)
+            note("%s: %s %g is not used", name, others[i], value);
+    }
+    json_free(j);
+    free(name);
+}
+
 Config config_parse(const char *path, const char *config, const char *generation_config) {
     char *name = format_text("%s: config.json", path);
     Json *j = json_parse(name, config, strlen(config));
     config_expect(j, 0, "model_type", "llama");
-    int quantization = json_get(j, 0, "quantization_config");
-    if (!json_absent(j, quantization))
-        die("%s: quantization_config, quant_method %s: the weights are quantized already, and not "
-            "by this program",
-            name, shown(j, json_get(j, quantization, "quant_method")));
     config_expect(j, 0, "hidden_act", "silu");
     const char *absent[] = {"attention_bias", "mlp_bias"};
     for (int i = 0; i < 2; i++)
@@ -2859,10 +2939,13 @@ Config config_parse(const char *path, const char *config, const char *generation
     if (!(c.norm_eps > 0 && c.norm_eps < INFINITY)) die("%s: rms_norm_eps is no float", name);
     c.tied = config_true(j, "tie_word_embeddings");
 
-    // transformers 5 moved rope_theta and rope_scaling's content into rope_parameters.
-    int rope = json_get(j, 0, "rope_parameters");
-    bool parameters = !json_absent(j, rope);
-    if (!parameters) rope = json_get(j, 0, "rope_scaling");
+    // transformers 5 moved rope_theta and rope_scaling's content into rope_parameters; where both
+    // are given, it reads rope_scaling.
+    int rope = json_get(j, 0, "rope_scaling"), newer = json_get(j, 0, "rope_parameters");
+    bool parameters =
+        json_absent(j, rope) || (json_type(j, rope) == '{' && json_first(j, rope) < 0);
+    if (parameters && !json_absent(j, newer)) rope = newer;
+    else if (json_first(j, newer) >= 0) note("%s: rope_scaling counts, not rope_parameters", name);
     if (json_type(j, rope) != '{' && !json_absent(j, rope))
         die("%s: %s is %s, expected an object", name,
             parameters ? "rope_parameters" : "rope_scaling", shown(j, rope));
@@ -2885,19 +2968,11 @@ Config config_parse(const char *path, const char *config, const char *generation
     c.bos = json_integer(j, bos, INT32_MAX);
     if (c.bos < 0 && !json_absent(j, bos))
         die("%s: bos_token_id is %s, expected a token id", name, shown(j, bos));
-    if (c.bos >= c.vocab_size)
-        die("%s: bos_token_id %d is outside the vocabulary of %d", name, c.bos, c.vocab_size);
     add_all_eos(&c, j);
     json_free(j);
     free(name);
-    if (generation_config) {
-        name = format_text("%s: generation_config.json", path);
-        j = json_parse(name, generation_config, strlen(generation_config));
-        if (json_type(j, 0) != '{') die("%s: no JSON object", name);
-        add_all_eos(&c, j);
-        json_free(j);
-        free(name);
-    }
+    c.temperature = c.top_p = -1;
+    if (generation_config) generation_parse(path, generation_config, &c);
     return c;
 }
 
@@ -2929,12 +3004,14 @@ static bool has_zero_code(const uint8_t *codes, size_t n) {
 typedef struct {
     const Checkpoint *checkpoint;
     int group_size;
+    bool *used; // [n_tensors] of the checkpoint
 } Loading;
 
 /* One tensor of a model from its file. */
 static void load_tensor(void *to, const Parameter *p) {
     const Loading *loading = to;
     const Tensor *t = need(loading->checkpoint, p);
+    loading->used[t - loading->checkpoint->tensors] = true;
     bool is_float = p->role == NORM || p->role == WEIGHT;
     bool in_bytes = p->role == WEIGHT && p->linear->dtype == I8;
     if (is_float) expect_dtype(t, t->dtype <= BF16 || in_bytes, "F32, F16 or BF16");
@@ -3061,16 +3138,99 @@ void check_group_size(const char *path, const Config *c, int group_size) {
     }
 }
 
+/* Says which tensors of the file no part of the model reads, the first of them by name. */
+static void note_unused(const Checkpoint *c, const bool *used) {
+    char names[600] = "";
+    int n = 0;
+    for (int i = 0; i < c->n_tensors; i++) {
+        const Tensor *t = &c->tensors[i];
+        const char *end = strrchr(t->name, '.');
+        if (used[i] || (t->dtype == U8 && t->n_dims == 1)) continue; // a text that travels along
+        if (end && !strcmp(end, ".inv_freq")) continue;              // RoPE's, computed
+        size_t length = strlen(names);
+        if (length + strlen(t->name) + 8 < sizeof names)
+            sprintf(names + length, "%s%s", n ? ", " : "", t->name);
+        else if (strcmp(names + length - 3, "...")) strcat(names, ", ...");
+        n++;
+    }
+    if (n) note("%s: %d tensors are not used: %s", c->path, n, names);
+}
+
+/* Refuses weights that another program quantized. */
+static void check_quantization(const Checkpoint *c) {
+    char *name = format_text("%s: config.json", c->path);
+    Json *j = json_parse(name, c->config, strlen(c->config));
+    int how = json_get(j, 0, "quantization_config");
+    const Tensor *t = checkpoint_find(c, "model.layers.0.self_attn.q_proj.weight");
+    const char *method = shown(j, json_get(j, how, "quant_method"));
+    if (!json_absent(j, how) && (!t || t->dtype > BF16))
+        die("%s: quantization_config, quant_method %s: the weights are quantized already, and not "
+            "by this program",
+            name, method);
+    if (!json_absent(j, how))
+        note("%s: quantization_config, quant_method %s, is not used: the weights are %s", name,
+             method, dtype_name(t->dtype));
+    json_free(j);
+    free(name);
+}
+
+/* The token that begins a text: tokenizer.json's post-processor says so, and where there is none
+ * config.json. -1: none. */
+static int begin_token(const Checkpoint *c, int configured) {
+    if (!c->tokenizer) return configured;
+    char *name = format_text("%s: tokenizer.json", c->path);
+    Json *j = json_parse(name, c->tokenizer, c->tokenizer_bytes);
+    int post = json_get(j, 0, "post_processor"), list = json_get(j, post, "processors");
+    bool sequence = json_is(j, json_get(j, post, "type"), "Sequence");
+    int bos = -1, extra = 0;
+    bool text = false;
+    for (int p = sequence ? json_first(j, list) : post; p >= 0;
+         p = sequence ? json_next(j, list, p) : -1) {
+        int template = json_get(j, p, "single"), type = json_get(j, p, "type");
+        if (!json_absent(j, p) && !json_is(j, type, "ByteLevel") && template <0)
+            die("%s: post_processor is %s, expected TemplateProcessing", name, shown(j, type));
+        for (int i = json_first(j, template); i >= 0; i = json_next(j, template, i)) {
+            int special = json_get(j, i, "SpecialToken");
+            size_t bytes;
+            char *id = special < 0 ? NULL : json_string(j, json_get(j, special, "id"), &bytes);
+            if (!id) text = true;
+            else if (text || bos >= 0) extra++;
+            else {
+                int token = json_get(j, json_get(j, p, "special_tokens"), id);
+                bos = json_integer(j, json_first(j, json_get(j, token, "ids")), INT32_MAX);
+            }
+            free(id);
+        }
+    }
+    if (extra) note("%s: post_processor adds more to a text than its first token: not used", name);
+    if (json_absent(j, post)) bos = configured;
+    if (json_absent(j, post) && bos >= 0)
+        note("%s: no post_processor: texts begin with config.json's bos_token_id, %d", name, bos);
+    else if (configured >= 0 && configured != bos)
+        note("%s: texts begin with %d, not with config.json's bos_token_id %d", name, bos,
+             configured);
+    json_free(j);
+    free(name);
+    return bos;
+}
+
 Model *model_load(const Checkpoint *checkpoint) {
     Config c = config_parse(checkpoint->path, checkpoint->config, checkpoint->generation_config);
+    if (!checkpoint->quantization) check_quantization(checkpoint);
+    c.bos = begin_token(checkpoint, c.bos);
+    if (c.bos >= c.vocab_size)
+        die("%s: texts begin with token %d, outside the vocabulary of %d", checkpoint->path, c.bos,
+            c.vocab_size);
     // A tied lm_head that rotation or its 8 bits untied stands in the file all the same.
     const Tensor *head = checkpoint_find(checkpoint, "lm_head.weight");
     if (head) c.tied = false;
     Model *m = model_new(&c, quantization_group_size(checkpoint));
     if (head && head->dtype == I8 && m->group_size) m->lm_head.dtype = I8;
     check_group_size(checkpoint->path, &c, m->group_size);
-    Loading loading = {checkpoint, m->group_size};
+    Loading loading = {checkpoint, m->group_size, allocate(checkpoint->n_tensors, sizeof(bool))};
     for_each_tensor(m, -1, c.n_layers, load_tensor, &loading);
+    note_unused(checkpoint, loading.used);
+    free(loading.used);
     if (c.tied) m->lm_head = m->embedding;
     return m;
 }
@@ -3096,42 +3256,91 @@ void describe_model(const Checkpoint *checkpoint, const Model *m, const char *wh
     free(made);
 }
 
-Tokenizer *checkpoint_tokenizer(const Checkpoint *c, int vocab_size) {
+/* Says which tokens of a node of the files beside tokenizer.json it lacks: strings of an array or
+ * object, or their "content". `id` is the one that the file gives it, or -1. */
+static void note_tokens(const Tokenizer *t, const Json *j, int node, int64_t id) {
+    bool object = json_type(j, node) == '{';
+    int content = object ? json_get(j, node, "content") : node;
+    if (json_type(j, content) == '"') {
+        size_t bytes;
+        char *token = json_string(j, content, &bytes);
+        int found = tokenizer_id(t, token);
+        if (found < 0 || (id >= 0 && id != found))
+            note("%s: token %s is not used: tokenizer.json has it not, or another id for it",
+                 j->name, token);
+        free(token);
+    } else {
+        for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i))
+            note_tokens(t, j, object ? i + 1 : i, -1);
+    }
+}
+
+/* The same of a whole file: added_tokens.json {TOKEN: id}, or one with {"bos_token": TOKEN,
+ * "extra_special_tokens": [TOKEN, ..], "added_tokens_decoder": {id: TOKEN}}. */
+static void note_outside_tokens(const Tokenizer *t, const Checkpoint *c, const Tensor *file) {
+    char *name = format_text("%s: %s", c->path, file->name);
+    Json *j = json_parse(name, file->data, file->bytes);
+    for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
+        size_t bytes;
+        char *text = json_string(j, key, &bytes), *end = strrchr(text, '_');
+        if (!strcmp(file->name, "added_tokens.json"))
+            note_tokens(t, j, key, json_integer(j, key + 1, INT32_MAX));
+        else if (end && (!strcmp(end, "_token") || !strcmp(end, "_tokens") ||
+                         !strcmp(text, "added_tokens_decoder")))
+            note_tokens(t, j, key + 1, -1);
+        free(text);
+    }
+    json_free(j);
+    free(name);
+}
+
+Tokenizer *checkpoint_tokenizer(const Checkpoint *c) {
     if (!c->tokenizer) die("%s: it has no tokenizer.json", c->path);
     char *name = format_text("%s: tokenizer.json", c->path);
     Tokenizer *t = tokenizer_load(name, c->tokenizer, c->tokenizer_bytes);
-    if (tokenizer_size(t) > vocab_size)
-        die("%s: its tokenizer has %d tokens, its embedding only %d rows", c->path,
-            tokenizer_size(t), vocab_size);
     free(name);
+    for (int i = 0; i < N_CHAT_FILES; i++) {
+        const char *end = c->chat_files[i].data ? strrchr(c->chat_files[i].name, '.') : NULL;
+        if (end && !strcmp(end, ".json")) note_outside_tokens(t, c, &c->chat_files[i]);
+    }
     return t;
 }
 
-int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n) {
-    Tokenizer *tokenizer = checkpoint_tokenizer(c, INT_MAX);
-    size_t bytes;
-    char *text = read_text(path, &bytes);
-    int *ids = tokenizer_encode(tokenizer, text, bytes, true, n);
-    if (bos >= 0) {
+int *encode_text(const Tokenizer *t, const Config *c, const char *name, const char *text,
+                 size_t bytes, int *n) {
+    int *ids = tokenizer_encode(t, text, bytes, true, n);
+    if (c->bos >= 0 && (*n == 0 || ids[0] != c->bos)) {
         ids = realloc(ids, (*n + 1) * sizeof *ids);
         if (!ids) die("out of memory");
         memmove(ids + 1, ids, (*n)++ * sizeof *ids);
-        ids[0] = bos;
+        ids[0] = c->bos;
     }
-    free(text);
-    tokenizer_free(tokenizer);
+    for (int i = 0; i < *n; i++)
+        if (ids[i] >= c->vocab_size)
+            die("%s: token %d, the embedding has %d", name, ids[i], c->vocab_size);
     return ids;
 }
 
-void print_perplexity(const Checkpoint *c, Engine *e, const char *where, const char *label,
-                      const char *path, int length) {
-    const Config *config = &e->model->config;
-    if (!length) length = config->max_context < 2048 ? config->max_context : 2048;
-    int n, *tokens = text_tokens(c, config->bos, path, &n);
-    if (n < length) die("%s: it has %d tokens, a window needs %d (-l sets it)", path, n, length);
-    if (where) describe_model(c, e->model, where);
+int *read_tokens(const Tokenizer *t, const Config *c, const char *path, int *n) {
+    size_t bytes;
+    char *text = read_text(path, &bytes);
+    if (!t) die("%s: the model has no tokenizer.json, which it needs", path);
+    int *ids = encode_text(t, c, path, text, bytes, n);
+    free(text);
+    return ids;
+}
+
+int *read_windows(const Tokenizer *t, const Config *c, const char *path, int *length, int *n) {
+    int *ids = read_tokens(t, c, path, n);
+    if (!*length) *length = c->max_context < 2048 ? c->max_context : 2048;
+    if (*n < *length)
+        die("%s: it has %d tokens, a window needs %d (-l sets it)", path, *n, *length);
+    return ids;
+}
+
+void print_perplexity(const Checkpoint *c, Engine *e, const char *label, const int *tokens, int n,
+                      int length) {
     Perplexity p = perplexity(e, tokens, n, length, 0, show_windows);
-    free(tokens);
     if (!isfinite(p.mean))
         die("%s: the perplexity is %f: the weights are damaged", c->path, p.mean);
     printf("%sperplexity %.4f (%d windows of %d)", label, p.mean, p.windows, length);

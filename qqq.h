@@ -50,6 +50,7 @@ typedef struct {
     int bos;                      // -1: none
     int eos[16];                  // [n_eos] generation stops at any of them
     int n_eos;
+    float temperature, top_p; // generation_config.json's, -1: none
 } Config;
 
 /* A file may hold others, which dtype_name() knows; no model needs them. */
@@ -613,9 +614,9 @@ typedef struct {
     const char *path; // the file it is in, for messages
 } Tensor;
 
-/* What chat needs elsewhere: tokenizer_config.json, chat_template.jinja, special_tokens_map.json.
- */
-enum { N_CHAT_FILES = 3 };
+/* The files beside tokenizer.json: tokenizer_config.json, chat_template.jinja,
+ * special_tokens_map.json, added_tokens.json. */
+enum { N_CHAT_FILES = 4 };
 
 /* A model on disk: a Hugging Face directory or a model.bin, mapped read-only, nothing copied.
  * Format: https://huggingface.co/docs/safetensors. */
@@ -637,6 +638,7 @@ typedef struct Checkpoint {
  * model.safetensors.index.json and its shards), a Hugging Face cache's folder of one, or a
  * model.bin, and checks the headers as strictly as the safetensors library does. */
 Checkpoint *checkpoint_open(const char *path);
+Checkpoint *checkpoint_open_texts(const char *path); // of a directory tokenizer.json is enough
 void checkpoint_close(Checkpoint *c);
 
 /* Memory [bytes], zeroed, that lives as long as the checkpoint, for tensors that a program makes;
@@ -658,8 +660,10 @@ bool checkpoint_owns(const Checkpoint *c, const char *path);
 /* The tensor of that name, or NULL. */
 const Tensor *checkpoint_find(const Checkpoint *c, const char *name);
 
-/* Reads a whole text file, malloc'ed with a NUL behind. */
+/* Reads a whole text, a file, a pipe or, of "-", stdin: malloc'ed with a NUL behind. Ends the
+ * program if it is empty or no UTF-8; check_text() does so for a text from elsewhere. */
 char *read_text(const char *path, size_t *bytes);
+void check_text(const char *name, const char *text, size_t bytes);
 
 /* ---- qqq.c 5: the model in a file ---------------------------------------------------------- */
 
@@ -699,17 +703,23 @@ const char *weights_kind(const Model *m);
  * options that made it. `where` is what it runs on, or NULL. */
 void describe_model(const Checkpoint *c, const Model *m, const char *where);
 
-/* The checkpoint's tokenizer, or the end if it has none, or one of more than vocab_size tokens. */
-Tokenizer *checkpoint_tokenizer(const Checkpoint *c, int vocab_size);
+/* The checkpoint's tokenizer, or the end if it has none. Says which tokens of the older files
+ * beside it it lacks. */
+Tokenizer *checkpoint_tokenizer(const Checkpoint *c);
 
-/* Token ids [*n] of a text file by the checkpoint's tokenizer, special tokens parsed; `bos` stands
- * in front unless it is -1. malloc'ed. */
-int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n);
+/* Token ids [*n] of a text, special tokens parsed, BOS in front unless the text begins with it;
+ * malloc'ed. `name` is for the message if one is beyond the embedding. */
+int *encode_text(const Tokenizer *t, const Config *c, const char *name, const char *text,
+                 size_t bytes, int *n);
 
-/* perplexity() of a text file, with its BOS, printed as one line after `label`; length 0: 2048 or
- * the model's context, if less. Unless `where` is NULL the model is described before. */
-void print_perplexity(const Checkpoint *c, Engine *e, const char *where, const char *label,
-                      const char *path, int length);
+/* The same of a text file; and of one to be cut into windows of *length tokens, at least one. 0
+ * asks for 2048, or the model's context if that is less. */
+int *read_tokens(const Tokenizer *t, const Config *c, const char *path, int *n);
+int *read_windows(const Tokenizer *t, const Config *c, const char *path, int *length, int *n);
+
+/* perplexity() of tokens [n], printed as one line after `label`. */
+void print_perplexity(const Checkpoint *c, Engine *e, const char *label, const int *tokens, int n,
+                      int length);
 
 /* ---- qqq.c 6: errors, options, progress, files that are written ---------------------------- */
 

@@ -141,28 +141,39 @@ static const char *base_name(const char *path) {
 }
 
 /* Tokens [*n_windows][o->length] of the calibration text, with one BOS in front of the first; NULL
- * and no windows if nothing needs them. */
-static int *calibration_tokens(const Options *o, const Checkpoint *checkpoint, const Config *c,
+ * and no windows if nothing needs them. Fewer than 4 tokens for each input of the widest linear
+ * make H so poor that GPTQ was no better on data/tiny than rounding to nearest (README). */
+static int *calibration_tokens(const Options *o, const Tokenizer *tokenizer, const Config *c,
                                int *n_windows) {
     *n_windows = 0;
     if (!o->method.gptq && !o->method.mse && !o->method.smooth) return NULL;
     if (o->length > c->max_context)
         die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
-    int n, *tokens = text_tokens(checkpoint, c->bos, o->calibration, &n);
+    int n, *tokens = read_tokens(tokenizer, c, o->calibration, &n);
     int available = n / o->length;
     *n_windows = o->n_windows ? o->n_windows : available < 128 ? available : 128;
     if (*n_windows > available || available == 0)
         die("%s: its %d tokens give %d windows of %d, %d are needed", o->calibration, n, available,
             o->length, *n_windows ? *n_windows : 1);
-    for (int i = 0; i < *n_windows * o->length; i++)
-        if (tokens[i] >= c->vocab_size)
-            die("%s: token %d is outside the embedding", o->calibration, tokens[i]);
+    int needed = 4 * (c->hidden_dim > c->dim ? c->hidden_dim : c->dim);
+    if (o->method.gptq && *n_windows * o->length < needed)
+        fprintf(stderr,
+                "note: %d tokens of calibration are few: with less than %d the model can be "
+                "worse than rounded to nearest (-b rtn)\n",
+                *n_windows * o->length, needed);
     return tokens;
 }
 
-static void evaluate(const Options *o, const Checkpoint *c, const Model *m, const char *label) {
+/* The text of -e. */
+typedef struct {
+    int *tokens; // [n], NULL without -e
+    int n, length;
+} Evaluation;
+
+static void evaluate(const Options *o, const Checkpoint *c, const Model *m, const char *label,
+                     const Evaluation *text) {
     Engine *e = engine_new(m, o->gpu, 16);
-    print_perplexity(c, e, NULL, label, o->eval, 0);
+    print_perplexity(c, e, label, text->tokens, text->n, text->length);
     e->free(e);
 }
 
@@ -910,15 +921,16 @@ static void transcribe(Options *o, const Checkpoint *c, Model *m) {
 }
 
 /* Loads the model, and its tokenizer if it has one: what ./run would refuse is refused here. */
-static Model *load(const Checkpoint *c) {
-    Model *m = model_load(c);
-    if (c->tokenizer) tokenizer_free(checkpoint_tokenizer(c, m->config.vocab_size));
-    return m;
+static Model *load(const Checkpoint *c, Tokenizer **tokenizer) {
+    *tokenizer = c->tokenizer ? checkpoint_tokenizer(c) : NULL;
+    return model_load(c);
 }
 
 static void convert(const Options *o, const Checkpoint *c) {
     if (c->quantization) die("%s: it is quantized already: %s", o->model, c->quantization);
-    model_free(load(c));
+    Tokenizer *tokenizer;
+    model_free(load(c, &tokenizer));
+    tokenizer_free(tokenizer);
     Tensor *list = allocate(c->n_tensors, sizeof *list);
     int n = 0;
     for (int i = 0; i < c->n_tensors; i++) // but the texts, which writer_open() adds
@@ -1017,10 +1029,12 @@ static void make_ends(const Options *o, const Model *m, Model *made) {
 }
 
 static void quantize(Options *o, const Checkpoint *c) {
-    Model *m = load(c);
+    Tokenizer *tokenizer;
+    Model *m = load(c, &tokenizer);
     const Config *config = &m->config;
     if (m->group_size) {
         transcribe(o, c, m);
+        tokenizer_free(tokenizer);
         model_free(m);
         return;
     }
@@ -1030,7 +1044,10 @@ static void quantize(Options *o, const Checkpoint *c) {
     random_signs(o->seed, config->dim, signs);
     if (o->rotate) o->method.signs = signs;
     Model *made = new_model(o, m);
-    int n_windows, *tokens = calibration_tokens(o, c, config, &n_windows);
+    int n_windows, *tokens = calibration_tokens(o, tokenizer, config, &n_windows);
+    Evaluation text = {0};
+    if (o->eval) text.tokens = read_windows(tokenizer, config, o->eval, &text.length, &text.n);
+    tokenizer_free(tokenizer);
     char *quantization = describe(o, n_windows);
     Out out = {.o = o, .checkpoint = c};
     open_out(&out, made, quantization);
@@ -1039,7 +1056,7 @@ static void quantize(Options *o, const Checkpoint *c) {
         fprintf(stderr, "calibration: %s, %d windows of %d\n", base_name(o->calibration), n_windows,
                 o->length);
     make_ends(o, m, made);
-    if (o->eval) evaluate(o, c, m, "before: ");
+    if (o->eval) evaluate(o, c, m, "before: ", &text);
     quantize_layers(o, m, made, tokens, n_windows, &out);
     for_each_tensor(made, -1, -1, put, &out);
     for_each_tensor(made, config->n_layers, config->n_layers, put, &out);
@@ -1053,7 +1070,8 @@ static void quantize(Options *o, const Checkpoint *c) {
     if (!o->eval) return;
     Checkpoint *file = checkpoint_open(o->out);
     m = model_load(file);
-    evaluate(o, file, m, "after: ");
+    evaluate(o, file, m, "after: ", &text);
+    free(text.tokens);
     model_free(m);
     checkpoint_close(file);
 }

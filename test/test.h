@@ -44,6 +44,9 @@ int shell(const char *format, ...) __attribute__((format(printf, 1, 2)));
  * stderr, which is copied to message [size]. */
 bool dies(void (*f)(void *), void *arg, char *message, size_t size);
 
+/* Token ids [*n] of a text file, `bos` in front unless it is -1; malloc'ed. */
+int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n);
+
 /* A file is there. */
 bool exists(const char *path);
 
