@@ -44,6 +44,7 @@ typedef struct {
 } View;
 
 static void make_printable(char *text);
+static void show_windows(int done, int total);
 static float f16_to_float(uint16_t h);
 static float max_magnitude(const float *x, size_t n);
 static float clamp(float x, float low, float high);
@@ -2456,11 +2457,13 @@ static Tensor parse_tensor(const Json *j, int key, const char *path, const char 
     t.name = json_string(j, key, &length);
     if (strlen(t.name) != length) die("%s: a tensor's name holds a NUL", path);
 
+    // 1. The dtype.
     int dtype = json_get(j, key + 1, "dtype"), d = 0;
     while (d < N_DTYPES && !json_is(j, dtype, dtypes[d].name)) d++;
     if (d == N_DTYPES) die("%s: tensor %s has an unknown dtype: %s", path, t.name, shown(j, dtype));
     t.dtype = d;
 
+    // 2. The shape, and the bytes that it asks for.
     int shape = json_get(j, key + 1, "shape");
     size_t size = dtypes[d].bits; // in bits, until all extents are known
     if (json_type(j, shape) != '[') die("%s: tensor %s has no shape", path, t.name);
@@ -2473,6 +2476,7 @@ static Tensor parse_tensor(const Json *j, int key, const char *path, const char 
     if (size % 8) die("%s: tensor %s has a shape that fills no whole bytes", path, t.name);
     size /= 8;
 
+    // 3. The offsets: two whole numbers, within the file, as many bytes apart.
     int offsets = json_get(j, key + 1, "data_offsets"), first = json_first(j, offsets);
     int second = first < 0 ? -1 : json_next(j, offsets, first);
     int64_t begin = json_integer(j, first, 0x1p53), end = json_integer(j, second, 0x1p53);
@@ -2542,6 +2546,7 @@ static void check_header(const Json *j) {
 
 /* Adds the tensors of a safetensors file. Returns its parsed header. */
 static Json *add_safetensors(Checkpoint *c, const Mapping m) {
+    // 1. The length of the header, little-endian.
     uint64_t length = 0;
     for (size_t i = 0; i < 8 && i < m.bytes; i++) length |= (uint64_t)(uint8_t)m.data[i] << 8 * i;
     if (m.bytes < 8 || length > m.bytes - 8 || length > MAX_JSON) { // GGUF of 14 GB
@@ -2551,6 +2556,7 @@ static Json *add_safetensors(Checkpoint *c, const Mapping m) {
     if (m.bytes < 8 || length > m.bytes - 8)
         die("%s: not a safetensors file: a header of %llu bytes in a file of %zu", m.path,
             (unsigned long long)length, m.bytes);
+    // 2. The header: an object of tensors, and of strings in __metadata__.
     Json *j = json_parse(m.path, m.data + 8, length);
     if (json_type(j, 0) != '{') die("%s: the safetensors header is no JSON object", m.path);
     check_header(j);
@@ -2560,6 +2566,7 @@ static Json *add_safetensors(Checkpoint *c, const Mapping m) {
     for (int i = json_first(j, metadata); i >= 0; i = json_next(j, metadata, i))
         if (json_type(j, i + 1) != '"') die("%s: __metadata__ holds what is no string", m.path);
 
+    // 3. The tensors.
     int first = c->n_tensors;
     for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
         if (json_is(j, key, "__metadata__")) continue;
@@ -2571,6 +2578,7 @@ static Json *add_safetensors(Checkpoint *c, const Mapping m) {
         c->tensors[c->n_tensors++] =
             parse_tensor(j, key, m.path, m.data + 8 + length, m.bytes - 8 - length);
     }
+    // 4. They follow each other without gaps to the end of the file.
     int n = c->n_tensors - first;
     Tensor *t = n ? c->tensors + first : NULL;
     if (n) qsort(t, n, sizeof *t, by_address);
@@ -2598,6 +2606,7 @@ static void add_shards(Checkpoint *c, Mapping index) {
     Json *j = json_parse(index.path, index.data, index.bytes);
     int map = json_get(j, 0, "weight_map"), n = 0;
     if (json_type(j, map) != '{' || json_first(j, map) < 0) die("%s: no weight_map", index.path);
+    // 1. The names of the shards.
     char **shards = allocate(j->n, sizeof *shards);
     for (int key = json_first(j, map); key >= 0; key = json_next(j, map, key)) {
         size_t bytes;
@@ -2606,6 +2615,7 @@ static void add_shards(Checkpoint *c, Mapping index) {
         if (strchr(shards[n - 1], '/') || strlen(shards[n - 1]) != bytes)
             die("%s: shard %s is no name of a file beside it", index.path, shards[n - 1]);
     }
+    // 2. Each is read once.
     qsort(shards, n, sizeof *shards, by_text);
     for (int i = 0; i < n; i++)
         if (i == 0 || strcmp(shards[i - 1], shards[i])) {
@@ -2614,6 +2624,7 @@ static void add_shards(Checkpoint *c, Mapping index) {
         }
     for (int i = 0; i < n; i++) free(shards[i]);
     free(shards);
+    // 3. All tensors of the index are in one of them.
     checkpoint_sort(c);
     for (int key = json_first(j, map); key >= 0; key = json_next(j, map, key)) {
         size_t bytes;
@@ -2702,28 +2713,15 @@ bool same_file(const char *a, const char *b) {
 }
 
 bool checkpoint_has_file(const Checkpoint *c, const char *path) {
-    for (int i = 0; i < c->n_maps; i++)
-        if (same_file(path, c->maps[i].path)) return true;
-    return false;
-}
-
-bool checkpoint_owns(const Checkpoint *c, const char *path) {
-    bool owned = same_file(path, c->path) || checkpoint_has_file(c, path);
-    DIR *files = access(path, F_OK) ? NULL : opendir(c->path);
-    if (!files) return owned;
-    for (const struct dirent *file; !owned && (file = readdir(files));) { // also under other names
-        if (!strcmp(file->d_name, "..")) continue;
-        char *own = format_text("%s/%s", c->path, file->d_name);
-        owned = same_file(path, own);
+    static const char *const copied[] = {"config.json", "generation_config.json"};
+    bool found = false;
+    for (int i = 0; i < c->n_maps; i++) found |= same_file(path, c->maps[i].path);
+    for (int i = 0; i < 2; i++) {
+        char *own = format_text("%s/%s", c->path, copied[i]);
+        found |= same_file(path, own);
         free(own);
     }
-    closedir(files);
-    char *inner = realpath(path, NULL), *outer = realpath(c->path, NULL);
-    size_t n = outer ? strlen(outer) : 0;
-    owned = owned || (inner && n && !strncmp(inner, outer, n) && inner[n] == '/');
-    free(inner);
-    free(outer);
-    return owned;
+    return found;
 }
 
 static char *metadata_text(const Json *j, const char *key) {
@@ -2735,6 +2733,7 @@ static char *metadata_text(const Json *j, const char *key) {
 static void open_model_bin(Checkpoint *c) {
     Json *j = add_safetensors(c, *add_mapping(c, map_file(format_text("%s", c->path), false)));
     checkpoint_sort(c);
+    // 1. It says of itself that it is a model.bin.
     char *format = metadata_text(j, "format"), *version = metadata_text(j, "version");
     if (!format || strcmp(format, "qqq"))
         die("%s: a safetensors file, but no model.bin (its format is %s, not qqq); for a Hugging "
@@ -2745,6 +2744,7 @@ static void open_model_bin(Checkpoint *c) {
             version && strtod(version, NULL) > 1 ? "; a newer program made it" : "");
     free(format);
     free(version);
+    // 2. The texts of its __metadata__, and those that are tensors.
     c->config = metadata_text(j, "config");
     if (!c->config) die("%s: no config in __metadata__", c->path);
     c->generation_config = metadata_text(j, "generation_config");
@@ -2759,7 +2759,9 @@ static void open_model_bin(Checkpoint *c) {
     json_free(j);
 }
 
-char *model_path(const char *path) {
+/* Where a model is: `path`, or if that is a Hugging Face cache's models--ORGANIZATION--NAME, the
+ * directory in its snapshots/ that refs/main names, else the only one there. malloc'ed. */
+static char *model_path(const char *path) {
     char *config = format_text("%s/config.json", path), *ref = format_text("%s/refs/main", path);
     char *folder = format_text("%s/snapshots", path), *revision = NULL;
     DIR *snapshots = access(config, F_OK) ? opendir(folder) : NULL;
@@ -3012,12 +3014,14 @@ static void load_tensor(void *to, const Parameter *p) {
     const Loading *loading = to;
     const Tensor *t = need(loading->checkpoint, p);
     loading->used[t - loading->checkpoint->tensors] = true;
+    // 1. The dtype is one that the role can have.
     bool is_float = p->role == NORM || p->role == WEIGHT;
     bool in_bytes = p->role == WEIGHT && p->linear->dtype == I8;
     if (is_float) expect_dtype(t, t->dtype <= BF16 || in_bytes, "F32, F16 or BF16");
     else if (p->role == S_CHANNEL) expect_dtype(t, t->dtype == F32, "F32");
     else expect_dtype(t, t->dtype == U8, "U8");
     void *data = (void *)t->data; // read-only, as `mapped` says
+    // 2. Weights stay in the file; small arrays are copied; numbers are checked.
     switch (p->role) {
     case NORM:
         floats(data, t->dtype, 0, p->rows, *p->norm);
@@ -3090,6 +3094,7 @@ void for_each_tensor(Model *m, int first, int last, void (*visit)(void *to, cons
                      void *to) {
     const Config *c = &m->config;
     for (int l = first; l <= last; l++) {
+        // The embedding, in front of the layers; the final norm and lm_head, behind them.
         if (l < 0)
             visit_linear("model.embed_tokens", c->vocab_size, c->dim, 0, &m->embedding, visit, to);
         if (l == c->n_layers) {
@@ -3100,6 +3105,7 @@ void for_each_tensor(Model *m, int first, int last, void (*visit)(void *to, cons
                                        &m->lm_head, NULL});
         }
         if (l < 0 || l == c->n_layers) continue;
+        // The linears of a layer, then the norms.
         Layer *layer = &m->layers[l];
         char name[128];
         for (int k = 0; k < N_LINEARS; k++) {
@@ -3478,7 +3484,7 @@ void show_progress(const char *what, int done, int total, double seconds_left) {
     said = last ? 0 : seconds();
 }
 
-void show_windows(int done, int total) {
+static void show_windows(int done, int total) {
     show_progress("windows", done, total, -1);
 }
 

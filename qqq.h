@@ -646,16 +646,10 @@ void checkpoint_close(Checkpoint *c);
 void *checkpoint_memory(Checkpoint *c, size_t bytes);
 void checkpoint_sort(Checkpoint *c);
 
-/* Where a model is: `path`, or if that is a Hugging Face cache's models--ORGANIZATION--NAME, the
- * directory in its snapshots/ that refs/main names, else the only one there. malloc'ed. */
-char *model_path(const char *path);
-
 /* Whether two paths lead to one file or directory; whether `path` is one of the files that the
- * checkpoint has mapped; whether it is the model itself, or a file that belongs to its directory.
- * All under any name. */
+ * checkpoint was read from. Both under any name. */
 bool same_file(const char *a, const char *b);
 bool checkpoint_has_file(const Checkpoint *c, const char *path);
-bool checkpoint_owns(const Checkpoint *c, const char *path);
 
 /* The tensor of that name, or NULL. */
 const Tensor *checkpoint_find(const Checkpoint *c, const char *name);
@@ -751,10 +745,8 @@ long long parse_integer(char flag, const char *value, long long min, long long m
 bool parse_choice(char flag, const char *value, const char *first, const char *second);
 
 /* Long work, on stderr: a bar on a terminal; in a pipe the first line, the last and one every 5 s.
- * Work ends with done == total; seconds_left < 0: not known. show_windows() is the progress of
- * perplexity(). */
+ * Work ends with done == total; seconds_left < 0: not known. */
 void show_progress(const char *what, int done, int total, double seconds_left);
-void show_windows(int done, int total);
 
 /* A file, or a directory of files, that appears at its path whole or not at all: the files have no
  * name until output_close(), or if the file system has no such files a temporary one, which die()

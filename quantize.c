@@ -46,8 +46,6 @@ static const char usage[] =
 
 typedef enum { MODEL_BIN, VLLM, QQQ } Format;
 
-static const size_t SHARD_BYTES = 5000000000; // what hubs and loaders are used to
-
 typedef struct {
     char *model, *out;
     Format format;
@@ -93,6 +91,7 @@ static Options parse_options(int argc, char **argv) {
                  .length = 2048};
     Method *m = &o.method;
     for (int i = 1; i < argc; i++) {
+        // 1. MODEL, OUT, or an option and its value.
         const char *arg = argv[i];
         if (arg[0] != '-') {
             if (o.out) die_usage("%s: MODEL and OUT are given already", arg);
@@ -106,6 +105,7 @@ static Options parse_options(int argc, char **argv) {
             die_usage("unknown option %s; ./quantize -h lists them all", arg);
         const char *value = flag == 'f' ? "" : argv[++i];
         if (!value) die_usage("-%c: its value is missing; ./quantize -h says which", flag);
+        // 2. How to quantize.
         if (flag == 'g') m->group_size = parse_choice(flag, value, "-1", "128") ? GROUP : -1;
         if (flag == 'b') m->gptq = parse_choice(flag, value, "rtn", "gptq");
         if (flag == 'a') m->smooth = parse_integer(flag, value, 0, 1);
@@ -117,6 +117,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'n') o.n_windows = parse_integer(flag, value, 1, 1 << 20);
         if (flag == 'l') o.length = parse_integer(flag, value, 2, 1 << 20);
         if (flag == 's') o.seed = parse_integer(flag, value, 0, LLONG_MAX);
+        // 3. What else to do, and where.
         if (flag == 'e') o.eval = value;
         if (flag == 'f') o.convert = true;
         if (strchr("gbarmoqcnls", flag)) o.quantizes = flag;
@@ -124,6 +125,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
         if (flag == 'M') o.most_memory = parse_number(flag, value, 0.1, 1e6) * 1e9;
     }
+    // 4. What must be there, and what does not go together.
     if (!o.model) die_usage("no MODEL; ./quantize -h shows how");
     if (o.format && (o.convert || o.eval))
         die_usage("-x writes a W4A8 directory: -f and -e are for a model.bin");
@@ -251,6 +253,7 @@ static Tensor *find_part(const Checkpoint *c, const char *name, const char *suff
 /* The inverse: B [K/16][2 N] and the scales beside it become the tensors of a model.bin, but for
  * their names, in memory of their own. */
 static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
+    // 1. Its parts, and memory for what they become.
     char *name = format_text("%.*s", (int)strlen(B->name) - 2, B->name);
     size_t K = 16 * B->shape[0], N = B->shape[1] / 2;
     if (B->dtype != I32 || B->n_dims != 2 || N % 64 || K % (groups ? GROUP : 64) || N > 1 << 24 ||
@@ -265,6 +268,7 @@ static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
             *s_group = qweight + N * K / 2 + N * sizeof(float);
     float *s_channel = (void *)(qweight + N * K / 2); // aligned: N is a multiple of 64
 
+    // 2. The codes.
     QqqOrder order = qqq_order(groups);
     const uint8_t *codes = B->data;
     int lowest = 15;
@@ -278,6 +282,7 @@ static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
         }
     if (!groups && lowest == 0)
         die("%s: tensor %s holds the code -8, per channel -7 to 7 are expected", B->path, B->name);
+    // 3. The scales.
     for (size_t i = 0; i < N; i++) {
         float scale;
         floats(channel->data, F32, i, 1, &scale);
@@ -292,6 +297,7 @@ static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
         size_t n = i % N / 64 * 64 + order.s_group[i % 64];
         s_group[n * (K / GROUP) + i / N] = scale;
     }
+    // 4. The tensors of a model.bin, which take the place of the parts.
     *B = (Tensor){B->name, U8, 2, {N, K / 2}, qweight, N * K / 2, B->path};
     *channel = (Tensor){channel->name, F32, 1, {N}, s_channel, N * sizeof(float), channel->path};
     if (groups)
@@ -328,25 +334,28 @@ static void qqq_import(Checkpoint *c) {
     Json *j = json_parse(name, c->config, strlen(c->config));
     int q = json_get(j, 0, "quantization_config");
     if (!c->quantization && json_is(j, json_get(j, q, "quant_method"), "qqq")) {
+        // 1. Which kind it is.
         double bits = 0, group_size = 0;
         json_number(j, json_get(j, q, json_get(j, q, "bits") < 0 ? "wbits" : "bits"), &bits);
         json_number(j, json_get(j, q, "group_size"), &group_size);
         if (bits != 4 || (group_size != -1 && group_size != GROUP))
             die("%s: bits %g, group_size %g; expected 4 bits, group_size -1 or %d", name, bits,
                 group_size, GROUP);
-        for (int i = 0; i < c->n_tensors; i++) {
-            char *suffix = strrchr(c->tensors[i].name, '.');
-            if (suffix && !strcmp(suffix, ".B")) qqq_unpack(c, &c->tensors[i], group_size > 0);
-        }
-        for (int i = 0; i < c->n_tensors; i++) { // once no name is searched for any more
-            Tensor *t = &c->tensors[i];
-            char *suffix = strrchr(t->name, '.');
-            if (!suffix || strcmp(suffix, ".B")) continue;
-            char *renamed = format_text("%.*s.qweight", (int)(suffix - t->name), t->name);
-            free(t->name);
-            t->name = renamed;
-        }
+        // 2. Each linear, then their names: unpacking still searches for the old ones.
+        for (int renames = 0; renames < 2; renames++)
+            for (int i = 0; i < c->n_tensors; i++) {
+                Tensor *t = &c->tensors[i];
+                char *suffix = strrchr(t->name, '.'), *old = t->name;
+                if (!suffix || strcmp(suffix, ".B")) continue;
+                if (!renames) {
+                    qqq_unpack(c, t, group_size > 0);
+                    continue;
+                }
+                t->name = format_text("%.*s.qweight", (int)(suffix - old), old);
+                free(old);
+            }
         checkpoint_sort(c);
+        // 3. How it was made, and a config without it.
         c->quantization =
             format_text("{\"bits\":4,\"group_size\":%d,\"method\":\"qqq\"}", (int)group_size);
         char *config = json_without(j, (const char *[]){"quantization_config"}, 1, "");
@@ -363,19 +372,14 @@ static void qqq_import(Checkpoint *c) {
  * appears whole or not at all, as an Output. */
 typedef struct {
     Output *out;
-    int n;
-    struct Slot {
+    int file, n;
+    struct {
         char *name;
-        int file;             // of `out`
         size_t offset, bytes; // in the file
         bool written;
-    } * slots; // [n] sorted by name
+    } * slots; // [n] the tensors, all in `file` of `out`
     size_t bytes;
 } Writer;
-
-static int by_slot_name(const void *a, const void *b) {
-    return strcmp(((const struct Slot *)a)->name, ((const struct Slot *)b)->name);
-}
 
 static void put_metadata(FILE *out, const char *key, const char *value) {
     if (!value) return;
@@ -392,8 +396,8 @@ static void put_tensor(FILE *out, const Tensor *t, size_t *offset) {
     *offset += t->bytes;
 }
 
-/* Writes the header of a file, and notes the place of each of the tensors [n] in it; `metadata` is
- * a JSON object. */
+/* Writes the header of the tensors [n], and notes the place of each in the file; `metadata` is a
+ * JSON object. */
 static void put_header(Writer *w, int file, const char *metadata, const Tensor *tensors, int n) {
     char *header;
     size_t length, data_bytes = 0;
@@ -413,26 +417,26 @@ static void put_header(Writer *w, int file, const char *metadata, const Tensor *
     output_write(w->out, file, header, length, 8);
     free(header);
     // 3. The places.
-    w->slots = realloc(w->slots, (w->n + n + 1) * sizeof *w->slots);
-    if (!w->slots) die("out of memory");
+    w->file = file;
+    w->slots = allocate(n, sizeof *w->slots);
     size_t offset = 8 + length;
-    for (int i = 0; i < n; i++) {
-        const Tensor *t = &tensors[i];
-        w->slots[w->n++] = (struct Slot){format_text("%s", t->name), file, offset, t->bytes, false};
-        offset += t->bytes;
+    for (int i = 0; i < n; i++, offset += tensors[i - 1].bytes) {
+        w->slots[i].name = format_text("%s", tensors[i].name);
+        w->slots[i].offset = offset;
+        w->slots[i].bytes = tensors[i].bytes;
     }
-    qsort(w->slots, w->n, sizeof *w->slots, by_slot_name);
+    w->n = n;
     w->bytes += offset;
 }
 
 /* Writes the data [bytes] of one of the tensors; in any order, each exactly once. */
 static void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
-    const struct Slot key = {.name = (char *)name};
-    struct Slot *slot = w->n ? bsearch(&key, w->slots, w->n, sizeof key, by_slot_name) : NULL;
-    if (!slot || slot->written || slot->bytes != bytes)
+    int i = 0;
+    while (i < w->n && strcmp(w->slots[i].name, name)) i++;
+    if (i == w->n || w->slots[i].written || w->slots[i].bytes != bytes)
         die("tensor %s with %zu bytes was not announced", name, bytes);
-    output_write(w->out, slot->file, data, bytes, slot->offset);
-    slot->written = true;
+    output_write(w->out, w->file, data, bytes, w->slots[i].offset);
+    w->slots[i].written = true;
 }
 
 static void writer_text(Writer *w, const char *name, const char *text, size_t bytes) {
@@ -501,53 +505,14 @@ static Writer *writer_open(const char *path, const Checkpoint *c, const char *qu
     return w;
 }
 
-/* Cuts tensors [n] into shards of at most `bytes`, or one tensor that has more: shard s has tensors
- * first[s] .. first[s + 1] - 1. Returns how many there are; first [n + 2] is malloc'ed. */
-static int cut_shards(size_t bytes, const Tensor *tensors, int n, int **first) {
-    int n_shards = 0;
-    size_t full = 0;
-    *first = allocate(n + 2, sizeof **first);
-    for (int i = 0; i < n; i++) {
-        bool fits = i > 0 && full + tensors[i].bytes <= bytes;
-        if (!fits) (*first)[n_shards++] = i, full = 0;
-        full += tensors[i].bytes;
-    }
-    (*first)[n_shards] = n;
-    return n_shards;
-}
-
-/* Starts the directory `path`, which must not exist or be empty, with tensors [n] in
- * model.safetensors; if they have more than shard_bytes, in shards of at most as many with an
- * index. writer_text() adds a file to it. */
-static Writer *writer_open_directory(const char *path, size_t shard_bytes, const Tensor *tensors,
-                                     int n) {
-    int *first, n_shards = cut_shards(shard_bytes, tensors, n, &first);
-    size_t total = 0, index_bytes;
-    for (int i = 0; i < n; i++) total += tensors[i].bytes;
+/* Starts the directory `path`, which must not exist or be empty, with tensors [n] in its
+ * model.safetensors. writer_text() adds a file to it. */
+static Writer *writer_open_directory(const char *path, const Tensor *tensors, int n) {
     Writer *w = allocate(1, sizeof *w);
     w->out = output_open(path, true);
-    char *index;
-    FILE *out = open_memstream(&index, &index_bytes);
-    if (!out) die("out of memory");
-    fprintf(out, "{\n  \"metadata\": {\"total_size\": %zu},\n  \"weight_map\": {\n", total);
-    for (int s = 0; s < n_shards; s++) {
-        // 1. A file with the header of one shard.
-        char name[64] = "model.safetensors";
-        if (n_shards > 1)
-            snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", s + 1, n_shards);
-        int n_here = first[s + 1] - first[s];
-        Tensor *shard = in_file_order(tensors + first[s], n_here);
-        put_header(w, output_add(w->out, name), "{\"format\":\"pt\"}", shard, n_here);
-        free(shard);
-        // 2. The index says which tensors are in it.
-        for (int i = first[s]; i < first[s + 1]; i++)
-            fprintf(out, "    \"%s\": \"%s\"%s\n", tensors[i].name, name, i < n - 1 ? "," : "");
-    }
-    fprintf(out, "  }\n}\n");
-    if (ferror(out) || fclose(out) || !index) die("out of memory");
-    if (n_shards > 1) writer_text(w, "model.safetensors.index.json", index, index_bytes);
-    free(index);
-    free(first);
+    Tensor *ordered = in_file_order(tensors, n);
+    put_header(w, output_add(w->out, "model.safetensors"), "{\"format\":\"pt\"}", ordered, n);
+    free(ordered);
     return w;
 }
 
@@ -606,18 +571,8 @@ static char *default_out(const Options *o, const char *model) {
     return out;
 }
 
-/* Whether a file is what this program writes. */
-static bool is_model_bin(const char *path) {
-    char start[64] = {0};
-    FILE *file = fopen(path, "rb");
-    if (!file) return false;
-    size_t n = fread(start, 1, sizeof start - 1, file);
-    fclose(file);
-    return n > 8 && strstr(start + 8, "{\"__metadata__\":{\"format\":\"qqq\"") == start + 8;
-}
-
-/* OUT may replace a file, but none that is read here or belongs to MODEL, under any name; it may be
- * an empty directory for -x. */
+/* OUT may replace a file, but none that is read here, under any name; for -x it may be an empty
+ * directory. */
 static void check_out(const Options *o, const Checkpoint *c) {
     struct stat out;
     if (stat(o->out, &out)) return; // a new file
@@ -626,17 +581,16 @@ static void check_out(const Options *o, const Checkpoint *c) {
     if (same_file(o->out, o->calibration)) die("%s: OUT is the calibration text", o->out);
     if (o->eval && same_file(o->out, o->eval)) die("%s: OUT is the text of -e", o->out);
     if (access(o->out, W_OK)) die("%s: cannot be written: %s", o->out, strerror(errno));
-    bool read = checkpoint_has_file(c, o->out);
-    if (read || (!o->format && !is_model_bin(o->out) && checkpoint_owns(c, o->out)))
-        die("%s: OUT is a file of MODEL", o->out);
-    DIR *directory = o->format ? opendir(o->out) : NULL;
-    if (o->format && !directory) die("%s: %s", o->out, strerror(errno));
-    if (o->format && same_file(o->out, "."))
-        die("%s: the current directory; -x makes a new one", o->out);
-    for (const struct dirent *file; directory && (file = readdir(directory));)
+    if (checkpoint_has_file(c, o->out)) die("%s: OUT is a file of MODEL", o->out);
+    if (!o->format) return;
+    // The directory of -x is empty, and not the current one.
+    DIR *directory = opendir(o->out);
+    if (!directory) die("%s: %s", o->out, strerror(errno));
+    if (same_file(o->out, ".")) die("%s: the current directory; -x makes a new one", o->out);
+    for (const struct dirent *file; (file = readdir(directory));)
         if (strcmp(file->d_name, ".") && strcmp(file->d_name, ".."))
             die("%s: the directory is not empty; -x makes a new one", o->out);
-    if (directory) closedir(directory);
+    closedir(directory);
 }
 
 /* What of a model the method changes, beside the linears of the layers. */
@@ -874,7 +828,7 @@ static void open_out(Out *out, Model *m, const char *quantization) {
     const Options *o = out->o;
     if (o->format) check_shapes(o, &m->config);
     for_each_tensor(m, -1, m->config.n_layers, announce, out);
-    out->writer = o->format ? writer_open_directory(o->out, SHARD_BYTES, out->list, out->n)
+    out->writer = o->format ? writer_open_directory(o->out, out->list, out->n)
                             : writer_open(o->out, out->checkpoint, quantization, out->list, out->n);
 }
 
@@ -1038,6 +992,7 @@ static void quantize(Options *o, const Checkpoint *c) {
         model_free(m);
         return;
     }
+    // 1. What is needed besides MODEL is read or chosen before any work.
     check_group_size(o->model, config, o->method.group_size);
     o->gpu = choose_gpu(o->device, config, true, o->where, sizeof o->where);
     int8_t *signs = allocate(config->dim, 1);
@@ -1048,6 +1003,7 @@ static void quantize(Options *o, const Checkpoint *c) {
     Evaluation text = {0};
     if (o->eval) text.tokens = read_windows(tokenizer, config, o->eval, &text.length, &text.n);
     tokenizer_free(tokenizer);
+    // 2. OUT is started, then the two ends of the model, its layers, its ends in the file.
     char *quantization = describe(o, n_windows);
     Out out = {.o = o, .checkpoint = c};
     open_out(&out, made, quantization);
@@ -1067,6 +1023,7 @@ static void quantize(Options *o, const Checkpoint *c) {
     model_free(made);
     model_free(m);
 
+    // 3. The file is read back and measured.
     if (!o->eval) return;
     Checkpoint *file = checkpoint_open(o->out);
     m = model_load(file);

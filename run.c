@@ -827,7 +827,7 @@ static void zero_shot(Session *s, const Options *o) {
     int n;
     Item *items = read_items(o->file, &n);
     if (o->items && same_file(o->items, o->file)) die("-o %s: it is the file of -z", o->items);
-    if (o->items && checkpoint_owns(s->checkpoint, o->items))
+    if (o->items && checkpoint_has_file(s->checkpoint, o->items))
         die("-o %s: it is a file of MODEL", o->items);
     Output *file = o->items ? output_open(o->items, false) : NULL;
     char *lines;

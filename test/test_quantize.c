@@ -2056,8 +2056,7 @@ static void test_bad_files(void) {
           "&& cp ../../../../data/calib.txt . && ln -sf copy/config.json ../symbolic.bin && ln -f "
           "config.json ../hard.bin && cat * >../before");
     const char *own[] = {"config.json",    "generation_config.json", "tokenizer_config.json",
-                         "tokenizer.json", "../symbolic.bin",        "../hard.bin",
-                         "calib.txt"};
+                         "tokenizer.json", "../symbolic.bin",        "../hard.bin"};
     for (size_t i = 0; i < sizeof own / sizeof *own; i++)
         for (int convert = 0; convert < 2; convert++) {
             char command[256];
@@ -2067,13 +2066,9 @@ static void test_bad_files(void) {
         }
     check(shell("cat " SCRATCH "/copy/* | cmp - " SCRATCH "/before") == 0, "MODEL was changed");
 
-    shell("mkdir " SCRATCH "/copy/original && echo {} >" SCRATCH "/copy/original/params.json");
-    expect_error("$QUANTIZE " SCRATCH "/copy " SCRATCH "/copy/original/params.json -f", 1,
-                 "OUT is a file of MODEL", false);
-    check(shell("test \"$(cat " SCRATCH "/copy/original/params.json)\" = {}") == 0, "overwritten");
-    for (int i = 0; i < 2; i++) // but what it has written itself
-        quantize("-f " SCRATCH "/copy " SCRATCH "/copy/original/model.bin");
-    shell("cp " SCRATCH "/copy/original/model.bin " SCRATCH "/copy/model.safetensors");
+    for (int i = 0; i < 2; i++) // but what it does not read may be replaced
+        quantize("-f " SCRATCH "/copy " SCRATCH "/copy/model.bin");
+    shell("cp " SCRATCH "/copy/model.bin " SCRATCH "/copy/model.safetensors");
     expect_error("$QUANTIZE " SCRATCH "/copy " SCRATCH "/copy/model.safetensors -f", 1,
                  "OUT is a file of MODEL", false); // unless it is the weights that are read
 
