@@ -340,9 +340,9 @@ static char *linear_name(const Parameter *p) {
 static void announce_export(Out *out, const Parameter *p) {
     if (p->role == NORM || p->role == WEIGHT) add(out, p->name, "", F16, p->rows, p->columns);
     if (p->role != QWEIGHT) return;
-    bool groups = out->o->method.group_size > 0;
-    char *name = linear_name(p);
     int64_t N = p->linear->N, K = p->linear->K;
+    bool groups = out->o->method.group_size > 0 && (out->o->format == VLLM || K > GROUP);
+    char *name = linear_name(p);
     if (out->o->format == VLLM) {
         add(out, name, "weight_packed", I32, N, K / 8);
         add(out, name, "weight_scale", F16, N, groups ? K / GROUP : 1);
@@ -380,7 +380,7 @@ static void put_vllm(Out *out, const char *name, const Linear *l) {
 }
 
 static void put_qqq(Out *out, const char *name, const Linear *l) {
-    size_t N = l->N, K = l->K, n = l->s_group ? N * K / GROUP : 0;
+    size_t N = l->N, K = l->K, n = l->s_group && K > GROUP ? N * K / GROUP : 0;
     uint8_t *B = allocate(N, K / 2);
     float *s_channel = allocate(N, sizeof *s_channel);
     uint16_t *s_group = allocate(n, sizeof *s_group);
@@ -419,7 +419,7 @@ static void put_files(Out *out, const Config *config) {
             "quantized\","
             "\"weights\":{\"num_bits\":4,\"type\":\"int\",\"symmetric\":true,%s,\"dynamic\":false},"
             "\"input_activations\":{\"num_bits\":8,\"type\":\"int\",\"symmetric\":true,"
-            "\"strategy\":\"token\",\"dynamic\":true}}}}",
+            "\"strategy\":\"token\",\"group_size\":0,\"dynamic\":true}}}}",
             groups ? "\"strategy\":\"group\",\"group_size\":128" : "\"strategy\":\"channel\"");
     else
         how = format_text("{\"quant_method\":\"qqq\",\"checkpoint_format\":\"qqq\","
