@@ -2418,18 +2418,6 @@ char *read_text(const char *path, size_t *bytes) {
     return text;
 }
 
-/* Says on stderr what of MODEL is not used, or which of two words counts. */
-static void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
-static void note(const char *format, ...) {
-    char text[1024];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    make_printable(text);
-    fprintf(stderr, "note: %s\n", text);
-}
-
 /* A whole number in [0, max] or -1. */
 static int64_t json_integer(const Json *j, int node, double max) {
     double x;
@@ -3391,6 +3379,16 @@ void die_usage(const char *format, ...) {
     end_with(2, format, args);
     va_end(args);
     __builtin_unreachable();
+}
+
+void note(const char *format, ...) {
+    char text[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    make_printable(text);
+    fprintf(stderr, "note: %s\n", text);
 }
 
 void *allocate(size_t count, size_t size) {

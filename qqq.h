@@ -722,6 +722,9 @@ void print_perplexity(const Checkpoint *c, Engine *e, const char *label, const i
 void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 void die_usage(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
+/* One line on stderr, "note: " and the message: what of MODEL is not used, or read otherwise. */
+void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
 /* count * size bytes, zeroed; free() releases them. format_text() is a printf() into such. */
 void *allocate(size_t count, size_t size) __attribute__((returns_nonnull));
 char *format_text(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -183,7 +183,7 @@ static void evaluate(const Options *o, const Checkpoint *c, const Model *m, cons
  *
  *   NAME.B         I32 [K/16][2 N]  4-bit codes in the order in which QQQ's kernel reads them
  *   NAME.s_channel F32 [1][N]       permuted, and divided by 16 per channel
- *   NAME.s_group   F16 [K/128][N]   permuted; per channel [0]
+ *   NAME.s_group   F16 [K/128][N]   permuted; per channel, and where K is 128, [0]
  *
  * The codes as [K][N] are cut into tiles of 16 x 16, those of the same 16 input channels side by
  * side, each row by row; every 1024 codes (4 tiles) are permuted; eight are a word, the first in
@@ -216,7 +216,7 @@ static QqqOrder qqq_order(bool groups) {
  * [N], s_group [K/128][N] halves (untouched per channel). N is a multiple of 64, K of 64 (128). */
 static void qqq_pack(const Linear *l, uint8_t *B, float *s_channel, uint16_t *s_group) {
     size_t N = l->N, K = l->K;
-    bool groups = l->s_group != NULL;
+    bool groups = l->s_group && K > GROUP;
     QqqOrder order = qqq_order(groups);
     memset(B, 0, N * K / 2);
 #pragma omp parallel for
@@ -228,7 +228,8 @@ static void qqq_pack(const Linear *l, uint8_t *B, float *s_channel, uint16_t *s_
         }
     for (size_t i = 0; i < N; i++) {
         size_t n = i / 32 * 32 + order.s_channel[i % 32];
-        s_channel[i] = groups ? l->s_channel[n] : l->s_channel[n] / 16;
+        float scale = l->s_group && !groups ? l->s_channel[n] * l->s_group[n] : l->s_channel[n];
+        s_channel[i] = groups ? scale : scale / 16;
     }
     for (size_t i = 0; groups && i < N * K / GROUP; i++) {
         size_t n = i % N / 64 * 64 + order.s_group[i % 64];
@@ -250,26 +251,61 @@ static Tensor *find_part(const Checkpoint *c, const char *name, const char *suff
     return (Tensor *)t;
 }
 
-/* The inverse: B [K/16][2 N] and the scales beside it become the tensors of a model.bin, but for
- * their names, in memory of their own. */
-static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
+/* Whether a model.bin can hold all group scales: whole numbers, 1 to 15. QQQ's own are halves. */
+static bool whole_scales(const Checkpoint *c) {
+    bool whole = true;
+    for (int t = 0; t < c->n_tensors; t++) {
+        const Tensor *group = &c->tensors[t];
+        const char *suffix = strrchr(group->name, '.');
+        if (!suffix || strcmp(suffix, ".s_group") || group->dtype != F16) continue;
+        for (size_t i = 0; i < group->bytes / 2; i++) {
+            float scale;
+            floats(group->data, F16, i, 1, &scale);
+            if (!isfinite(scale)) die("%s: tensor %s holds %g", group->path, group->name, scale);
+            whole = whole && scale >= 1 && scale <= 15 && scale == rintf(scale);
+        }
+    }
+    return whole;
+}
+
+/* The inverse: B [K/16][2 N] and the scales beside it become, in memory of their own and but for
+ * their names, the tensors of a model.bin; or, unless `whole`, F16 weights as QQQ's kernel has
+ * them: an int8, q s_group rounded, times s_channel. */
+static void qqq_unpack(Checkpoint *c, Tensor *B, bool group_size, bool whole) {
     // 1. Its parts, and memory for what they become.
     char *name = format_text("%.*s", (int)strlen(B->name) - 2, B->name);
-    size_t K = 16 * B->shape[0], N = B->shape[1] / 2;
-    if (B->dtype != I32 || B->n_dims != 2 || N % 64 || K % (groups ? GROUP : 64) || N > 1 << 24 ||
-        K > 1 << 24)
+    size_t K = 16 * B->shape[0], N = B->shape[1] / 2, n_groups = group_size ? K / GROUP : 0;
+    if (B->dtype != I32 || B->n_dims != 2 || N % 64 || K % (group_size ? GROUP : 64) ||
+        N > 1 << 24 || K > 1 << 24)
         die("%s: tensor %s is no I32 [K / 16][2 N] with N a multiple of 64, K of %d", B->path,
-            B->name, groups ? GROUP : 64);
+            B->name, group_size ? GROUP : 64);
+    bool groups = n_groups > 1; // one group has the layout of none
     Tensor *channel = find_part(c, name, ".s_channel", F32, 1, N), *group = NULL;
-    if (groups) group = find_part(c, name, ".s_group", F16, K / GROUP, N);
+    if (group_size)
+        group = find_part(c, name, ".s_group", F16, groups ? n_groups : 0, groups ? N : 0);
     free(name);
-    size_t bytes = N * K / 2 + N * sizeof(float) + (groups ? N * K / GROUP : 0);
-    uint8_t *qweight = checkpoint_memory(c, bytes),
-            *s_group = qweight + N * K / 2 + N * sizeof(float);
-    float *s_channel = (void *)(qweight + N * K / 2); // aligned: N is a multiple of 64
+    size_t weight_bytes = whole ? N * K / 2 : N * K * 2;
+    uint8_t *memory = checkpoint_memory(c, weight_bytes + N * sizeof(float) + N * n_groups);
+    uint8_t *qweight = memory, *s_group = memory + weight_bytes + N * sizeof(float);
+    float *s_channel = (void *)(memory + weight_bytes); // aligned: N is a multiple of 64
+    float *scales = allocate(N * n_groups, sizeof *scales);
 
-    // 2. The codes.
+    // 2. The scales, in the order of the channels
     QqqOrder order = qqq_order(groups);
+    for (size_t i = 0; i < N; i++) {
+        float scale;
+        floats(channel->data, F32, i, 1, &scale);
+        s_channel[i / 32 * 32 + order.s_channel[i % 32]] = groups ? scale : scale * 16;
+    }
+    for (size_t i = 0; i < N * n_groups; i++) {
+        size_t n = groups ? i % N / 64 * 64 + order.s_group[i % 64] : i;
+        float *scale = &scales[n * n_groups + i / N];
+        if (groups) floats(group->data, F16, i, 1, scale);
+        else *scale = 1;
+        s_group[n * n_groups + i / N] = whole ? *scale : 1;
+    }
+
+    // 3. The codes, or the weights that they are codes of.
     const uint8_t *codes = B->data;
     int lowest = 15;
 #pragma omp parallel for reduction(min : lowest)
@@ -277,31 +313,29 @@ static void qqq_unpack(Checkpoint *c, Tensor *B, bool groups) {
         for (size_t i = 0; i < 1024; i++) {
             size_t n = run % (N / 64) * 64 + order.n[i], k = run / (N / 64) * 16 + order.k[i];
             int code = codes[run * 512 + i / 2] >> 4 * (i % 2) & 15, u = groups ? code : code ^ 8;
-            qweight[n * (K / 2) + k / 2] |= u << 4 * (k % 2);
             lowest = u < lowest ? u : lowest;
+            if (whole) {
+                qweight[n * (K / 2) + k / 2] |= u << 4 * (k % 2);
+            } else {
+                float w8 = rintf((u - 8) * scales[n * n_groups + k / GROUP]);
+                ((uint16_t *)memory)[n * K + k] = float_to_f16(w8 * s_channel[n]);
+            }
         }
-    if (!groups && lowest == 0)
+    free(scales);
+    if (!group_size && lowest == 0)
         die("%s: tensor %s holds the code -8, per channel -7 to 7 are expected", B->path, B->name);
-    // 3. The scales.
-    for (size_t i = 0; i < N; i++) {
-        float scale;
-        floats(channel->data, F32, i, 1, &scale);
-        s_channel[i / 32 * 32 + order.s_channel[i % 32]] = groups ? scale : scale * 16;
+    // 4. What takes the place of the parts.
+    if (whole) {
+        *B = (Tensor){B->name, U8, 2, {N, K / 2}, qweight, N * K / 2, B->path};
+        *channel =
+            (Tensor){channel->name, F32, 1, {N}, s_channel, N * sizeof(float), channel->path};
+        if (group)
+            *group = (Tensor){group->name, U8, 2, {N, n_groups}, s_group, N * n_groups, B->path};
+    } else {
+        *B = (Tensor){B->name, F16, 2, {N, K}, memory, weight_bytes, B->path};
+        channel->n_dims = group->n_dims = 1,
+        channel->dtype = group->dtype = U8; // no one reads them
     }
-    for (size_t i = 0; groups && i < N * K / GROUP; i++) {
-        float scale;
-        floats(group->data, F16, i, 1, &scale);
-        if (!(scale >= 1 && scale <= 15 && scale == rintf(scale)))
-            die("%s: tensor %s holds the scale %g; a model.bin's are whole numbers, 1 to 15",
-                group->path, group->name, scale);
-        size_t n = i % N / 64 * 64 + order.s_group[i % 64];
-        s_group[n * (K / GROUP) + i / N] = scale;
-    }
-    // 4. The tensors of a model.bin, which take the place of the parts.
-    *B = (Tensor){B->name, U8, 2, {N, K / 2}, qweight, N * K / 2, B->path};
-    *channel = (Tensor){channel->name, F32, 1, {N}, s_channel, N * sizeof(float), channel->path};
-    if (groups)
-        *group = (Tensor){group->name, U8, 2, {N, K / GROUP}, s_group, N * K / GROUP, group->path};
 }
 
 /* The root object without these keys [n] and with the text `more` before its closing brace: text,
@@ -341,6 +375,10 @@ static void qqq_import(Checkpoint *c) {
         if (bits != 4 || (group_size != -1 && group_size != GROUP))
             die("%s: bits %g, group_size %g; expected 4 bits, group_size -1 or %d", name, bits,
                 group_size, GROUP);
+        bool whole = group_size < 0 || whole_scales(c);
+        if (!whole)
+            note("%s: group scales that are no whole numbers from 1 to 15: read as 16-bit weights",
+                 c->path);
         // 2. Each linear, then their names: unpacking still searches for the old ones.
         for (int renames = 0; renames < 2; renames++)
             for (int i = 0; i < c->n_tensors; i++) {
@@ -348,16 +386,18 @@ static void qqq_import(Checkpoint *c) {
                 char *suffix = strrchr(t->name, '.'), *old = t->name;
                 if (!suffix || strcmp(suffix, ".B")) continue;
                 if (!renames) {
-                    qqq_unpack(c, t, group_size > 0);
+                    qqq_unpack(c, t, group_size > 0, whole);
                     continue;
                 }
-                t->name = format_text("%.*s.qweight", (int)(suffix - old), old);
+                t->name =
+                    format_text(whole ? "%.*s.qweight" : "%.*s.weight", (int)(suffix - old), old);
                 free(old);
             }
         checkpoint_sort(c);
         // 3. How it was made, and a config without it.
-        c->quantization =
-            format_text("{\"bits\":4,\"group_size\":%d,\"method\":\"qqq\"}", (int)group_size);
+        if (whole)
+            c->quantization =
+                format_text("{\"bits\":4,\"group_size\":%d,\"method\":\"qqq\"}", (int)group_size);
         char *config = json_without(j, (const char *[]){"quantization_config"}, 1, "");
         free(c->config);
         c->config = config;
@@ -678,9 +718,9 @@ static char *linear_name(const Parameter *p) {
 static void announce_export(Out *out, const Parameter *p) {
     if (p->role == NORM || p->role == WEIGHT) add(out, p->name, "", F16, p->rows, p->columns);
     if (p->role != QWEIGHT) return;
-    bool groups = out->o->method.group_size > 0;
-    char *name = linear_name(p);
     int64_t N = p->linear->N, K = p->linear->K;
+    bool groups = out->o->method.group_size > 0 && (out->o->format == VLLM || K > GROUP);
+    char *name = linear_name(p);
     if (out->o->format == VLLM) {
         add(out, name, "weight_packed", I32, N, K / 8);
         add(out, name, "weight_scale", F16, N, groups ? K / GROUP : 1);
@@ -718,7 +758,7 @@ static void put_vllm(Out *out, const char *name, const Linear *l) {
 }
 
 static void put_qqq(Out *out, const char *name, const Linear *l) {
-    size_t N = l->N, K = l->K, n = l->s_group ? N * K / GROUP : 0;
+    size_t N = l->N, K = l->K, n = l->s_group && K > GROUP ? N * K / GROUP : 0;
     uint8_t *B = allocate(N, K / 2);
     float *s_channel = allocate(N, sizeof *s_channel);
     uint16_t *s_group = allocate(n, sizeof *s_group);
@@ -757,7 +797,7 @@ static void put_files(Out *out, const Config *config) {
             "quantized\","
             "\"weights\":{\"num_bits\":4,\"type\":\"int\",\"symmetric\":true,%s,\"dynamic\":false},"
             "\"input_activations\":{\"num_bits\":8,\"type\":\"int\",\"symmetric\":true,"
-            "\"strategy\":\"token\",\"dynamic\":true}}}}",
+            "\"strategy\":\"token\",\"group_size\":0,\"dynamic\":true}}}}",
             groups ? "\"strategy\":\"group\",\"group_size\":128" : "\"strategy\":\"channel\"");
     else
         how = format_text("{\"quant_method\":\"qqq\",\"checkpoint_format\":\"qqq\","
