@@ -159,10 +159,9 @@ static int *calibration_tokens(const Options *o, const Tokenizer *tokenizer, con
             o->length, *n_windows ? *n_windows : 1);
     int needed = 4 * (c->hidden_dim > c->dim ? c->hidden_dim : c->dim);
     if (o->method.gptq && *n_windows * o->length < needed)
-        fprintf(stderr,
-                "note: %d tokens of calibration are few: with less than %d the model can be "
-                "worse than rounded to nearest (-b rtn)\n",
-                *n_windows * o->length, needed);
+        note("%d tokens of calibration are few: with less than %d the model can be worse than "
+             "rounded to nearest (-b rtn)",
+             *n_windows * o->length, needed);
     return tokens;
 }
 
@@ -553,6 +552,7 @@ static void convert(const Options *o, const Checkpoint *c) {
         if (c->tensors[i].dtype != U8) list[n++] = c->tensors[i];
     Writer *out = writer_open(o->out, c, NULL, list, n);
     for (int i = 0; i < n; i++) writer_put(out, list[i].name, list[i].data, list[i].bytes);
+    print_notes();
     printf("%s: %.1f MB\n", o->out, writer_close(out) / 1e6);
     free(list);
 }

@@ -492,14 +492,46 @@ static void break_qqq(const char *kind, const char *suffix, const void *value, s
     checkpoint_close(c);
 }
 
+/* SCRATCH/broken, a g128 directory of which one group scale is `value`, holds the 16-bit weights of
+ * g128.bin, but for those of that group: s_channel q value, q value rounded. */
+static void check_weights(float value) {
+    Checkpoint *c = checkpoint_open(SCRATCH "/broken"), *g = checkpoint_open(SCRATCH "/g128.bin");
+    Model *m = model_load(c), *made = model_load(g);
+    int other = 0, n_other = 0;
+    for (int l = 0; l < m->config.n_layers; l++)
+        for (int k = 0; k < N_LINEARS; k++) {
+            const Linear *w = &m->layers[l].linears[k], *q = &made->layers[l].linears[k];
+            for (size_t i = 0; i < (size_t)w->N * w->K; i++) {
+                size_t n = i / w->K, group = i / GROUP;
+                int u = q->qweight[i / 2] >> 4 * (i % 2) & 15;
+                float half = q->s_channel[n] * q->s_group[group] * (u - 8), got;
+                floats(w->w, F16, i, 1, &got);
+                if (float_to_f16(got) == float_to_f16(half)) continue;
+                float changed = rintf(value * (u - 8)) * q->s_channel[n];
+                n_other += float_to_f16(got) == float_to_f16(changed);
+                other++;
+            }
+        }
+    check(!m->group_size && other > 60 && other <= GROUP && n_other == other,
+          "%g: %d weights differ, %d as they should", value, other, n_other);
+    model_free(m);
+    model_free(made);
+    checkpoint_close(c);
+    checkpoint_close(g);
+}
+
 static void test_bad_qqq(void) {
     static const char *const class = "checkpoints in QQQ's format";
-    test_begin("QQQ directories whose numbers a model.bin cannot hold");
+    test_begin("QQQ directories with group scales that a model.bin cannot hold become weights");
     static const uint16_t halves[] = {0x3e00, 0x4c00, 0x0000, 0xbc00, 0x7e00}; // 1.5 16 0 -1 NaN
-    for (int i = 0; i < 5; i++) {
+    static const float values[] = {1.5, 16, 0, -1};
+    for (int i = 0; i < 4; i++) {
         break_qqq("g128", "s_group", &halves[i], 2);
-        refuse(class, 1, "broken d.bin", "up_proj.s_group holds the scale");
+        check_weights(values[i]);
     }
+    test_begin("QQQ directories whose numbers a model.bin cannot hold");
+    break_qqq("g128", "s_group", &halves[4], 2);
+    refuse(class, 1, "broken d.bin", "up_proj.s_group holds nan");
     break_qqq("channel", "B", "\x80", 1);
     refuse(class, 1, "broken d.bin", "up_proj.B holds the code -8");
     break_qqq("channel", "s_channel", "\0\0\x80\x7f", 4);
