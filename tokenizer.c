@@ -257,7 +257,7 @@ static int load_vocab(Tokenizer *t, const File *f, int vocab) {
         count += *slot < 0;
         if (*slot >= 0) { // there twice: the last one counts
             free(t->tokens[*slot].bytes);
-            t->tokens[*slot].bytes = NULL;
+            t->tokens[*slot] = (Token){0};
         }
         put_token(t, f, i, id, bytes, n);
         *slot = id;

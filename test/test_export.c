@@ -184,7 +184,7 @@ static void test_vllm(int kind) {
              "{\"group_0\":{\"targets\":[\"Linear\"],\"format\":\"pack-quantized\",\"weights\":"
              "{\"num_bits\":4,\"type\":\"int\",\"symmetric\":true,%s,\"dynamic\":false},"
              "\"input_activations\":{\"num_bits\":8,\"type\":\"int\",\"symmetric\":true,"
-             "\"strategy\":\"token\",\"dynamic\":true}}}}",
+             "\"strategy\":\"token\",\"group_size\":0,\"dynamic\":true}}}}",
              groups ? "\"strategy\":\"group\",\"group_size\":128" : "\"strategy\":\"channel\"");
     check_config(out, "false", how);
     model_free(m);
