@@ -376,6 +376,48 @@ static void test_added(void) {
     tokenizer_free(t);
 }
 
+/* What the tokenizers library makes of the same, as fine-tunes have it. */
+static void test_fine_tunes(void) {
+    test_begin(
+        "added tokens with lstrip, rstrip, and of the vocabulary; ids as tokenizers gives them");
+    Tokenizer *t = load_small(",\"ab\":256", "\"a b\"", "false",
+                              "{\"id\":257,\"content\":\"<l>\",\"lstrip\":true,\"special\":true},"
+                              "{\"id\":258,\"content\":\"<r>\",\"rstrip\":true},"
+                              "{\"id\":256,\"content\":\"ab\"},"
+                              "{\"id\":259,\"content\":\"<b>\",\"lstrip\":true,\"rstrip\":true,"
+                              "\"normalized\":true}");
+    check_text(t, "x \u00a0\n<l> <l>x", true, "120 257 257 120");
+    check_text(t, "x <r> \u3000\t<r>  x", true, "120 32 258 258 120");
+    check_text(t, "<r> <l> x", true, "258 257 32 120");
+    check_text(t, "x <b> <b> x", true, "120 259 259 120");
+    check_text(t, "<l>", true, "257");
+    check_text(t, " <l> x", false, "32 60 108 62 32 120"); // plain text keeps its spaces
+    check_text(t, "xab", true, "120 256");
+    tokenizer_free(t);
+
+    test_begin("holes among ids, a token there twice, fields without effect");
+    char *text = small_json(",\"b\":300,\"ab\":400", "\"a b\"", "false",
+                            "{\"id\":257,\"content\":\"<x>\",\"special\":true}");
+    static const char *const fields[][2] = {{"\"dropout\":null", "\"dropout\":0.0 "},
+                                            {"\"normalizer\":null",
+                                             "\"normalizer\":{\"type\":\"Sequence\","
+                                             "\"normalizers\":[]}"}};
+    for (int i = 0; i < 2; i++) {
+        char *at = strstr(text, fields[i][0]), *end = at + strlen(fields[i][0]), *changed;
+        if (!check(at != NULL, "no %s", fields[i][0])) return;
+        changed = format_text("%.*s%s%s", (int)(at - text), text, fields[i][1], end);
+        free(text);
+        text = changed;
+    }
+    t = tokenizer_load("holes", text, strlen(text));
+    free(text);
+    size_t n;
+    check_text(t, "xb<x>ab", true, "120 300 257 400");
+    check(*tokenizer_decode(t, 98, &n) == 0 && n == 0, "the first b still decodes");
+    check(tokenizer_size(t) == 401, "size %d", tokenizer_size(t));
+    tokenizer_free(t);
+}
+
 /* ---- there and back ------------------------------------------------------------------------- */
 
 static void check_round_trip(const Tokenizer *t, const char *what, const char *text, size_t n) {
@@ -544,13 +586,12 @@ static const Broken broken[] = {
 
     {"an id below 0", "\"ab\":256", "\"ab\":-1", "the id of token ab"},
     {"an id that is no integer", "\"ab\":256", "\"ab\":256.5", "ab is no integer"},
-    {"an id beyond the last", "\"ab\":256", "\"ab\":261", "integer in 0..260"},
+    {"an id beyond all", "\"ab\":256", "\"ab\":16777216", "integer in 0..16777215"},
     {"an absurd id", "\"ab\":256", "\"ab\":1e300", "the id of token ab"},
     {"an id beyond double", "\"ab\":256", "\"ab\":1e999", "the id of token ab"},
     {"an id that is no number", "\"ab\":256", "\"ab\":\"256\"", "the id of token ab"},
     {"an id that is null", "\"ab\":256", "\"ab\":null", "the id of token ab"},
     {"an id twice", "\"ab\":256", "\"ab\":97", "the id of token ab, 97"},
-    {"a token twice", "\"ab\":256", "\"abc\":256", "token abc is twice"},
     {"a byte without a token", "\"b\":98", "\"bq\":98", "byte 0x62"},
     {"a token with a space", "\"ab\":256", "\"a b\":256", "token a b of model.vocab"},
     {"a token outside the byte alphabet", "\"ab\":256", "\"日\":256", "token 日 of model.vocab"},
@@ -572,17 +613,17 @@ static const Broken broken[] = {
     {"a second split", "\"use_regex\":false", "\"use_regex\":true", "use_regex"},
     {"a second split by default", ",\"use_regex\":false", "", "use_regex"},
 
-    {"an added token with lstrip", "\"id\":259", "\"id\":259,\"lstrip\":true", "<x> has lstrip"},
-    {"an added token with rstrip", "\"id\":259", "\"id\":259,\"rstrip\":true", "<x> has lstrip"},
     {"an added token of single words", "\"id\":259", "\"id\":259,\"single_word\":true",
      "single_word"},
     {"an added token without content", "\"content\":", "\"x\":", "\"content\" is missing"},
     {"an added token with no text", "\"<x>\"", "\"\"", "0 bytes"},
     {"an added token that is no object", "{\"id\":260,\"content\":\"<y>\"}", "7", "\"content\" is"},
     {"an added token without an id", "\"id\":259,", "", "the id of token <x>"},
-    {"an added token with a used id", "\"id\":259", "\"id\":0", "the id of token <x>, 0"},
+    {"an added token with a used id", "\"id\":259", "\"id\":0",
+     "<x> has the id 0, transformers gives it 259"},
     {"an added token twice", "\"<y>\"", "\"<x>\"", "the same content"},
-    {"an added token of the vocabulary", "\"<y>\"", "\"ab\"", "ab is in model.vocab too"},
+    {"an added token of the vocabulary", "\"<y>\"", "\"ab\"",
+     "ab has the id 260, transformers gives it 256"},
     {"an added token that is perhaps special", "\"special\":true", "\"special\":1",
      "\"special\" is"},
 };
@@ -660,6 +701,7 @@ void test_tokenizer(void) {
 
     test_begin("the split pattern");
     for (size_t i = 0; i < sizeof splits / sizeof *splits; i++) check_split(splits[i]);
+    test_fine_tunes();
     test_merging();
     test_colliding();
     test_added();
