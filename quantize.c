@@ -244,7 +244,7 @@ static Tensor *find_part(const Checkpoint *c, const char *name, const char *suff
     char *full = format_text("%s%s", name, suffix);
     const Tensor *t = checkpoint_find(c, full);
     if (!t) die("%s: tensor %s is missing", c->path, full);
-    bool ok = t->dtype == dtype && t->n_dims == 2;
+    bool ok = t->dtype == dtype && t->n_dims == (columns ? 2 : 1);
     if (!ok || t->shape[0] != rows || t->shape[1] != columns)
         die("%s: tensor %s is no %s [%d][%d]", t->path, full, dtype_name(dtype), rows, columns);
     free(full);

@@ -504,6 +504,7 @@ static void break_qqq(const char *kind, const char *suffix, const void *value, s
  * g128.bin, but for those of that group: s_channel q value, q value rounded. */
 static void check_weights(float value) {
     Checkpoint *c = checkpoint_open(SCRATCH "/broken"), *g = checkpoint_open(SCRATCH "/g128.bin");
+    qqq_import(c);
     Model *m = model_load(c), *made = model_load(g);
     int other = 0, n_other = 0;
     for (int l = 0; l < m->config.n_layers; l++)
