@@ -113,6 +113,8 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'm') m->mse = parse_integer(flag, value, 0, 1);
         if (flag == 'o') m->act_order = parse_integer(flag, value, 0, 1);
         if (flag == 'q') o.head_bits = parse_choice(flag, value, "8", "16") ? 16 : 8;
+        if (strchr("ce", flag) && strcmp(value, "-") && access(value, R_OK))
+            die("%s: %s", value, strerror(errno));
         if (flag == 'c') o.calibration = format_text("%s", value);
         if (flag == 'n') o.n_windows = parse_integer(flag, value, 1, 1 << 20);
         if (flag == 'l') o.length = parse_integer(flag, value, 2, 1 << 20);
@@ -151,7 +153,7 @@ static int *calibration_tokens(const Options *o, const Tokenizer *tokenizer, con
     if (!o->method.gptq && !o->method.mse && !o->method.smooth) return NULL;
     if (o->length > c->max_context)
         die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
-    int n, *tokens = read_tokens(tokenizer, c, o->calibration, &n);
+    int n, length = o->length, *tokens = read_tokens(tokenizer, c, o->calibration, &length, &n);
     int available = n / o->length;
     *n_windows = o->n_windows ? o->n_windows : available < 128 ? available : 128;
     if (*n_windows > available || available == 0)
@@ -669,7 +671,7 @@ static void quantize(Options *o, const Checkpoint *c) {
     Model *made = new_model(o, m);
     int n_windows, *tokens = calibration_tokens(o, tokenizer, config, &n_windows);
     Evaluation text = {0};
-    if (o->eval) text.tokens = read_windows(tokenizer, config, o->eval, &text.length, &text.n);
+    if (o->eval) text.tokens = read_tokens(tokenizer, config, o->eval, &text.length, &text.n);
     tokenizer_free(tokenizer);
     char *quantization = describe(o, n_windows);
     Out out = {.o = o, .checkpoint = c};

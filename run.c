@@ -332,6 +332,9 @@ static void start(Session *s, int length) {
 /* The token that follows the queue, which it runs through the model and empties. */
 static int next_token(Session *s) {
     Engine *e = s->engine;
+    for (int i = 0, rows = s->model->config.vocab_size; i < s->queue.n; i++)
+        if (s->queue.ids[i] >= rows)
+            die("%s: token %d, the embedding has %d", s->path, s->queue.ids[i], rows);
     e->feed(e, 0, s->queue.ids, s->queue.n, s->pos);
     s->pos += s->queue.n;
     s->queue.n = 0;
@@ -434,9 +437,6 @@ static const char dates[] = "Cutting Knowledge Date: December 2023\nToday Date: 
 static int special_token(const Session *s, const char *name) {
     int id = tokenizer_id(s->tokenizer, name);
     if (id < 0) die("%s: a chat needs the token %s, which its tokenizer lacks", s->path, name);
-    if (s->model && id >= s->model->config.vocab_size)
-        die("%s: a chat needs the token %s, whose id %d is beyond the embedding", s->path, name,
-            id);
     return id;
 }
 
@@ -1041,7 +1041,7 @@ int main(int argc, char **argv) {
         if (o.task == GENERATE) generate(&s, &o);
         if (o.task == CHAT) chat(&s, &o);
         if (o.task == PERPLEXITY) {
-            int n, *tokens = read_windows(s.tokenizer, &s.model->config, o.file, &o.length, &n);
+            int n, *tokens = read_tokens(s.tokenizer, &s.model->config, o.file, &o.length, &n);
             describe_model(s.checkpoint, s.model, s.where);
             print_perplexity(s.checkpoint, s.engine, "", tokens, n, o.length);
             free(tokens);
