@@ -1461,7 +1461,7 @@ int *encode_text(const Tokenizer *t, const Config *c, const char *name, const ch
     }
     for (int i = 0; i < *n; i++)
         if (ids[i] >= c->vocab_size)
-            die("%s: token %d, the embedding has %d", name, ids[i], c->vocab_size);
+            die("%s: token %d is beyond the %d rows of the embedding", name, ids[i], c->vocab_size);
     return ids;
 }
 

@@ -113,8 +113,6 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'm') m->mse = parse_integer(flag, value, 0, 1);
         if (flag == 'o') m->act_order = parse_integer(flag, value, 0, 1);
         if (flag == 'q') o.head_bits = parse_choice(flag, value, "8", "16") ? 16 : 8;
-        if (strchr("ce", flag) && strcmp(value, "-") && access(value, R_OK))
-            die("%s: %s", value, strerror(errno));
         if (flag == 'c') o.calibration = format_text("%s", value);
         if (flag == 'n') o.n_windows = parse_integer(flag, value, 1, 1 << 20);
         if (flag == 'l') o.length = parse_integer(flag, value, 2, 1 << 20);
@@ -133,6 +131,10 @@ static Options parse_options(int argc, char **argv) {
         die_usage("-x writes a W4A8 directory: -f and -e are for a model.bin");
     if (o.out && !*o.out) die_usage("OUT is empty, expected the name of a file");
     if (o.out && o.format) o.out[without_slashes(o.out)] = 0;
+    const char *texts[] = {o.calibration, o.eval};
+    for (int i = 0; i < 2; i++)
+        if (texts[i] && strcmp(texts[i], "-") && access(texts[i], R_OK))
+            die("%s: %s", texts[i], strerror(errno));
     if (!o.calibration) o.calibration = beside_program("data/calib.txt");
     return o;
 }

@@ -115,8 +115,6 @@ static Options parse_options(int argc, char **argv) {
                      : flag == 'x' ? TOKEN_IDS
                                    : BENCHMARK;
             o.file = value;
-            if (*value && strcmp(value, "-") && access(value, R_OK))
-                die("%s: %s", value, strerror(errno));
         }
         if (flag == 't') o.temperature = parse_number(flag, value, 0, 100);
         if (flag == 'p') o.top_p = parse_number(flag, value, 0, 1);
@@ -142,6 +140,8 @@ static Options parse_options(int argc, char **argv) {
     if (o.kv_bits != 16 && o.kv_bits != 8 && o.kv_bits != 4)
         die_usage("-k %d: expected 16, 8 or 4", o.kv_bits);
     if (o.system && !chat) die_usage("-y: a system prompt needs -m chat");
+    if (o.file && o.task != BENCHMARK && strcmp(o.file, "-") && access(o.file, R_OK))
+        die("%s: %s", o.file, strerror(errno));
     if (chat) o.task = CHAT;
     if (o.n_tokens < 0) o.n_tokens = chat ? 0 : 256;
     if (!o.model) o.model = beside_program("data/tiny");
@@ -334,7 +334,8 @@ static int next_token(Session *s) {
     Engine *e = s->engine;
     for (int i = 0, rows = s->model->config.vocab_size; i < s->queue.n; i++)
         if (s->queue.ids[i] >= rows)
-            die("%s: token %d, the embedding has %d", s->path, s->queue.ids[i], rows);
+            die("%s: token %d is beyond the %d rows of the embedding", s->path, s->queue.ids[i],
+                rows);
     e->feed(e, 0, s->queue.ids, s->queue.n, s->pos);
     s->pos += s->queue.n;
     s->queue.n = 0;
