@@ -2352,44 +2352,28 @@ static bool is_directory(const char *path) {
     return S_ISDIR(st.st_mode);
 }
 
-/* Opens a regular file of at least one byte. An absent file is an error, or -1 if it is optional.
- * O_NONBLOCK: a FIFO is refused, not waited for. */
-static int open_file(const char *path, bool optional, size_t *bytes) {
+/* Maps a regular file of at least one byte read-only; takes over `path`. An absent file is an
+ * error, or {0} if it is optional. O_NONBLOCK: a FIFO is refused, not waited for. */
+static Mapping map_file(char *path, bool optional) {
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0 && optional && errno == ENOENT) return -1;
+    if (fd < 0 && optional && errno == ENOENT) return free(path), (Mapping){0};
     struct stat st;
     if (fd < 0 || fstat(fd, &st)) die("%s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("%s: not a regular file", path);
     if (st.st_size == 0) die("%s: the file is empty", path);
-    *bytes = st.st_size;
-    return fd;
-}
-
-/* Maps a file read-only; takes over `path`. An absent file is an error, or {0} if it is optional.
- */
-static Mapping map_file(char *path, bool optional) {
-    size_t bytes;
-    int fd = open_file(path, optional, &bytes);
-    if (fd < 0) return free(path), (Mapping){0};
-    void *data = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+    void *data = mmap(NULL, st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (data == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
-    return (Mapping){path, data, bytes};
+    return (Mapping){path, data, st.st_size};
 }
 
-/* Reads a file, malloc'ed with a NUL behind. An absent one is an error, or NULL if optional. */
-static char *read_file(const char *path, bool optional, size_t *bytes) {
-    int fd = open_file(path, optional, bytes);
-    if (fd < 0) return NULL;
-    char *text = allocate(*bytes + 1, 1);
-    for (size_t done = 0; done < *bytes;) {
-        ssize_t n = read(fd, text + done, *bytes - done);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) die("%s: %s", path, strerror(errno));
-        if (n == 0) die("%s: it was cut while it was read", path);
-        done += n;
-    }
-    close(fd);
+/* A small optional file of MODEL, malloc'ed with a NUL behind; NULL if it is absent. */
+static char *read_file(const char *directory, const char *name) {
+    Mapping m = map_file(format_text("%s/%s", directory, name), true);
+    if (!m.data) return NULL;
+    char *text = memcpy(allocate(m.bytes + 1, 1), m.data, m.bytes);
+    munmap((void *)m.data, m.bytes);
+    free(m.path);
     return text;
 }
 
@@ -2646,15 +2630,6 @@ static void die_missing(const char *directory, const char *name) {
     die("%s/%s: %s", directory, name, strerror(ENOENT));
 }
 
-/* A text of MODEL's directory. */
-static char *text_in(const char *directory, const char *name, bool optional) {
-    size_t bytes;
-    char *path = format_text("%s/%s", directory, name), *text = read_file(path, true, &bytes);
-    if (!text && !optional) die_missing(directory, name);
-    free(path);
-    return text;
-}
-
 static const char *const chat_file_names[N_CHAT_FILES] = {
     "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"};
 
@@ -2679,10 +2654,11 @@ static void open_texts(Checkpoint *c) {
 }
 
 static void open_directory(Checkpoint *c) {
-    char *adapter = text_in(c->path, "adapter_config.json", true);
-    if (adapter) die("%s: adapter_config.json: merge the adapter into its model first", c->path);
-    c->config = text_in(c->path, "config.json", false);
-    c->generation_config = text_in(c->path, "generation_config.json", true);
+    if (read_file(c->path, "adapter_config.json"))
+        die("%s: adapter_config.json: merge the adapter into its model first", c->path);
+    c->config = read_file(c->path, "config.json");
+    if (!c->config) die_missing(c->path, "config.json");
+    c->generation_config = read_file(c->path, "generation_config.json");
     open_texts(c);
     Mapping single = map_file(format_text("%s/model.safetensors", c->path), true);
     Mapping index = map_file(format_text("%s/model.safetensors.index.json", c->path), true);
@@ -2752,11 +2728,10 @@ static void open_model_bin(Checkpoint *c) {
 /* Where a model is: `path`, or if that is a Hugging Face cache's models--ORGANIZATION--NAME, the
  * directory in its snapshots/ that refs/main names, else the only one there. malloc'ed. */
 static char *model_path(const char *path) {
-    char *config = format_text("%s/config.json", path), *ref = format_text("%s/refs/main", path);
+    char *config = format_text("%s/config.json", path);
     char *folder = format_text("%s/snapshots", path), *revision = NULL;
     DIR *snapshots = access(config, F_OK) ? opendir(folder) : NULL;
-    size_t bytes;
-    if (snapshots) revision = read_file(ref, true, &bytes);
+    if (snapshots) revision = read_file(path, "refs/main");
     bool named = revision;
     for (const struct dirent *d; snapshots && !named && (d = readdir(snapshots));) {
         if (*d->d_name == '.') continue;
@@ -2769,7 +2744,6 @@ static char *model_path(const char *path) {
     char *found = format_text(revision ? "%s/%s" : "%s", revision ? folder : path, revision);
     free(revision);
     free(config);
-    free(ref);
     free(folder);
     return found;
 }
@@ -3312,21 +3286,16 @@ int *encode_text(const Tokenizer *t, const Config *c, const char *name, const ch
     }
     for (int i = 0; i < *n; i++)
         if (ids[i] >= c->vocab_size)
-            die("%s: token %d, the embedding has %d", name, ids[i], c->vocab_size);
+            die("%s: token %d is beyond the %d rows of the embedding", name, ids[i], c->vocab_size);
     return ids;
 }
 
-int *read_tokens(const Tokenizer *t, const Config *c, const char *path, int *n) {
+int *read_tokens(const Tokenizer *t, const Config *c, const char *path, int *length, int *n) {
     size_t bytes;
     char *text = read_text(path, &bytes);
     if (!t) die("%s: the model has no tokenizer.json, which it needs", path);
     int *ids = encode_text(t, c, path, text, bytes, n);
     free(text);
-    return ids;
-}
-
-int *read_windows(const Tokenizer *t, const Config *c, const char *path, int *length, int *n) {
-    int *ids = read_tokens(t, c, path, n);
     if (!*length) *length = c->max_context < 2048 ? c->max_context : 2048;
     if (*n < *length)
         die("%s: it has %d tokens, a window needs %d (-l sets it)", path, *n, *length);

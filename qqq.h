@@ -707,10 +707,9 @@ Tokenizer *checkpoint_tokenizer(const Checkpoint *c);
 int *encode_text(const Tokenizer *t, const Config *c, const char *name, const char *text,
                  size_t bytes, int *n);
 
-/* The same of a text file; and of one to be cut into windows of *length tokens, at least one. 0
- * asks for 2048, or the model's context if that is less. */
-int *read_tokens(const Tokenizer *t, const Config *c, const char *path, int *n);
-int *read_windows(const Tokenizer *t, const Config *c, const char *path, int *length, int *n);
+/* The same of a text file that fills at least one window of *length tokens. 0 asks for 2048, or the
+ * model's context if that is less. */
+int *read_tokens(const Tokenizer *t, const Config *c, const char *path, int *length, int *n);
 
 /* perplexity() of tokens [n], printed as one line after `label`. */
 void print_perplexity(const Checkpoint *c, Engine *e, const char *label, const int *tokens, int n,

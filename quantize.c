@@ -132,6 +132,10 @@ static Options parse_options(int argc, char **argv) {
         die_usage("-x writes a W4A8 directory: -f and -e are for a model.bin");
     if (o.out && !*o.out) die_usage("OUT is empty, expected the name of a file");
     if (o.out && o.format) o.out[without_slashes(o.out)] = 0;
+    const char *texts[] = {o.calibration, o.eval};
+    for (int i = 0; i < 2; i++)
+        if (texts[i] && strcmp(texts[i], "-") && access(texts[i], R_OK))
+            die("%s: %s", texts[i], strerror(errno));
     if (!o.calibration) o.calibration = beside_program("data/calib.txt");
     return o;
 }
@@ -152,7 +156,7 @@ static int *calibration_tokens(const Options *o, const Tokenizer *tokenizer, con
     if (!o->method.gptq && !o->method.mse && !o->method.smooth) return NULL;
     if (o->length > c->max_context)
         die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
-    int n, *tokens = read_tokens(tokenizer, c, o->calibration, &n);
+    int n, length = o->length, *tokens = read_tokens(tokenizer, c, o->calibration, &length, &n);
     int available = n / o->length;
     *n_windows = o->n_windows ? o->n_windows : available < 128 ? available : 128;
     if (*n_windows > available || available == 0)
@@ -1042,7 +1046,7 @@ static void quantize(Options *o, const Checkpoint *c) {
     Model *made = new_model(o, m);
     int n_windows, *tokens = calibration_tokens(o, tokenizer, config, &n_windows);
     Evaluation text = {0};
-    if (o->eval) text.tokens = read_windows(tokenizer, config, o->eval, &text.length, &text.n);
+    if (o->eval) text.tokens = read_tokens(tokenizer, config, o->eval, &text.length, &text.n);
     tokenizer_free(tokenizer);
     // 2. OUT is started, then the two ends of the model, its layers, its ends in the file.
     char *quantization = describe(o, n_windows);

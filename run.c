@@ -115,8 +115,6 @@ static Options parse_options(int argc, char **argv) {
                      : flag == 'x' ? TOKEN_IDS
                                    : BENCHMARK;
             o.file = value;
-            if (*value && strcmp(value, "-") && access(value, R_OK))
-                die("%s: %s", value, strerror(errno));
         }
         if (flag == 't') o.temperature = parse_number(flag, value, 0, 100);
         if (flag == 'p') o.top_p = parse_number(flag, value, 0, 1);
@@ -140,6 +138,8 @@ static Options parse_options(int argc, char **argv) {
     if (o.items && o.task != ZERO_SHOT) die_usage("-o: only with -z");
     if (o.items && !*o.items) die_usage("-o: the name of the file is empty");
     if (o.system && !chat) die_usage("-y: a system prompt needs -m chat");
+    if (o.file && o.task != BENCHMARK && strcmp(o.file, "-") && access(o.file, R_OK))
+        die("%s: %s", o.file, strerror(errno));
     if (chat) o.task = CHAT;
     if (o.n_tokens < 0) o.n_tokens = chat ? 0 : 256;
     if (!o.model) o.model = beside_program("data/tiny");
@@ -330,6 +330,10 @@ static void start(Session *s, int length) {
 /* The token that follows the queue, which it runs through the model and empties. */
 static int next_token(Session *s) {
     Engine *e = s->engine;
+    for (int i = 0, rows = s->model->config.vocab_size; i < s->queue.n; i++)
+        if (s->queue.ids[i] >= rows)
+            die("%s: token %d is beyond the %d rows of the embedding", s->path, s->queue.ids[i],
+                rows);
     e->feed(e, 0, s->queue.ids, s->queue.n, s->pos);
     s->pos += s->queue.n;
     s->queue.n = 0;
@@ -432,9 +436,6 @@ static const char dates[] = "Cutting Knowledge Date: December 2023\nToday Date: 
 static int special_token(const Session *s, const char *name) {
     int id = tokenizer_id(s->tokenizer, name);
     if (id < 0) die("%s: a chat needs the token %s, which its tokenizer lacks", s->path, name);
-    if (s->model && id >= s->model->config.vocab_size)
-        die("%s: a chat needs the token %s, whose id %d is beyond the embedding", s->path, name,
-            id);
     return id;
 }
 
@@ -1056,7 +1057,7 @@ int main(int argc, char **argv) {
         if (o.task == GENERATE) generate(&s, &o);
         if (o.task == CHAT) chat(&s, &o);
         if (o.task == PERPLEXITY) {
-            int n, *tokens = read_windows(s.tokenizer, &s.model->config, o.file, &o.length, &n);
+            int n, *tokens = read_tokens(s.tokenizer, &s.model->config, o.file, &o.length, &n);
             describe_model(s.checkpoint, s.model, s.where);
             print_perplexity(s.checkpoint, s.engine, "", tokens, n, o.length);
             free(tokens);

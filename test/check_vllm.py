@@ -57,7 +57,7 @@ def by_run(items):
 def by_vllm(items):
     import vllm
     print(f"torch {torch.__version__}, vllm {vllm.__version__}")
-    llm = vllm.LLM(DIR, dtype="float32", max_model_len=1024, enforce_eager=True,
+    llm = vllm.LLM(DIR, dtype="float16", max_model_len=1024, enforce_eager=True,
                    gpu_memory_utilization=0.2)  # of the memory, here the CPU's
     tokenizer = llm.get_tokenizer()
     whole = [tokenizer(f"{context} {choice}")["input_ids"] for context, choice in items]

@@ -161,7 +161,8 @@ bool dies(void (*f)(void *), void *arg, char *message, size_t size) {
 
 int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n) {
     Tokenizer *t = checkpoint_tokenizer(c);
-    int *ids = read_tokens(t, &(Config){.bos = bos, .vocab_size = INT_MAX}, path, n);
+    int length = 1;
+    int *ids = read_tokens(t, &(Config){.bos = bos, .vocab_size = INT_MAX}, path, &length, n);
     tokenizer_free(t);
     return ids;
 }

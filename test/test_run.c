@@ -199,7 +199,7 @@ static void test_bad_files(void) {
         expect_same("./run data/tiny -d cpu -t 0 -n 9 -i 'a king' 2>/dev/null",
                     "./run build/test/larger -d cpu -t 0 -n 9 -i 'a king' 2>/dev/null");
         expect_error("./run build/test/larger -n 1 -i '<|more|>'", 1,
-                     "the prompt: token 4096, the embedding has 4096");
+                     "the prompt: token 4096 is beyond the 4096 rows of the embedding");
     }
     free(larger);
     free(json);

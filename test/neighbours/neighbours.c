@@ -965,9 +965,10 @@ int main(int argc, char **argv) {
     if (m->group_size) die("%s: it is quantized already", b.path);
     b.m = m;
     Tokenizer *tokenizer = checkpoint_tokenizer(file);
-    b.calib = read_tokens(tokenizer, &m->config, b.calibration, &n);
+    int length = 1;
+    b.calib = read_tokens(tokenizer, &m->config, b.calibration, &length, &n);
     if (n < WINDOWS * LENGTH) die("%s: not %d windows of %d", b.calibration, WINDOWS, LENGTH);
-    b.eval = read_tokens(tokenizer, &m->config, b.eval_path, &n);
+    b.eval = read_tokens(tokenizer, &m->config, b.eval_path, &length, &n);
     tokenizer_free(tokenizer);
     if (n < LENGTH) die("%s: no window of %d", b.eval_path, LENGTH);
     b.windows = max_windows && max_windows < n / LENGTH ? max_windows : n / LENGTH;
