@@ -27,7 +27,7 @@ static const char usage[] =
     "\n"
     "  -g 128|-1      group size; -1: per channel (128)\n"
     "  -b rtn|gptq    how weights are rounded: to nearest, or with compensation (gptq)\n"
-    "  -a 0|1|2       adaptive smoothing; 2: with the published, exhaustive search (1)\n"
+    "  -a 0|1         adaptive smoothing (1)\n"
     "  -r 0|1         rotation (1); it unties a tied head\n"
     "  -m 0|1         mse: ranges searched for the least squared output error, or max|w| (1)\n"
     "  -o 0|1         columns in the order of their activations, in GPTQ (1)\n"
@@ -83,7 +83,7 @@ static void show_linear(int l, int linear, int n_layers) {
 
 static Options parse_options(int argc, char **argv) {
     Options o = {.method = {.group_size = GROUP,
-                            .smooth = 1,
+                            .smooth = true,
                             .mse = true,
                             .gptq = true,
                             .act_order = true,
@@ -108,7 +108,7 @@ static Options parse_options(int argc, char **argv) {
         if (!value) die_usage("-%c: its value is missing; ./quantize -h says which", flag);
         if (flag == 'g') m->group_size = parse_choice(flag, value, "-1", "128") ? GROUP : -1;
         if (flag == 'b') m->gptq = parse_choice(flag, value, "rtn", "gptq");
-        if (flag == 'a') m->smooth = parse_integer(flag, value, 0, 2);
+        if (flag == 'a') m->smooth = parse_integer(flag, value, 0, 1);
         if (flag == 'r') o.rotate = parse_integer(flag, value, 0, 1);
         if (flag == 'm') m->mse = parse_integer(flag, value, 0, 1);
         if (flag == 'o') m->act_order = parse_integer(flag, value, 0, 1);
@@ -125,8 +125,6 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'M') o.most_memory = parse_number(flag, value, 0.1, 1e6) * 1e9;
     }
     if (!o.model) die_usage("no MODEL; ./quantize -h shows how");
-    if (o.device == CUDA && o.method.smooth == 2)
-        die_usage("-a 2: the exhaustive search runs on the CPU only (-d cpu)");
     if (o.format && (o.convert || o.eval))
         die_usage("-x writes a W4A8 directory: -f and -e are for a model.bin");
     if (o.out && !*o.out) die_usage("OUT is empty, expected the name of a file");
@@ -245,8 +243,7 @@ static void check_out(const Options *o, const Checkpoint *c) {
 
 /* What of a model the method changes, beside the linears of the layers. */
 static bool changes(const Options *o, const Parameter *p) {
-    if (p->role == NORM && !strcmp(p->name, "model.norm.weight"))
-        return o->method.gptq || o->rotate;
+    if (p->role == NORM && !strcmp(p->name, "model.norm.weight")) return o->rotate;
     if (p->role == NORM) return o->rotate || o->method.smooth;
     return p->role != WEIGHT || o->rotate || p->linear->dtype == I8;
 }
@@ -561,9 +558,9 @@ static void print_errors(const Options *o, int l, const Smoothing found[3], cons
     fflush(stdout);
 }
 
-/* Layer by layer: read, rotate, smooth, quantize, write. Returns the factor on the final norm. */
-static double quantize_layers(const Options *o, const Model *m, Model *made, const int *tokens,
-                              int n_windows, Out *out) {
+/* Layer by layer: read, rotate, smooth, quantize, write. */
+static void quantize_layers(const Options *o, const Model *m, Model *made, const int *tokens,
+                            int n_windows, Out *out) {
     const Config *c = &m->config;
     Quantizer *cpu = NULL;
     GpuQuantizer *gpu = NULL;
@@ -585,13 +582,8 @@ static double quantize_layers(const Options *o, const Model *m, Model *made, con
         layer_free(&made->layers[l]);
     }
     show_progress("linears", c->n_layers * N_LINEARS, c->n_layers * N_LINEARS, 0);
-    double xf = 0, xx = 0;
-    if (o->method.gptq && gpu) gpu_final_scale(gpu, made->norm, &xf, &xx);
-    else if (o->method.gptq) final_scale(cpu, made->norm, &xf, &xx);
-    if (!(xx < INFINITY)) die("the last layer's output holds NaN or infinity");
     if (gpu) gpu_quantizer_report(gpu, stderr), gpu_quantizer_free(gpu);
     else quantizer_free(cpu);
-    return xx > 0 ? xf / xx : 1;
 }
 
 /* Rotated, it is to be written as F16. */
@@ -646,9 +638,7 @@ static void quantize(Options *o, const Checkpoint *c) {
         return;
     }
     check_group_size(o->model, config, o->method.group_size);
-    // The exhaustive search has no GPU version.
-    o->gpu = choose_gpu(o->method.smooth == 2 ? CPU : o->device, config, true, o->where,
-                        sizeof o->where);
+    o->gpu = choose_gpu(o->device, config, true, o->where, sizeof o->where);
     int8_t *signs = allocate(config->dim, 1);
     random_signs(o->seed, config->dim, signs);
     if (o->rotate) o->method.signs = signs;
@@ -663,9 +653,7 @@ static void quantize(Options *o, const Checkpoint *c) {
                 o->length);
     make_ends(o, m, made);
     if (o->eval) evaluate(o, c, m, "before: ");
-    double scale = quantize_layers(o, m, made, tokens, n_windows, &out);
-    for (int i = 0; i < config->dim; i++) made->norm[i] *= scale; // step 6
-    if (o->method.gptq) printf("final norm times %.4f\n", scale);
+    quantize_layers(o, m, made, tokens, n_windows, &out);
     for_each_tensor(made, -1, -1, put, &out);
     for_each_tensor(made, config->n_layers, config->n_layers, put, &out);
     close_out(&out, made);
@@ -685,7 +673,6 @@ static void quantize(Options *o, const Checkpoint *c) {
 
 int main(int argc, char **argv) {
     open_standard_streams();
-    spin_briefly(argv);
     Options o = parse_options(argc, argv);
     Checkpoint *c = checkpoint_open(o.model);
     if (!o.out) o.out = default_out(&o, c->path);

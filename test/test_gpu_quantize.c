@@ -117,11 +117,6 @@ static void test_failures(void) {
         check(!*out, "%d blocks: left behind: %s", blocks[i], out);
     }
 
-    test_begin("GPU: ./quantize refuses -d cuda -a 2");
-    check(run_command("./quantize data/tiny -d cuda -a 2", out, sizeof out) == 2 &&
-              strstr(out, "-d cpu"),
-          "%s", out);
-
     test_begin("GPU: ./quantize, killed in the middle, leaves nothing behind");
     int status = run_command("rm -rf build/test/killed && mkdir build/test/killed\n"
                              "./quantize data/tiny build/test/killed/x.bin -d cuda -n 64 -l 2048 "

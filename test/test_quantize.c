@@ -591,7 +591,6 @@ static void test_search_smoothing(void) {
     }
 }
 
-/* The published search against its own definition, on a layer that one can afford to try all. */
 /* quantize_layer() searches qkv's threshold on every stride-th of the tokens that are not the first
  * of their window, by their maxima. Two windows; the first token's channel 3 is a massive one. */
 static void test_smoothing_sample(void) {
@@ -639,72 +638,6 @@ static void test_smoothing_sample(void) {
         free(sample);
         free(tokens);
     }
-}
-
-static void test_published_search(void) {
-    test_begin("search_smoothing_published: the best of its equal steps");
-    enum { T = 24 };
-    uint64_t seed = 8;
-    Config c = small;
-    c.n_layers = 1, c.max_context = T, c.vocab_size = 1, c.norm_eps = 1e-5f, c.rope_theta = 1e4;
-    Layer layer = random_layer(&seed);
-    for (int k = 0; k < N_LINEARS; k++) layer.linears[k].dtype = F32;
-    State *state = state_new(&c, T, T, 16);
-    float *x = normals((size_t)2 * T * 24, &seed), s[24];
-    for (SmoothedInput which = SMOOTH_QKV; which <= SMOOTH_DOWN; which++) {
-        int K = which == SMOOTH_DOWN ? 24 : 16, first[] = {0, 4, 6}, count[] = {3, 2, 1};
-        int n_out = which == SMOOTH_GATE_UP ? 24 : 16;
-        float max[24] = {0}, largest = 0;
-        for (int i = 0; i < 2 * T * K; i++) {
-            if (i % K == 3) x[i] *= which == SMOOTH_QKV ? 20 : 1;
-            max[i % K] = fabsf(x[i]) > max[i % K] ? fabsf(x[i]) : max[i % K];
-            largest = max[i % K] > largest ? max[i % K] : largest;
-        }
-        int steps = largest / 0.5f > 100 ? largest / 0.5f : 100;
-        float t = search_smoothing_published(&c, &layer, state, which, x, 2, T, max, -1, s);
-        double least = INFINITY, chosen = INFINITY;
-        for (int step = -1; step < steps; step++) { // first the one that was chosen
-            float candidate = step < 0 ? t : largest - (largest - 0.1f) * step / (steps - 1);
-            double error = 0;
-            for (int k = 0; k < K; k++) s[k] = max[k] > candidate ? max[k] / candidate : 1;
-            Layer q = layer;
-            for (int i = first[which]; i < first[which] + count[which]; i++) {
-                float *w = copy_floats(layer.linears[i].w, (size_t)layer.linears[i].N * K);
-                for (int j = 0; j < layer.linears[i].N * K; j++) w[j] *= s[j % K];
-                q.linears[i] = round_to_nearest(w, NULL, layer.linears[i].N, K, -1);
-                free(w);
-            }
-            for (int window = 0; window < 2; window++) {
-                float *out[2];
-                for (int i = 0; i < 2; i++) {
-                    float *in = which == SMOOTH_DOWN ? state->gate : state->xb;
-                    for (int j = 0; j < T * K; j++)
-                        in[j] = x[window * T * K + j] / (i ? s[j % K] : 1);
-                    const Layer *use = i ? &q : &layer;
-                    if (which == SMOOTH_QKV) attention_block(&c, use, state, 0, T, 0);
-                    if (which == SMOOTH_GATE_UP) ffn_block(&c, use, state, T);
-                    if (which == SMOOTH_DOWN) linear(&use->down, state->gate, T, state->x);
-                    const float *y = which == SMOOTH_QKV       ? state->att
-                                     : which == SMOOTH_GATE_UP ? state->gate
-                                                               : state->x;
-                    out[i] = copy_floats(y, (size_t)T * n_out);
-                }
-                for (int j = 0; j < T * n_out; j++) error += pow((double)out[1][j] - out[0][j], 2);
-                free(out[0]);
-                free(out[1]);
-            }
-            for (int i = first[which]; i < first[which] + count[which]; i++)
-                linear_free(&q.linears[i]);
-            if (step < 0) chosen = error;
-            least = error < least ? error : least;
-        }
-        check(chosen <= least * (1 + 1e-6), "input %d: error %g at t %g, the least is %g", which,
-              chosen, t, least);
-    }
-    free(x);
-    state_free(state);
-    for (int k = 0; k < N_LINEARS; k++) free(layer.linears[k].w);
-    free(layer.attention_norm);
 }
 
 /* ---- the choice of scales ------------------------------------------------------------------ */
@@ -1398,7 +1331,7 @@ static void test_options(void) {
         {"-b rtn -r 0 -a 0 -m 1", "rtn", 128, 0, 0, 0, 1, 1},
         {"-b gptq -r 0 -a 0 -m 0 -o 0 -g -1", "gptq", -1, 0, 0, 0, 0, 0},
         {"-m 0", "gptq", 128, 1, 1, 0, 0, 1},
-        {"-r 0 -a 2 -g -1 -b rtn -m 0", "rtn", -1, 2, 0, 0, 0, 1},
+        {"-r 0 -a 1 -g -1 -b rtn -m 0", "rtn", -1, 1, 0, 0, 0, 1},
         {"-r 1 -s 7 -a 0 -g -1", "gptq", -1, 0, 1, 7, 1, 1},
         {"-r 1 -d cpu -o 0 -m 0 -s 9223372036854775807", "gptq", 128, 1, 1, 0, 0, 0},
     };
@@ -1429,8 +1362,8 @@ static void test_options(void) {
         const Tensor *head = checkpoint_find(o.c, "lm_head.weight");
         const Tensor *embedding = checkpoint_find(o.c, "model.embed_tokens.weight");
         check(norm->dtype == (rotate || cases[i].smooth ? F32 : BF16) &&
-                  last->dtype == (rotate || gptq ? F32 : BF16) &&
-                  head->dtype == (rotate ? F16 : BF16) && embedding->dtype == (rotate ? F16 : BF16),
+                  last->dtype == (rotate ? F32 : BF16) && head->dtype == (rotate ? F16 : BF16) &&
+                  embedding->dtype == (rotate ? F16 : BF16),
               "%s: dtypes of norms and ends", flags);
         for (int k = 0; k < o.c->n_tensors; k++) {
             const Tensor *t = &o.c->tensors[k];
@@ -1540,15 +1473,6 @@ static void test_pipeline(bool mse) {
             free(H), free(C), free(R), free(distance), free(in[0]), free(in[1]);
         }
     }
-    double xf = 0, xx = 0; // the final norm's factor, by least squares
-    for (int i = 0; i < 2; i++) rmsnorm(x[i], f.m->norm, ALL, DIM, c.norm_eps, x[i]);
-    for (int i = 0; i < ALL * DIM; i++) {
-        xf += (double)x[0][i] * x[1][i];
-        xx += (double)x[1][i] * x[1][i];
-    }
-    for (int i = 0; i < DIM; i++)
-        check(fabs(file.m->norm[i] / f.m->norm[i] - xf / xx) < 1e-3, "final norm times %g, not %g",
-              file.m->norm[i] / f.m->norm[i], xf / xx);
     state_free(s);
     free(x[0]), free(x[1]), free(tokens);
     close_model(f);
@@ -1677,7 +1601,7 @@ static void test_outliers(void) {
 
 static void test_same_bytes(void) {
     test_begin("quantize: the same bytes whatever the number of threads");
-    const char *options[] = {"-r 0", "-g -1", "-a 2 -b rtn -m 0"};
+    const char *options[] = {"-r 0", "-g -1", "-b rtn -m 0"};
     for (int i = 0; i < 3; i++) {
         make_model(SCRATCH "/made.bin", made);
         for (int threads = 1; threads <= 3; threads++) {
@@ -1894,17 +1818,6 @@ static void test_names(void) {
 #define BROKEN "$QUANTIZE " SCRATCH "/broken.bin " OUT " -c data/calib.txt -n 1 -l 64 "
 
 static void test_usage(void) {
-    test_begin("programs start once more to spin briefly, unless the environment says how long");
-    for (int i = 0; i < 4; i++) { // the OpenMP library says at each of its starts what it reads
-        const char *set[] = {"", "OMP_WAIT_POLICY=passive", "OMP_WAIT_POLICY=active",
-                             "GOMP_SPINCOUNT=7"};
-        for (int run = 0; run < 2; run++) {
-            shell("env -u OMP_WAIT_POLICY -u GOMP_SPINCOUNT OMP_DISPLAY_ENV=true %s %s --version "
-                  "2>&1 | grep -c DISPLAY.ENVIRONMENT.BEGIN",
-                  set[i], run ? "$RUN" : "$QUANTIZE");
-            check(atoi(output) == (i ? 1 : 2), "%s: %s starts", set[i], output);
-        }
-    }
     test_begin("progress: the model before it is read, its ends, a first line before the linears");
     shell("$QUANTIZE data/tiny " OUT " -d cpu -n 1 -l 64 2>&1 >/dev/null");
     const char *steps[] = {"data/tiny: LLaMA 3.1, ",
@@ -1915,22 +1828,21 @@ static void test_usage(void) {
     for (size_t i = 0; i < sizeof steps / sizeof *steps && at; i++) at = strstr(at, steps[i]);
     check(at && !strncmp(output, steps[0], strlen(steps[0])), "%s", output);
     unlink(OUT);
-    test_begin("progress: the newest line is said again while a step takes long");
+    test_begin("progress: steps that follow each other within 5 s are not all said");
     int ends[2];
     pid_t child = pipe(ends) ? -1 : fork();
     if (!child) {
         dup2(ends[1], STDERR_FILENO);
-        for (int done = 0; done < 2; done++) show_progress("steps", done, 2, -1);
-        alarm(30); // the end, and the pipe's, if nothing more is said
-        for (;;) pause();
+        for (int work = 0; work < 2; work++) // the second begins anew
+            for (int done = 0; done <= 9; done++) show_progress("steps", done, 9, -1);
+        _exit(0);
     }
     close(ends[1]);
-    char line[80] = "";
-    FILE *said = fdopen(ends[0], "r");
-    check(fgets(line, sizeof line, said) && !strcmp(line, "0 of 2 steps\n"), "%s", line);
-    check(fgets(line, sizeof line, said) && !strcmp(line, "1 of 2 steps\n"), "%s", line);
-    fclose(said);
-    if (child > 0) kill(child, SIGKILL), waitpid(child, NULL, 0);
+    char said[300] = "", expected[] = "0 of 9 steps\n9 of 9 steps\n0 of 9 steps\n9 of 9 steps\n";
+    for (ssize_t n = 0, got; (got = read(ends[0], said + n, sizeof said - 1 - n)) > 0;) n += got;
+    check(!strcmp(said, expected), "%s", said);
+    close(ends[0]);
+    if (child > 0) waitpid(child, NULL, 0);
     test_begin("quantize: options");
     check(shell("$QUANTIZE -h 2>/dev/null") == 0 && !strncmp(output, "usage: ./quantize MODEL", 23),
           "-h: %s", output);
@@ -1957,7 +1869,7 @@ static void test_usage(void) {
         {"-n 2x", "-n 2x: expected"},
         {"-n -1", "-n -1: expected"},
         {"-l 1", "-l 1: expected"},
-        {"-a 3", "-a 3: expected a whole number from 0 to 2"},
+        {"-a 2", "-a 2: expected a whole number from 0 to 1"},
         {"-r 2", "-r 2: expected"},
         {"-m x", "-m x: expected"},
         {"-o ''", "-o : expected"},
@@ -2282,7 +2194,6 @@ static void interrupt(int number, bool old) {
     }
     fcntl(ends[1], F_SETFL, 0); // whoever writes now waits
     fflush(stdout);
-    char temporary[256], message[512];
     pid_t child = fork();
     if (child < 0) die("no fork");
     if (child == 0) {
@@ -2294,37 +2205,35 @@ static void interrupt(int number, bool old) {
               "0", (char *)NULL);
         _exit(127);
     }
-    // Once the header stands in the temporary file, signals are caught.
-    snprintf(temporary, sizeof temporary, OUT ".%d.tmp", (int)child);
+    // Once it has said that it is at the first layer, it has begun to write.
     int status = 0;
     pid_t ended = 0;
-    struct stat info;
+    bool writes = false;
     double start = seconds();
-    while (!(stat(temporary, &info) == 0 && info.st_size > 0) && seconds() - start < 60 &&
-           !(ended = waitpid(child, &status, WNOHANG)))
+    while (!writes && seconds() - start < 60 && !(ended = waitpid(child, &status, WNOHANG))) {
+        size_t bytes;
+        char *text = read_file(SCRATCH "/stderr.txt", &bytes);
+        writes = text && strstr(text, " linears: layer 0");
+        free(text);
         sched_yield();
-    check(!ended && info.st_size > 0, "no temporary file was seen");
+    }
+    check(writes && !ended, "the first layer was not reached");
+    check_untouched(old, "while it is at work");
     kill(child, number);
     if (!ended) waitpid(child, &status, 0);
     close(ends[0]);
     close(ends[1]);
     check(WIFSIGNALED(status) && WTERMSIG(status) == number, "not ended by the signal: status %x",
           status);
-    snprintf(message, sizeof message, "signal %d", number);
-    check_untouched(old, message);
-    size_t bytes;
-    char *text = read_file(SCRATCH "/stderr.txt", &bytes);
-    const char *line = text ? strstr(text, "error: ") : NULL;
-    check(line && !strcmp(line, "error: interrupted, nothing was written\n"), "it says: %s", text);
-    free(text);
+    check_untouched(old, strsignal(number));
     unlink(OUT);
 }
 
 static void test_interrupts(void) {
     test_begin("quantize: an interrupt in the middle");
     make_model(SCRATCH "/made.bin", made);
-    const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGQUIT, SIGUSR1};
-    for (int i = 0; i < 12; i++) interrupt(signals[i / 2], i % 2);
+    const int signals[] = {SIGINT, SIGTERM, SIGKILL};
+    for (int i = 0; i < 6; i++) interrupt(signals[i / 2], i % 2);
 }
 
 /* ---- all ----------------------------------------------------------------------------------- */
@@ -2341,7 +2250,6 @@ void test_quantize(void) {
     test_smooth_layer();
     test_search_smoothing();
     test_smoothing_sample();
-    test_published_search();
     test_choose_scales();
     test_extreme_rows();
     test_add_moments();

@@ -30,7 +30,7 @@ tool=$*
 make_toy toy 16
 make_toy groups 128
 try $tool "$bin/quantize" "$bin/toy" "$bin/toy-f.bin" -f
-try_quantize toy -g -1 -a 2 -e "$text"
+try_quantize toy -g -1 -b rtn -e "$text"
 try_quantize toy -g -1 -r 0
 try_quantize toy -g -1
 try_quantize groups -b rtn -a 0 -m 0 -q 8
@@ -44,7 +44,6 @@ for model in toy toy-f.bin toy.bin groups.bin; do
     try $tool "$bin/run" "$bin/$model" -m chat -i 'a' -n 5 -s 1
     try $tool "$bin/run" "$bin/$model" -e "$text"
     try $tool "$bin/run" "$bin/$model" -e "$text" -k 8
-    try $tool "$bin/run" "$bin/$model" -i 'a b c' -n 9 -s 1 -k 4
     try $tool "$bin/run" "$bin/$model" -x "$text"
     try $tool "$bin/run" "$bin/$model" -z "$items"
 done
