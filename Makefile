@@ -19,9 +19,9 @@ LIBS = $(LDFLAGS) -lutf8proc -lm
 CUDA_LIB = $(abspath $(dir $(NVCC))../lib64)
 GPU_LIBS = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart_static -ldl -lrt -lpthread -lstdc++
 
-C_FILES = qqq.c files.c tokenizer.c run.c quantize.c
-HEADERS = qqq.h files.h
-OBJECTS = $(BUILD)/qqq.o $(BUILD)/files.o $(BUILD)/tokenizer.o
+C_FILES = qqq.c tokenizer.c run.c quantize.c
+HEADERS = qqq.h
+OBJECTS = $(BUILD)/qqq.o $(BUILD)/tokenizer.o
 GPU_OBJECTS = $(if $(CUDA),$(BUILD)/kernels.cu.o)
 
 .PHONY: all demo steps help clean

@@ -8,7 +8,7 @@
  *   5 quantization: rotation, ranges, smoothing, moments, Cholesky, GPTQ, layer by layer
  *   6 plumbing, to be skipped at first: weights and buffers in GPU memory, the engine
  */
-#include "files.h"
+#include "qqq.h"
 
 #include <cublas_v2.h>
 #include <cudaTypedefs.h>

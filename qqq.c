@@ -8,15 +8,31 @@
  *
  * The contracts of the public functions stand in qqq.h. A first reader may stop after section 3. */
 #define _GNU_SOURCE
+#define JSMN_STATIC
+#define JSMN_STRICT
+#define JSMN_PARENT_LINKS // without them jsmn needs quadratic time for long arrays
+#include <jsmn.h>
+#include <utf8proc.h>
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <float.h>
+#include <limits.h>
 #include <math.h>
+#include <signal.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
-#include "files.h"
+#include "qqq.h"
 
 /* ---- what stands further down ---- */
 
@@ -27,6 +43,8 @@ typedef struct {
     size_t row, column;
 } View;
 
+static void make_printable(char *text);
+static void show_windows(int done, int total);
 static float f16_to_float(uint16_t h);
 static float max_magnitude(const float *x, size_t n);
 static float clamp(float x, float low, float high);
@@ -2032,4 +2050,1561 @@ bool choose_gpu(Device device, const Config *c, bool w4a8, char *where, size_t s
     if (device == CUDA && !gpu) die("-d cuda: %s", what);
     snprintf(where, size, gpu ? "%s%s" : *what ? "%s: %s" : "%s", gpu ? "" : "the CPU", what);
     return gpu;
+}
+
+/* ============================================================================================
+ * 5  A model from its files
+ * ============================================================================================ */
+
+/* ---- JSON ---- */
+
+struct Json {
+    const char *name, *text;
+    jsmntok_t *tokens; // [n] in the order of the text; a key is the parent of its value
+    int n;
+};
+
+enum { MAX_JSON = 100000000, MAX_DEPTH = 127 }; // the safetensors library's limits
+
+/* jsmn is lenient, so each text is checked before jsmn splits it: it must be JSON as RFC 8259 and
+ * the safetensors library define it. Strings are UTF-8 without half surrogate pairs. */
+typedef struct {
+    const char *at, *end; // `at` moves on, and stops where the text is wrong
+} Cursor;
+
+/* Passes over white space. Returns the byte after it, 0 at the end. */
+static char next_char(Cursor *c) {
+    while (c->at < c->end && *c->at && strchr(" \t\n\r", *c->at)) c->at++;
+    return c->at < c->end ? *c->at : 0;
+}
+
+/* Passes over the word, if the text goes on with it. */
+static bool skip(Cursor *c, const char *word) {
+    size_t n = strlen(word);
+    if ((size_t)(c->end - c->at) < n || memcmp(c->at, word, n)) return false;
+    return c->at += n;
+}
+
+/* The bytes of the UTF-8 character at s, 0 if it is none. */
+static int utf8_bytes(const char *s, const char *end) {
+    utf8proc_int32_t code;
+    utf8proc_ssize_t bytes = utf8proc_iterate((const uint8_t *)s, end - s, &code);
+    return bytes > 0 ? (int)bytes : 0;
+}
+
+/* The code unit of the escape \uXXXX at s, -1 if there is none. */
+static int unicode_escape(const char *s, const char *end) {
+    char digits[5] = {0};
+    if (end - s < 6 || s[0] != '\\' || s[1] != 'u') return -1;
+    memcpy(digits, s + 2, 4);
+    bool hexadecimal = strspn(digits, "0123456789abcdefABCDEF") == 4;
+    return hexadecimal ? (int)strtol(digits, NULL, 16) : -1;
+}
+
+/* The bytes of the escape at s: 2 of \n, 6 of \u0041, 12 of a surrogate pair; 0 if it is none. */
+static int escape_bytes(const char *s, const char *end) {
+    if (end - s > 1 && s[1] && strchr("\"\\/bfnrt", s[1])) return 2;
+    int unit = unicode_escape(s, end);
+    if (unit < 0xd800 || unit > 0xdfff) return unit < 0 ? 0 : 6;
+    int second = unicode_escape(s + 6, end);
+    return unit < 0xdc00 && second >= 0xdc00 && second <= 0xdfff ? 12 : 0;
+}
+
+static bool valid_string(Cursor *c) {
+    if (next_char(c) != '"') return false;
+    for (c->at++; c->at < c->end && *c->at != '"';) {
+        bool escape = *c->at == '\\', control = (unsigned char)*c->at < ' ';
+        int bytes = escape ? escape_bytes(c->at, c->end) : utf8_bytes(c->at, c->end);
+        if (!bytes || control) return false;
+        c->at += bytes;
+    }
+    return skip(c, "\"");
+}
+
+static bool valid_digits(Cursor *c) {
+    const char *first = c->at;
+    while (c->at < c->end && *c->at >= '0' && *c->at <= '9') c->at++;
+    return c->at > first;
+}
+
+static bool valid_number(Cursor *c) {
+    skip(c, "-");
+    const char *first = c->at;
+    if (!valid_digits(c) || (*first == '0' && c->at - first > 1)) return false;
+    if (skip(c, ".") && !valid_digits(c)) return false;
+    if (!skip(c, "e") && !skip(c, "E")) return true;
+    if (!skip(c, "+")) skip(c, "-");
+    return valid_digits(c);
+}
+
+static bool valid_value(Cursor *c, int depth) {
+    char open = next_char(c), close = open == '{' ? '}' : ']';
+    if (open == '"') return valid_string(c);
+    if (skip(c, "true") || skip(c, "false") || skip(c, "null")) return true;
+    if (open != '{' && open != '[') return valid_number(c);
+    if (depth == MAX_DEPTH) return false;
+    c->at++;
+    if (next_char(c) == close) return c->at++;
+    for (;; c->at++) {
+        if (open == '{' && (!valid_string(c) || next_char(c) != ':' || !c->at++)) return false;
+        if (!valid_value(c, depth + 1)) return false;
+        if (next_char(c) == close) return c->at++;
+        if (next_char(c) != ',') return false;
+    }
+}
+
+/* What a file that is no JSON, or no safetensors, is instead; NULL: not known. */
+static const char *known_format(const char *data, size_t bytes) {
+    static const struct {
+        const char *start, *name;
+    } formats[] = {{"version https://git-lfs", "a Git LFS pointer: the real file was not fetched"},
+                   {"GGUF", "a GGUF file; a Hugging Face model is needed"},
+                   {"PK\3\4", "a PyTorch file (.pth, .bin); a safetensors file is needed"},
+                   {"\x80\2", "a Python pickle (.pth, .bin); a safetensors file is needed"},
+                   {"\x80\4", "a Python pickle (.pth, .bin); a safetensors file is needed"}};
+    for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) {
+        size_t n = strlen(formats[i].start);
+        if (bytes >= n && !memcmp(data, formats[i].start, n)) return formats[i].name;
+    }
+    return NULL;
+}
+
+Json *json_parse(const char *name, const char *text, size_t bytes) {
+    if (bytes > MAX_JSON) die("%s: %zu bytes of JSON, expected at most %d", name, bytes, MAX_JSON);
+    Cursor c = {text, text + bytes};
+    if (!valid_value(&c, 0) || next_char(&c) || c.at < c.end) {
+        const char *format = known_format(text, bytes);
+        if (format) die("%s: it is %s", name, format);
+        die("%s: not valid JSON, or nested more than %d deep (near byte %td)", name, MAX_DEPTH,
+            c.at - text);
+    }
+    jsmn_parser parser;
+    jsmn_init(&parser);
+    int n = jsmn_parse(&parser, text, bytes, NULL, 0);
+    if (n <= 0) die("%s: not valid JSON (near byte %u)", name, parser.pos);
+    Json *j = allocate(1, sizeof *j);
+    *j = (Json){name, text, allocate(n, sizeof *j->tokens), n};
+    jsmn_init(&parser);
+    jsmn_parse(&parser, text, bytes, j->tokens, n);
+    return j;
+}
+
+void json_free(Json *j) {
+    if (j) free(j->tokens);
+    free(j);
+}
+
+char json_type(const Json *j, int node) {
+    static const char types[] = {
+        [JSMN_OBJECT] = '{', [JSMN_ARRAY] = '[', [JSMN_STRING] = '"', [JSMN_PRIMITIVE] = 'p'};
+    return node < 0 ? 0 : types[j->tokens[node].type];
+}
+
+int json_first(const Json *j, int node) {
+    char type = json_type(j, node);
+    return (type == '{' || type == '[') && j->tokens[node].size > 0 ? node + 1 : -1;
+}
+
+int json_next(const Json *j, int node, int child) {
+    int last = json_type(j, node) == '{' ? child + 1 : child; // a key: its value
+    int i = last + 1;
+    while (i < j->n && j->tokens[i].start < j->tokens[last].end) i++; // over what it holds
+    return i < j->n && j->tokens[i].start < j->tokens[node].end ? i : -1;
+}
+
+int json_get(const Json *j, int node, const char *key) {
+    int found = -1; // of a key that is there twice the last counts
+    if (json_type(j, node) != '{') return found;
+    for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i))
+        if (json_is(j, i, key)) found = i + 1;
+    return found;
+}
+
+bool json_absent(const Json *j, int node) {
+    return node < 0 || (json_type(j, node) == 'p' && json_is(j, node, "null"));
+}
+
+bool json_is(const Json *j, int node, const char *s) {
+    char type = json_type(j, node);
+    if (type != '"' && type != 'p') return false;
+    const jsmntok_t *t = &j->tokens[node];
+    size_t bytes = t->end - t->start;
+    if (!memchr(j->text + t->start, '\\', bytes))
+        return bytes == strlen(s) && !memcmp(j->text + t->start, s, bytes);
+    char *resolved = json_string(j, node, &bytes);
+    bool same = bytes == strlen(s) && !memcmp(resolved, s, bytes);
+    free(resolved);
+    return same;
+}
+
+static int put_utf8(uint32_t c, char *out) {
+    if (c < 0x80) return out[0] = c, 1;
+    int n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (int i = n - 1; i > 0; i--, c >>= 6) out[i] = 0x80 | (c & 0x3f);
+    out[0] = (0xf00 >> n & 0xff) | c;
+    return n;
+}
+
+char *json_string(const Json *j, int node, size_t *bytes) {
+    if (json_type(j, node) != '"') die("%s: a string was expected", j->name);
+    const char *s = j->text + j->tokens[node].start, *end = j->text + j->tokens[node].end;
+    char *out = malloc(end - s + 1), *o = out; // resolving an escape never makes it longer
+    if (!out) die("out of memory");
+    while (s < end) {
+        if (*s != '\\') {
+            // A byte that means itself.
+            *o++ = *s++;
+        } else if (s[1] != 'u') {
+            // A short escape.
+            const char *from = "bfnrt", *to = "\b\f\n\r\t", *found = strchr(from, s[1]);
+            *o++ = found ? to[found - from] : s[1];
+            s += 2;
+        } else {
+            // \uXXXX, or two that are one character: json_parse() has checked that.
+            uint32_t c = unicode_escape(s, end);
+            s += 6;
+            if (c >= 0xd800 && c < 0xdc00) {
+                c = 0x10000 + ((c - 0xd800) << 10) + (unicode_escape(s, end) - 0xdc00);
+                s += 6;
+            }
+            o += put_utf8(c, o);
+        }
+    }
+    *o = 0;
+    *bytes = o - out;
+    return out;
+}
+
+const char *json_source(const Json *j, int node, size_t *bytes) {
+    const jsmntok_t *t = &j->tokens[node];
+    int quotes = t->type == JSMN_STRING;
+    *bytes = t->end - t->start + 2 * quotes;
+    return j->text + t->start - quotes;
+}
+
+bool json_number(const Json *j, int node, double *value) {
+    if (json_type(j, node) != 'p') return false;
+    const jsmntok_t *t = &j->tokens[node];
+    char digits[64] = {0}, *end;
+    size_t bytes = t->end - t->start;
+    if (bytes >= sizeof digits) return false;
+    memcpy(digits, j->text + t->start, bytes);
+    if (strspn(digits, "+-.0123456789eE") != bytes) return false;
+    *value = strtod(digits, &end);
+    return !*end && isfinite(*value);
+}
+
+void put_json_string(FILE *out, const char *text) {
+    fputc('"', out);
+    const char *end = text + strlen(text);
+    for (const char *s = text; s < end;) {
+        int bytes = utf8_bytes(s, end);
+        if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
+        else if (!bytes) fputs("\\ufffd", out); // not UTF-8
+        else if ((unsigned char)*s < ' ') fprintf(out, "\\u%04x", *s);
+        else fwrite(s, 1, bytes, out);
+        s += bytes ? bytes : 1;
+    }
+    fputc('"', out);
+}
+
+/* ---- model files
+ *
+ * A safetensors file is: 8 bytes, little-endian, the header's length; a JSON header
+ * {"__metadata__": {...}, name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}; the data,
+ * to which the offsets refer. https://huggingface.co/docs/safetensors ---- */
+
+static const struct {
+    const char *name;
+    size_t bits;
+} dtypes[] = {[F32] = {"F32", 32},   [F16] = {"F16", 16},
+              [BF16] = {"BF16", 16}, [U8] = {"U8", 8},
+              [I8] = {"I8", 8},      [I32] = {"I32", 32},
+              [I64] = {"I64", 64},   {"I16", 16},
+              {"U16", 16},           {"U32", 32},
+              {"U64", 64},           {"F64", 64},
+              {"BOOL", 8},           {"C64", 64},
+              {"F8_E4M3", 8},        {"F8_E5M2", 8},
+              {"F8_E8M0", 8},        {"F8_E4M3FNUZ", 8},
+              {"F8_E5M2FNUZ", 8},    {"F6_E2M3", 6},
+              {"F6_E3M2", 6},        {"F4", 4}};
+
+enum { N_DTYPES = sizeof dtypes / sizeof *dtypes };
+
+size_t dtype_size(DType dtype) {
+    return dtypes[dtype].bits / 8;
+}
+
+const char *dtype_name(DType dtype) {
+    return dtypes[dtype].name;
+}
+
+typedef struct Mapping {
+    char *path;
+    const char *data; // [bytes]
+    size_t bytes;
+} Mapping;
+
+static bool is_directory(const char *path) {
+    struct stat st;
+    if (stat(path, &st)) die("%s: %s", path, strerror(errno));
+    return S_ISDIR(st.st_mode);
+}
+
+/* Opens a regular file of at least one byte. An absent file is an error, or -1 if it is optional.
+ * O_NONBLOCK: a FIFO is refused, not waited for. */
+static int open_file(const char *path, bool optional, size_t *bytes) {
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0 && optional && errno == ENOENT) return -1;
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st)) die("%s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("%s: not a regular file", path);
+    if (st.st_size == 0) die("%s: the file is empty", path);
+    *bytes = st.st_size;
+    return fd;
+}
+
+/* Maps a file read-only; takes over `path`. An absent file is an error, or {0} if it is optional.
+ */
+static Mapping map_file(char *path, bool optional) {
+    size_t bytes;
+    int fd = open_file(path, optional, &bytes);
+    if (fd < 0) return free(path), (Mapping){0};
+    void *data = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (data == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
+    close(fd);
+    return (Mapping){path, data, bytes};
+}
+
+/* Reads a file, malloc'ed with a NUL behind. An absent one is an error, or NULL if optional. */
+static char *read_file(const char *path, bool optional, size_t *bytes) {
+    int fd = open_file(path, optional, bytes);
+    if (fd < 0) return NULL;
+    char *text = allocate(*bytes + 1, 1);
+    for (size_t done = 0; done < *bytes;) {
+        ssize_t n = read(fd, text + done, *bytes - done);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) die("%s: %s", path, strerror(errno));
+        if (n == 0) die("%s: it was cut while it was read", path);
+        done += n;
+    }
+    close(fd);
+    return text;
+}
+
+void check_text(const char *name, const char *text, size_t bytes) {
+    for (size_t i = 0, length; i < bytes; i += length) {
+        length = text[i] ? utf8_bytes(text + i, text + bytes) : 0;
+        if (!length)
+            die("%s: not a text: its byte %zu, 0x%02x, is no UTF-8", name, i, (uint8_t)text[i]);
+    }
+}
+
+char *read_text(const char *path, size_t *bytes) {
+    FILE *in = strcmp(path, "-") ? fopen(path, "re") : stdin;
+    char *text = NULL;
+    size_t size = 0, n = 1;
+    *bytes = 0;
+    for (; in && n; *bytes += n) {
+        if (*bytes == size) text = realloc(text, (size = 2 * size + (1 << 16)) + 1);
+        if (!text || *bytes > INT_MAX) die("%s: more text than fits in memory", path);
+        n = fread(text + *bytes, 1, size - *bytes, in);
+    }
+    if (!in || ferror(in)) die("%s: %s", path, strerror(errno));
+    if (in != stdin) fclose(in);
+    if (!*bytes) die("%s: it is empty", path);
+    text[*bytes] = 0;
+    check_text(path, text, *bytes);
+    return text;
+}
+
+/* A whole number in [0, max] or -1. */
+static int64_t json_integer(const Json *j, int node, double max) {
+    double x;
+    if (!json_number(j, node, &x) || x < 0 || x > max) return -1;
+    const jsmntok_t *t = &j->tokens[node];
+    for (int i = t->start; i < t->end; i++)
+        if (j->text[i] < '0' || j->text[i] > '9') return -1; // 1.0, 1e3, -0
+    return (int64_t)x;
+}
+
+/* The node as it stands in the file, at most 40 bytes of it, for messages. */
+static const char *shown(const Json *j, int node) {
+    static char text[41];
+    if (node < 0) return "missing";
+    int bytes = j->tokens[node].end - j->tokens[node].start;
+    snprintf(text, sizeof text, "%.*s", bytes < 40 ? bytes : 40, j->text + j->tokens[node].start);
+    return text;
+}
+
+/* One entry of a safetensors header; data [bytes] is all that stands behind the header. */
+static Tensor parse_tensor(const Json *j, int key, const char *path, const char *data,
+                           size_t bytes) {
+    Tensor t = {.path = path};
+    size_t length;
+    t.name = json_string(j, key, &length);
+    if (strlen(t.name) != length) die("%s: a tensor's name holds a NUL", path);
+
+    // 1. The dtype.
+    int dtype = json_get(j, key + 1, "dtype"), d = 0;
+    while (d < N_DTYPES && !json_is(j, dtype, dtypes[d].name)) d++;
+    if (d == N_DTYPES) die("%s: tensor %s has an unknown dtype: %s", path, t.name, shown(j, dtype));
+    t.dtype = d;
+
+    // 2. The shape, and the bytes that it asks for.
+    int shape = json_get(j, key + 1, "shape");
+    size_t size = dtypes[d].bits; // in bits, until all extents are known
+    if (json_type(j, shape) != '[') die("%s: tensor %s has no shape", path, t.name);
+    for (int i = json_first(j, shape); i >= 0; i = json_next(j, shape, i)) {
+        int64_t extent = json_integer(j, i, 0x1p53);
+        if (extent < 0 || t.n_dims == MAX_DIMS || __builtin_mul_overflow(size, extent, &size))
+            die("%s: tensor %s has a shape that cannot be", path, t.name);
+        t.shape[t.n_dims++] = extent;
+    }
+    if (size % 8) die("%s: tensor %s has a shape that fills no whole bytes", path, t.name);
+    size /= 8;
+
+    // 3. The offsets: two whole numbers, within the file, as many bytes apart.
+    int offsets = json_get(j, key + 1, "data_offsets"), first = json_first(j, offsets);
+    int second = first < 0 ? -1 : json_next(j, offsets, first);
+    int64_t begin = json_integer(j, first, 0x1p53), end = json_integer(j, second, 0x1p53);
+    if (json_type(j, offsets) != '[' || j->tokens[offsets].size != 2 || begin < 0 || end < begin)
+        die("%s: tensor %s has no valid data_offsets", path, t.name);
+    if ((size_t)end > bytes)
+        die("%s: tensor %s ends at byte %lld of the data, but the file has only %zu (truncated?)",
+            path, t.name, (long long)end, bytes);
+    if ((size_t)(end - begin) != size)
+        die("%s: tensor %s has %lld bytes, its dtype and shape ask for %zu", path, t.name,
+            (long long)(end - begin), size);
+    t.data = data + begin;
+    t.bytes = size;
+    return t;
+}
+
+static int by_text(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const Tensor *)a)->name, ((const Tensor *)b)->name);
+}
+
+static int by_address(const void *a, const void *b) {
+    const Tensor *x = a, *y = b;
+    if (x->data != y->data) return x->data < y->data ? -1 : 1;
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes); // empty ones first
+}
+
+static const Mapping *add_mapping(Checkpoint *c, Mapping m) {
+    Mapping *maps = realloc(c->maps, (c->n_maps + 1) * sizeof *maps);
+    if (!maps) die("out of memory");
+    c->maps = maps;
+    c->maps[c->n_maps] = m;
+    return &c->maps[c->n_maps++];
+}
+
+void *checkpoint_memory(Checkpoint *c, size_t bytes) {
+    void *data = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) die("out of memory: %zu bytes were asked for", bytes);
+    add_mapping(c, (Mapping){format_text("memory"), data, bytes});
+    return data;
+}
+
+/* No object of the header has a key twice, and no number is beyond double's range. */
+static void check_header(const Json *j) {
+    for (int node = 0; node < j->n; node++) {
+        const char *text = j->text + j->tokens[node].start; // behind a number is more
+        if (json_type(j, node) == 'p' && !isfinite(strtod(text, NULL)))
+            die("%s: a number out of range: %s", j->name, shown(j, node));
+        int n = 0, size = json_type(j, node) == '{' ? j->tokens[node].size : 0;
+        if (size < 2) continue;
+        char **keys = allocate(size, sizeof *keys);
+        for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i)) {
+            size_t bytes;
+            keys[n++] = json_string(j, i, &bytes);
+            if (strlen(keys[n - 1]) != bytes) die("%s: a name holds a NUL", j->name);
+        }
+        qsort(keys, n, sizeof *keys, by_text);
+        for (int i = 1; i < n; i++)
+            if (!strcmp(keys[i - 1], keys[i])) die("%s: %s stands there twice", j->name, keys[i]);
+        for (int i = 0; i < n; i++) free(keys[i]);
+        free(keys);
+    }
+}
+
+/* Adds the tensors of a safetensors file. Returns its parsed header. */
+static Json *add_safetensors(Checkpoint *c, const Mapping m) {
+    // 1. The length of the header, little-endian.
+    uint64_t length = 0;
+    for (size_t i = 0; i < 8 && i < m.bytes; i++) length |= (uint64_t)(uint8_t)m.data[i] << 8 * i;
+    if (m.bytes < 8 || length > m.bytes - 8 || length > MAX_JSON) { // GGUF of 14 GB
+        const char *format = known_format(m.data, m.bytes);
+        if (format) die("%s: it is %s", m.path, format);
+    }
+    if (m.bytes < 8 || length > m.bytes - 8)
+        die("%s: not a safetensors file: a header of %llu bytes in a file of %zu", m.path,
+            (unsigned long long)length, m.bytes);
+    // 2. The header: an object of tensors, and of strings in __metadata__.
+    Json *j = json_parse(m.path, m.data + 8, length);
+    if (json_type(j, 0) != '{') die("%s: the safetensors header is no JSON object", m.path);
+    check_header(j);
+    int metadata = json_get(j, 0, "__metadata__");
+    if (json_type(j, metadata) != '{' && !json_absent(j, metadata))
+        die("%s: __metadata__ is no object", m.path);
+    for (int i = json_first(j, metadata); i >= 0; i = json_next(j, metadata, i))
+        if (json_type(j, i + 1) != '"') die("%s: __metadata__ holds what is no string", m.path);
+
+    // 3. The tensors.
+    int first = c->n_tensors;
+    for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
+        if (json_is(j, key, "__metadata__")) continue;
+        if ((c->n_tensors & (c->n_tensors - 1)) == 0) { // full at each power of two
+            size_t capacity = c->n_tensors ? 2 * c->n_tensors : 1;
+            c->tensors = realloc(c->tensors, capacity * sizeof *c->tensors);
+            if (!c->tensors) die("out of memory");
+        }
+        c->tensors[c->n_tensors++] =
+            parse_tensor(j, key, m.path, m.data + 8 + length, m.bytes - 8 - length);
+    }
+    // 4. They follow each other without gaps to the end of the file.
+    int n = c->n_tensors - first;
+    Tensor *t = n ? c->tensors + first : NULL;
+    if (n) qsort(t, n, sizeof *t, by_address);
+    const char *at = m.data + 8 + length, *end = m.data + m.bytes;
+    for (int i = 0; i < n; at = (const char *)t[i].data + t[i].bytes, i++) {
+        if (at > (const char *)t[i].data)
+            die("%s: tensors %s and %s overlap", m.path, t[i - 1].name, t[i].name);
+        if (at < (const char *)t[i].data)
+            die("%s: %td bytes before tensor %s belong to none", m.path,
+                (const char *)t[i].data - at, t[i].name);
+    }
+    if (at < end) die("%s: %td bytes behind the last tensor belong to none", m.path, end - at);
+    return j;
+}
+
+void checkpoint_sort(Checkpoint *c) {
+    if (c->n_tensors) qsort(c->tensors, c->n_tensors, sizeof *c->tensors, by_name);
+    for (int i = 1; i < c->n_tensors; i++)
+        if (!by_name(&c->tensors[i - 1], &c->tensors[i]))
+            die("%s: tensor %s stands there twice", c->path, c->tensors[i].name);
+}
+
+/* The shards that "weight_map" of the index names, each once. */
+static void add_shards(Checkpoint *c, Mapping index) {
+    Json *j = json_parse(index.path, index.data, index.bytes);
+    int map = json_get(j, 0, "weight_map"), n = 0;
+    if (json_type(j, map) != '{' || json_first(j, map) < 0) die("%s: no weight_map", index.path);
+    // 1. The names of the shards.
+    char **shards = allocate(j->n, sizeof *shards);
+    for (int key = json_first(j, map); key >= 0; key = json_next(j, map, key)) {
+        size_t bytes;
+        if (json_type(j, key + 1) != '"') die("%s: weight_map is no map of names", index.path);
+        shards[n++] = json_string(j, key + 1, &bytes);
+        if (strchr(shards[n - 1], '/') || strlen(shards[n - 1]) != bytes)
+            die("%s: shard %s is no name of a file beside it", index.path, shards[n - 1]);
+    }
+    // 2. Each is read once.
+    qsort(shards, n, sizeof *shards, by_text);
+    for (int i = 0; i < n; i++)
+        if (i == 0 || strcmp(shards[i - 1], shards[i])) {
+            char *path = format_text("%s/%s", c->path, shards[i]);
+            json_free(add_safetensors(c, *add_mapping(c, map_file(path, false))));
+        }
+    for (int i = 0; i < n; i++) free(shards[i]);
+    free(shards);
+    // 3. All tensors of the index are in one of them.
+    checkpoint_sort(c);
+    for (int key = json_first(j, map); key >= 0; key = json_next(j, map, key)) {
+        size_t bytes;
+        char *name = json_string(j, key, &bytes);
+        if (!checkpoint_find(c, name))
+            die("%s: tensor %s is in none of the shards", index.path, name);
+        free(name);
+    }
+    json_free(j);
+}
+
+/* Ends the program: a file of MODEL is missing. Names what may be there instead. */
+static void die_missing(const char *directory, const char *name) {
+    static const struct {
+        const char *start, *end, *what;
+    } others[] = {{"", ".gguf", "a GGUF file"},
+                  {"", ".pth", "a PyTorch file"},
+                  {"pytorch_model", ".bin", "a PyTorch file"},
+                  {"model-", ".safetensors", "a shard without model.safetensors.index.json"}};
+    DIR *files = opendir(directory);
+    for (const struct dirent *file; files && (file = readdir(files));)
+        for (int i = 0; i < 4; i++) {
+            const char *end = strrchr(file->d_name, '.');
+            if (!end || strcmp(end, others[i].end)) continue;
+            if (strncmp(file->d_name, others[i].start, strlen(others[i].start))) continue;
+            die("%s/%s: No such file; there is %s, %s", directory, name, file->d_name,
+                others[i].what);
+        }
+    die("%s/%s: %s", directory, name, strerror(ENOENT));
+}
+
+/* A text of MODEL's directory. */
+static char *text_in(const char *directory, const char *name, bool optional) {
+    size_t bytes;
+    char *path = format_text("%s/%s", directory, name), *text = read_file(path, true, &bytes);
+    if (!text && !optional) die_missing(directory, name);
+    free(path);
+    return text;
+}
+
+static const char *const chat_file_names[N_CHAT_FILES] = {
+    "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"};
+
+static Tensor text_tensor(const char *name, const char *data, size_t bytes) {
+    return (Tensor){(char *)name, U8, 1, {bytes}, data, bytes, NULL};
+}
+
+/* tokenizer.json and the files beside it. */
+static void open_texts(Checkpoint *c) {
+    Mapping tokenizer = map_file(format_text("%s/tokenizer.json", c->path), true);
+    if (tokenizer.data) {
+        c->tokenizer = tokenizer.data;
+        c->tokenizer_bytes = tokenizer.bytes;
+        add_mapping(c, tokenizer);
+    }
+    for (int i = 0; i < N_CHAT_FILES; i++) {
+        Mapping text = map_file(format_text("%s/%s", c->path, chat_file_names[i]), true);
+        if (!text.data) continue;
+        c->chat_files[i] = text_tensor(chat_file_names[i], text.data, text.bytes);
+        add_mapping(c, text);
+    }
+}
+
+static void open_directory(Checkpoint *c) {
+    char *adapter = text_in(c->path, "adapter_config.json", true);
+    if (adapter) die("%s: adapter_config.json: merge the adapter into its model first", c->path);
+    c->config = text_in(c->path, "config.json", false);
+    c->generation_config = text_in(c->path, "generation_config.json", true);
+    open_texts(c);
+    Mapping single = map_file(format_text("%s/model.safetensors", c->path), true);
+    Mapping index = map_file(format_text("%s/model.safetensors.index.json", c->path), true);
+    if (!single.data && !index.data) die_missing(c->path, "model.safetensors");
+    if (index.data) add_mapping(c, index);
+    if (single.data) {
+        if (index.data) note("%s: model.safetensors is read, the index beside it not", c->path);
+        json_free(add_safetensors(c, *add_mapping(c, single)));
+        checkpoint_sort(c);
+    } else {
+        add_shards(c, index);
+    }
+}
+
+bool same_file(const char *a, const char *b) {
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+bool checkpoint_has_file(const Checkpoint *c, const char *path) {
+    static const char *const copied[] = {"config.json", "generation_config.json"};
+    bool found = false;
+    for (int i = 0; i < c->n_maps; i++) found |= same_file(path, c->maps[i].path);
+    for (int i = 0; i < 2; i++) {
+        char *own = format_text("%s/%s", c->path, copied[i]);
+        found |= same_file(path, own);
+        free(own);
+    }
+    return found;
+}
+
+static char *metadata_text(const Json *j, const char *key) {
+    int node = json_get(j, json_get(j, 0, "__metadata__"), key);
+    size_t bytes;
+    return json_type(j, node) == '"' ? json_string(j, node, &bytes) : NULL;
+}
+
+static void open_model_bin(Checkpoint *c) {
+    Json *j = add_safetensors(c, *add_mapping(c, map_file(format_text("%s", c->path), false)));
+    checkpoint_sort(c);
+    // 1. It says of itself that it is a model.bin.
+    char *format = metadata_text(j, "format"), *version = metadata_text(j, "version");
+    if (!format || strcmp(format, "qqq"))
+        die("%s: a safetensors file, but no model.bin (its format is %s, not qqq); for a Hugging "
+            "Face model give the directory",
+            c->path, format ? format : "not stated");
+    if (!version || strcmp(version, "1"))
+        die("%s: version %s of the format, expected 1%s", c->path, version ? version : "none",
+            version && strtod(version, NULL) > 1 ? "; a newer program made it" : "");
+    free(format);
+    free(version);
+    // 2. The texts of its __metadata__, and those that are tensors.
+    c->config = metadata_text(j, "config");
+    if (!c->config) die("%s: no config in __metadata__", c->path);
+    c->generation_config = metadata_text(j, "generation_config");
+    c->quantization = metadata_text(j, "quantization");
+    for (int i = -1; i < N_CHAT_FILES; i++) {
+        const Tensor *t = checkpoint_find(c, i < 0 ? "tokenizer.json" : chat_file_names[i]);
+        if (!t) continue;
+        if (t->dtype != U8) die("%s: %s is not U8", c->path, t->name);
+        if (i < 0) c->tokenizer = t->data, c->tokenizer_bytes = t->bytes;
+        else c->chat_files[i] = text_tensor(t->name, t->data, t->bytes);
+    }
+    json_free(j);
+}
+
+/* Where a model is: `path`, or if that is a Hugging Face cache's models--ORGANIZATION--NAME, the
+ * directory in its snapshots/ that refs/main names, else the only one there. malloc'ed. */
+static char *model_path(const char *path) {
+    char *config = format_text("%s/config.json", path), *ref = format_text("%s/refs/main", path);
+    char *folder = format_text("%s/snapshots", path), *revision = NULL;
+    DIR *snapshots = access(config, F_OK) ? opendir(folder) : NULL;
+    size_t bytes;
+    if (snapshots) revision = read_file(ref, true, &bytes);
+    bool named = revision;
+    for (const struct dirent *d; snapshots && !named && (d = readdir(snapshots));) {
+        if (*d->d_name == '.') continue;
+        if (revision)
+            die("%s: a Hugging Face cache; give one of the directories in %s", path, folder);
+        revision = format_text("%s", d->d_name);
+    }
+    if (snapshots) closedir(snapshots);
+    if (revision) revision[strcspn(revision, "/\n")] = 0;
+    char *found = format_text(revision ? "%s/%s" : "%s", revision ? folder : path, revision);
+    free(revision);
+    free(config);
+    free(ref);
+    free(folder);
+    return found;
+}
+
+static Checkpoint *open_parts(const char *path, void (*open_in)(Checkpoint *c)) {
+    Checkpoint *c = allocate(1, sizeof *c);
+    c->path = model_path(path);
+    if (is_directory(c->path)) open_in(c);
+    else open_model_bin(c);
+    return c;
+}
+
+Checkpoint *checkpoint_open(const char *path) {
+    return open_parts(path, open_directory);
+}
+
+Checkpoint *checkpoint_open_texts(const char *path) {
+    return open_parts(path, open_texts);
+}
+
+void checkpoint_close(Checkpoint *c) {
+    for (int i = 0; i < c->n_tensors; i++) free(c->tensors[i].name);
+    for (int i = 0; i < c->n_maps; i++) {
+        munmap((void *)c->maps[i].data, c->maps[i].bytes);
+        free(c->maps[i].path);
+    }
+    free(c->tensors);
+    free(c->maps);
+    free(c->config);
+    free(c->generation_config);
+    free(c->quantization);
+    free(c->path);
+    free(c);
+}
+
+const Tensor *checkpoint_find(const Checkpoint *c, const char *name) {
+    Tensor key = {.name = (char *)name};
+    if (!c->n_tensors) return NULL;
+    return bsearch(&key, c->tensors, c->n_tensors, sizeof key, by_name);
+}
+
+/* ---- the model in a file: config.json, weights ---- */
+
+static int config_integer(const Json *j, const char *key, int min, int max) {
+    int node = json_get(j, 0, key);
+    int64_t value = json_integer(j, node, 0x1p53);
+    if (value < min || value > max)
+        die("%s: %s is %s, expected a whole number from %d to %d", j->name, key, shown(j, node),
+            min, max);
+    return value;
+}
+
+static double config_real(const Json *j, int object, const char *key) {
+    double value;
+    int node = json_get(j, object, key);
+    if (!json_number(j, node, &value) || value <= 0)
+        die("%s: %s is %s, expected a number above 0", j->name, key, shown(j, node));
+    return value;
+}
+
+/* true or false; absent and null are false. */
+static bool config_true(const Json *j, const char *key) {
+    int node = json_get(j, 0, key);
+    bool literal = json_type(j, node) == 'p', is_true = literal && json_is(j, node, "true");
+    if (!is_true && !json_absent(j, node) && !(literal && json_is(j, node, "false")))
+        die("%s: %s is %s, expected true or false", j->name, key, shown(j, node));
+    return is_true;
+}
+
+/* LLaMA 3.1 has `want` there; anything else is another architecture. */
+static void config_expect(const Json *j, int object, const char *key, const char *want) {
+    int node = json_get(j, object, key);
+    if (!json_is(j, node, want))
+        die("%s: %s is %s; only LLaMA 3.1 is supported, where it is %s", j->name, key,
+            shown(j, node), want);
+}
+
+static void add_eos(Config *c, const Json *j, int node) {
+    int64_t id = json_integer(j, node, INT32_MAX);
+    if (id < 0) die("%s: eos_token_id is %s, expected token ids", j->name, shown(j, node));
+    for (int i = 0; i < c->n_eos; i++)
+        if (c->eos[i] == id) return;
+    if (c->n_eos == sizeof c->eos / sizeof *c->eos) die("%s: too many eos_token_id", j->name);
+    c->eos[c->n_eos++] = id;
+}
+
+/* eos_token_id is a number, a list of them, or absent. */
+static void add_all_eos(Config *c, const Json *j) {
+    int node = json_get(j, 0, "eos_token_id");
+    if (json_type(j, node) != '[' && !json_absent(j, node)) add_eos(c, j, node);
+    for (int i = json_type(j, node) == '[' ? json_first(j, node) : -1; i >= 0;
+         i = json_next(j, node, i))
+        add_eos(c, j, i);
+}
+
+/* A number from 0 to max, -1 if it is absent. */
+static double sampling_number(const Json *j, const char *key, double max) {
+    int node = json_get(j, 0, key);
+    double value = -1;
+    if (!json_absent(j, node) && (!json_number(j, node, &value) || value < 0 || value > max))
+        die("%s: %s is %s, expected a number from 0 to %g", j->name, key, shown(j, node), max);
+    return value;
+}
+
+/* generation_config.json: its EOS counts instead of config.json's, its temperature and top_p where
+ * no option says otherwise. */
+static void generation_parse(const char *path, const char *text, Config *c) {
+    char *name = format_text("%s: generation_config.json", path);
+    Json *j = json_parse(name, text, strlen(text));
+    if (json_type(j, 0) != '{') die("%s: no JSON object", name);
+    if (!json_absent(j, json_get(j, 0, "eos_token_id"))) c->n_eos = 0;
+    add_all_eos(c, j);
+    c->temperature = sampling_number(j, "temperature", 100);
+    c->top_p = sampling_number(j, "top_p", 1);
+    int sample = json_get(j, 0, "do_sample");
+    if (json_type(j, sample) == 'p' && json_is(j, sample, "false")) c->temperature = 0;
+    static const char *const others[] = {
+        "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "num_beams"};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        double value; // 0 and 1 turn each of them off
+        if (json_number(j, json_get(j, 0, others[i]), &value) && value != 0 && value != 1)
+            note("%s: %s %g is not used", name, others[i], value);
+    }
+    json_free(j);
+    free(name);
+}
+
+Config config_parse(const char *path, const char *config, const char *generation_config) {
+    char *name = format_text("%s: config.json", path);
+    Json *j = json_parse(name, config, strlen(config));
+    config_expect(j, 0, "model_type", "llama");
+    config_expect(j, 0, "hidden_act", "silu");
+    const char *absent[] = {"attention_bias", "mlp_bias"};
+    for (int i = 0; i < 2; i++)
+        if (config_true(j, absent[i]))
+            die("%s: %s is true; only LLaMA 3.1 is supported, which has none", name, absent[i]);
+
+    enum { MAX = 1 << 16 }; // channels: beyond it sums of int8 products could overflow int32
+    Config c = {0};
+    c.dim = config_integer(j, "hidden_size", 1, MAX);
+    c.hidden_dim = config_integer(j, "intermediate_size", 1, MAX);
+    c.n_layers = config_integer(j, "num_hidden_layers", 1, 4096);
+    c.n_heads = config_integer(j, "num_attention_heads", 1, 4096);
+    bool mha = json_absent(j, json_get(j, 0, "num_key_value_heads"));
+    c.n_kv_heads = mha ? c.n_heads : config_integer(j, "num_key_value_heads", 1, 4096);
+    if (c.n_heads % c.n_kv_heads)
+        die("%s: num_attention_heads %d is no multiple of num_key_value_heads %d", name, c.n_heads,
+            c.n_kv_heads);
+    bool given = !json_absent(j, json_get(j, 0, "head_dim"));
+    if (!given && c.dim % c.n_heads)
+        die("%s: hidden_size %d is no multiple of num_attention_heads %d", name, c.dim, c.n_heads);
+    c.head_dim = given ? config_integer(j, "head_dim", 2, 4096) : c.dim / c.n_heads;
+    if (c.head_dim < 2 || c.head_dim % 2) die("%s: head_dim %d is not even", name, c.head_dim);
+    if (c.n_heads * c.head_dim > MAX)
+        die("%s: %d heads of %d, expected at most %d channels", name, c.n_heads, c.head_dim, MAX);
+    c.vocab_size = config_integer(j, "vocab_size", 1, 1 << 24);
+    c.max_context = config_integer(j, "max_position_embeddings", 2, 1 << 24);
+    c.norm_eps = config_real(j, 0, "rms_norm_eps");
+    if (!(c.norm_eps > 0 && c.norm_eps < INFINITY)) die("%s: rms_norm_eps is no float", name);
+    c.tied = config_true(j, "tie_word_embeddings");
+
+    // transformers 5 moved rope_theta and rope_scaling's content into rope_parameters; where both
+    // are given, it reads rope_scaling.
+    int rope = json_get(j, 0, "rope_scaling"), newer = json_get(j, 0, "rope_parameters");
+    bool parameters =
+        json_absent(j, rope) || (json_type(j, rope) == '{' && json_first(j, rope) < 0);
+    if (parameters && !json_absent(j, newer)) rope = newer;
+    else if (json_first(j, newer) >= 0) note("%s: rope_scaling counts, not rope_parameters", name);
+    if (json_type(j, rope) != '{' && !json_absent(j, rope))
+        die("%s: %s is %s, expected an object", name,
+            parameters ? "rope_parameters" : "rope_scaling", shown(j, rope));
+    bool inside = json_get(j, rope, "rope_theta") >= 0;
+    c.rope_theta = config_real(j, inside ? rope : 0, "rope_theta");
+    const char *key = json_get(j, rope, "rope_type") < 0 ? "type" : "rope_type";
+    int type = json_get(j, rope, key);
+    bool scaled = json_type(j, rope) == '{' && !json_is(j, type, "default");
+    if (scaled && !(parameters && type < 0)) {
+        config_expect(j, rope, key, "llama3");
+        c.rope_factor = config_real(j, rope, "factor");
+        c.rope_low_freq_factor = config_real(j, rope, "low_freq_factor");
+        c.rope_high_freq_factor = config_real(j, rope, "high_freq_factor");
+        c.rope_original_context = config_real(j, rope, "original_max_position_embeddings");
+        if (c.rope_high_freq_factor <= c.rope_low_freq_factor)
+            die("%s: high_freq_factor is not above low_freq_factor", name);
+    }
+
+    int bos = json_get(j, 0, "bos_token_id");
+    c.bos = json_integer(j, bos, INT32_MAX);
+    if (c.bos < 0 && !json_absent(j, bos))
+        die("%s: bos_token_id is %s, expected a token id", name, shown(j, bos));
+    add_all_eos(&c, j);
+    json_free(j);
+    free(name);
+    c.temperature = c.top_p = -1;
+    if (generation_config) generation_parse(path, generation_config, &c);
+    return c;
+}
+
+static const Tensor *need(const Checkpoint *c, const Parameter *p) {
+    const Tensor *t = checkpoint_find(c, p->name);
+    if (!t) die("%s: tensor %s is missing", c->path, p->name);
+    int n_dims = p->columns ? 2 : 1, n = 0;
+    if (t->n_dims == n_dims && t->shape[0] == p->rows && t->shape[1] == p->columns) return t;
+    char found[24 * MAX_DIMS] = "", expected[48];
+    for (int i = 0; i < t->n_dims; i++)
+        n += snprintf(found + n, sizeof found - n, i ? ", %lld" : "%lld", (long long)t->shape[i]);
+    snprintf(expected, sizeof expected, p->columns ? "%d, %d" : "%d", p->rows, p->columns);
+    die("%s: tensor %s has the shape [%s], expected [%s]", t->path, p->name, found, expected);
+}
+
+static void expect_dtype(const Tensor *t, bool ok, const char *expected) {
+    if (!ok)
+        die("%s: tensor %s has dtype %s, expected %s", t->path, t->name, dtypes[t->dtype].name,
+            expected);
+}
+
+static bool has_zero_code(const uint8_t *codes, size_t n) {
+    int found = 0;
+#pragma omp parallel for reduction(| : found)
+    for (size_t i = 0; i < n; i++) found |= (codes[i] & 0x0f) == 0 || (codes[i] & 0xf0) == 0;
+    return found;
+}
+
+typedef struct {
+    const Checkpoint *checkpoint;
+    int group_size;
+    bool *used; // [n_tensors] of the checkpoint
+} Loading;
+
+/* One tensor of a model from its file. */
+static void load_tensor(void *to, const Parameter *p) {
+    const Loading *loading = to;
+    const Tensor *t = need(loading->checkpoint, p);
+    loading->used[t - loading->checkpoint->tensors] = true;
+    // 1. The dtype is one that the role can have.
+    bool is_float = p->role == NORM || p->role == WEIGHT;
+    bool in_bytes = p->role == WEIGHT && p->linear->dtype == I8;
+    if (is_float) expect_dtype(t, t->dtype <= BF16 || in_bytes, "F32, F16 or BF16");
+    else if (p->role == S_CHANNEL) expect_dtype(t, t->dtype == F32, "F32");
+    else expect_dtype(t, t->dtype == U8, "U8");
+    void *data = (void *)t->data; // read-only, as `mapped` says
+    // 2. Weights stay in the file; small arrays are copied; numbers are checked.
+    switch (p->role) {
+    case NORM:
+        floats(data, t->dtype, 0, p->rows, *p->norm);
+        if (!all_finite(*p->norm, p->rows))
+            die("%s: tensor %s holds NaN or infinity", t->path, t->name);
+        break;
+    case WEIGHT:
+        p->linear->dtype = t->dtype;
+        p->linear->w = data;
+        break;
+    case QWEIGHT:
+        p->linear->dtype = U8;
+        p->linear->qweight = data;
+        if (loading->group_size < 0 && has_zero_code(data, t->bytes))
+            die("%s: tensor %s holds the code 0, per channel 1 to 15 are expected", t->path,
+                t->name);
+        break;
+    case S_CHANNEL:
+        p->linear->s_channel = allocate(p->rows, sizeof(float));
+        floats(data, F32, 0, p->rows, p->linear->s_channel);
+        if (!all_finite(p->linear->s_channel, p->rows))
+            die("%s: tensor %s is not finite", t->path, t->name);
+        break;
+    case S_GROUP:
+        p->linear->s_group = data;
+        for (size_t i = 0; i < t->bytes; i++)
+            if (p->linear->s_group[i] < 1 || p->linear->s_group[i] > 15)
+                die("%s: tensor %s holds %d, expected 1 to 15", t->path, t->name,
+                    p->linear->s_group[i]);
+        break;
+    }
+    if (p->linear) p->linear->mapped = true;
+}
+
+/* The group size that a model.bin's quantization names: 128, -1, or 0 for an unquantized model. */
+static int quantization_group_size(const Checkpoint *c) {
+    if (!c->quantization) return 0;
+    char *name = format_text("%s: quantization", c->path);
+    Json *j = json_parse(name, c->quantization, strlen(c->quantization));
+    double bits = 0, group_size = 0;
+    json_number(j, json_get(j, 0, "bits"), &bits);
+    json_number(j, json_get(j, 0, "group_size"), &group_size);
+    if (bits != 4 || (group_size != -1 && group_size != GROUP))
+        die("%s: bits %g, group_size %g; expected 4 bits, group_size -1 or %d", name, bits,
+            group_size, GROUP);
+    json_free(j);
+    free(name);
+    return group_size;
+}
+
+/* The tensors of one linear, float or quantized. */
+static void visit_linear(const char *name, int N, int K, int group_size, Linear *l,
+                         void (*visit)(void *to, const Parameter *p), void *to) {
+    static const char *const suffixes[] = {[WEIGHT] = "weight",
+                                           [QWEIGHT] = "qweight",
+                                           [S_CHANNEL] = "s_channel",
+                                           [S_GROUP] = "s_group"};
+    const int columns[] = {[WEIGHT] = K, [QWEIGHT] = K / 2, [S_CHANNEL] = 0, [S_GROUP] = K / GROUP};
+    l->N = N;
+    l->K = K;
+    Role last = group_size > 0 ? S_GROUP : group_size < 0 ? S_CHANNEL : WEIGHT;
+    for (Role role = group_size ? QWEIGHT : WEIGHT; role <= last; role++) {
+        char full[160];
+        snprintf(full, sizeof full, "%s.%s", name, suffixes[role]);
+        visit(to, &(Parameter){role, full, N, columns[role], l, NULL});
+    }
+}
+
+void for_each_tensor(Model *m, int first, int last, void (*visit)(void *to, const Parameter *p),
+                     void *to) {
+    const Config *c = &m->config;
+    for (int l = first; l <= last; l++) {
+        // The embedding, in front of the layers; the final norm and lm_head, behind them.
+        if (l < 0)
+            visit_linear("model.embed_tokens", c->vocab_size, c->dim, 0, &m->embedding, visit, to);
+        if (l == c->n_layers) {
+            visit(to, &(Parameter){NORM, "model.norm.weight", c->dim, 0, NULL, &m->norm});
+            if (!c->tied) visit_linear("lm_head", c->vocab_size, c->dim, 0, &m->lm_head, visit, to);
+            if (m->lm_head.dtype == I8)
+                visit(to, &(Parameter){S_CHANNEL, "lm_head.s_channel", c->vocab_size, 0,
+                                       &m->lm_head, NULL});
+        }
+        if (l < 0 || l == c->n_layers) continue;
+        // The linears of a layer, then the norms.
+        Layer *layer = &m->layers[l];
+        char name[128];
+        for (int k = 0; k < N_LINEARS; k++) {
+            int N, K;
+            linear_shape(c, k, &N, &K);
+            snprintf(name, sizeof name, "model.layers.%d.%s", l, linear_names[k]);
+            visit_linear(name, N, K, m->group_size, &layer->linears[k], visit, to);
+        }
+        snprintf(name, sizeof name, "model.layers.%d.input_layernorm.weight", l);
+        visit(to, &(Parameter){NORM, name, c->dim, 0, NULL, &layer->attention_norm});
+        snprintf(name, sizeof name, "model.layers.%d.post_attention_layernorm.weight", l);
+        visit(to, &(Parameter){NORM, name, c->dim, 0, NULL, &layer->ffn_norm});
+    }
+}
+
+/* A model without weights, with room for its norms. */
+static Model *model_new(const Config *c, int group_size) {
+    Model *m = allocate(1, sizeof *m);
+    *m = (Model){.config = *c, .group_size = group_size};
+    m->norm = allocate(c->dim, sizeof(float));
+    m->layers = allocate(c->n_layers, sizeof *m->layers);
+    for (int l = 0; l < c->n_layers; l++) {
+        m->layers[l].attention_norm = allocate(2 * (size_t)c->dim, sizeof(float));
+        m->layers[l].ffn_norm = m->layers[l].attention_norm + c->dim;
+    }
+    return m;
+}
+
+void check_group_size(const char *path, const Config *c, int group_size) {
+    int unit = group_size > 0 ? group_size : 2, N, K;
+    for (int k = 0; k < N_LINEARS && group_size; k++) {
+        linear_shape(c, k, &N, &K);
+        if (K % unit)
+            die("%s: %s has %d input channels, no multiple of %d%s", path, linear_names[k], K, unit,
+                unit == GROUP ? " (-g -1 quantizes per channel)" : "");
+    }
+}
+
+/* Says which tensors of the file no part of the model reads, the first of them by name. */
+static void note_unused(const Checkpoint *c, const bool *used) {
+    char names[600] = "";
+    int n = 0;
+    for (int i = 0; i < c->n_tensors; i++) {
+        const Tensor *t = &c->tensors[i];
+        const char *end = strrchr(t->name, '.');
+        if (used[i] || (t->dtype == U8 && t->n_dims == 1)) continue; // a text that travels along
+        if (end && !strcmp(end, ".inv_freq")) continue;              // RoPE's, computed
+        size_t length = strlen(names);
+        if (length + strlen(t->name) + 8 < sizeof names)
+            sprintf(names + length, "%s%s", n ? ", " : "", t->name);
+        else if (strcmp(names + length - 3, "...")) strcat(names, ", ...");
+        n++;
+    }
+    if (n) note("%s: %d tensors are not used: %s", c->path, n, names);
+}
+
+/* Refuses weights that another program quantized. */
+static void check_quantization(const Checkpoint *c) {
+    char *name = format_text("%s: config.json", c->path);
+    Json *j = json_parse(name, c->config, strlen(c->config));
+    int how = json_get(j, 0, "quantization_config");
+    const Tensor *t = checkpoint_find(c, "model.layers.0.self_attn.q_proj.weight");
+    const char *method = shown(j, json_get(j, how, "quant_method"));
+    if (!json_absent(j, how) && (!t || t->dtype > BF16))
+        die("%s: quantization_config, quant_method %s: the weights are quantized already, and not "
+            "by this program",
+            name, method);
+    if (!json_absent(j, how))
+        note("%s: quantization_config, quant_method %s, is not used: the weights are %s", name,
+             method, dtype_name(t->dtype));
+    json_free(j);
+    free(name);
+}
+
+/* The token that begins a text: tokenizer.json's post-processor says so, and where there is none
+ * config.json. -1: none. */
+static int begin_token(const Checkpoint *c, int configured) {
+    if (!c->tokenizer) return configured;
+    char *name = format_text("%s: tokenizer.json", c->path);
+    Json *j = json_parse(name, c->tokenizer, c->tokenizer_bytes);
+    int post = json_get(j, 0, "post_processor"), list = json_get(j, post, "processors");
+    bool sequence = json_is(j, json_get(j, post, "type"), "Sequence");
+    int bos = -1, extra = 0;
+    bool text = false;
+    for (int p = sequence ? json_first(j, list) : post; p >= 0;
+         p = sequence ? json_next(j, list, p) : -1) {
+        int template = json_get(j, p, "single"), type = json_get(j, p, "type");
+        if (!json_absent(j, p) && !json_is(j, type, "ByteLevel") && template <0)
+            die("%s: post_processor is %s, expected TemplateProcessing", name, shown(j, type));
+        for (int i = json_first(j, template); i >= 0; i = json_next(j, template, i)) {
+            int special = json_get(j, i, "SpecialToken");
+            size_t bytes;
+            char *id = special < 0 ? NULL : json_string(j, json_get(j, special, "id"), &bytes);
+            if (!id) text = true;
+            else if (text || bos >= 0) extra++;
+            else {
+                int token = json_get(j, json_get(j, p, "special_tokens"), id);
+                bos = json_integer(j, json_first(j, json_get(j, token, "ids")), INT32_MAX);
+            }
+            free(id);
+        }
+    }
+    if (extra) note("%s: post_processor adds more to a text than its first token: not used", name);
+    if (json_absent(j, post)) bos = configured;
+    if (json_absent(j, post) && bos >= 0)
+        note("%s: no post_processor: texts begin with config.json's bos_token_id, %d", name, bos);
+    else if (configured >= 0 && configured != bos)
+        note("%s: texts begin with %d, not with config.json's bos_token_id %d", name, bos,
+             configured);
+    json_free(j);
+    free(name);
+    return bos;
+}
+
+Model *model_load(const Checkpoint *checkpoint) {
+    Config c = config_parse(checkpoint->path, checkpoint->config, checkpoint->generation_config);
+    if (!checkpoint->quantization) check_quantization(checkpoint);
+    c.bos = begin_token(checkpoint, c.bos);
+    if (c.bos >= c.vocab_size)
+        die("%s: texts begin with token %d, outside the vocabulary of %d", checkpoint->path, c.bos,
+            c.vocab_size);
+    // A tied lm_head that rotation or its 8 bits untied stands in the file all the same.
+    const Tensor *head = checkpoint_find(checkpoint, "lm_head.weight");
+    if (head) c.tied = false;
+    Model *m = model_new(&c, quantization_group_size(checkpoint));
+    if (head && head->dtype == I8 && m->group_size) m->lm_head.dtype = I8;
+    check_group_size(checkpoint->path, &c, m->group_size);
+    Loading loading = {checkpoint, m->group_size, allocate(checkpoint->n_tensors, sizeof(bool))};
+    for_each_tensor(m, -1, c.n_layers, load_tensor, &loading);
+    note_unused(checkpoint, loading.used);
+    free(loading.used);
+    if (c.tied) m->lm_head = m->embedding;
+    return m;
+}
+
+const char *weights_kind(const Model *m) {
+    if (m->group_size == 0) return dtype_name(m->layers[0].q.dtype);
+    return m->group_size < 0 ? "W4A8 per channel" : "W4A8 g128";
+}
+
+void describe_model(const Checkpoint *checkpoint, const Model *m, const char *where) {
+    const Config *c = &m->config;
+    double bytes = 0;
+    for (int i = 0; i < checkpoint->n_tensors; i++) bytes += checkpoint->tensors[i].bytes;
+    fprintf(stderr, "%s: LLaMA 3.1, dim %d, ffn %d, %d layers, %d/%d heads of %d, vocabulary %d\n",
+            checkpoint->path, c->dim, c->hidden_dim, c->n_layers, c->n_heads, c->n_kv_heads,
+            c->head_dim, c->vocab_size);
+    fprintf(stderr, "weights %s, %.1f MB%s%s\n", weights_kind(m), bytes / 1e6, where ? ", on " : "",
+            where ? where : "");
+    if (!checkpoint->quantization) return;
+    char *made = format_text("%s", checkpoint->quantization);
+    make_printable(made);
+    fprintf(stderr, "made with %s\n", made);
+    free(made);
+}
+
+/* Says which tokens of a node of the files beside tokenizer.json it lacks: strings of an array or
+ * object, or their "content". `id` is the one that the file gives it, or -1. */
+static void note_tokens(const Tokenizer *t, const Json *j, int node, int64_t id) {
+    bool object = json_type(j, node) == '{';
+    int content = object ? json_get(j, node, "content") : node;
+    if (json_type(j, content) == '"') {
+        size_t bytes;
+        char *token = json_string(j, content, &bytes);
+        int found = tokenizer_id(t, token);
+        if (found < 0 || (id >= 0 && id != found))
+            note("%s: token %s is not used: tokenizer.json has it not, or another id for it",
+                 j->name, token);
+        free(token);
+    } else {
+        for (int i = json_first(j, node); i >= 0; i = json_next(j, node, i))
+            note_tokens(t, j, object ? i + 1 : i, -1);
+    }
+}
+
+/* The same of a whole file: added_tokens.json {TOKEN: id}, or one with {"bos_token": TOKEN,
+ * "extra_special_tokens": [TOKEN, ..], "added_tokens_decoder": {id: TOKEN}}. */
+static void note_outside_tokens(const Tokenizer *t, const Checkpoint *c, const Tensor *file) {
+    char *name = format_text("%s: %s", c->path, file->name);
+    Json *j = json_parse(name, file->data, file->bytes);
+    for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
+        size_t bytes;
+        char *text = json_string(j, key, &bytes), *end = strrchr(text, '_');
+        if (!strcmp(file->name, "added_tokens.json"))
+            note_tokens(t, j, key, json_integer(j, key + 1, INT32_MAX));
+        else if (end && (!strcmp(end, "_token") || !strcmp(end, "_tokens") ||
+                         !strcmp(text, "added_tokens_decoder")))
+            note_tokens(t, j, key + 1, -1);
+        free(text);
+    }
+    json_free(j);
+    free(name);
+}
+
+Tokenizer *checkpoint_tokenizer(const Checkpoint *c) {
+    if (!c->tokenizer) die("%s: it has no tokenizer.json", c->path);
+    char *name = format_text("%s: tokenizer.json", c->path);
+    Tokenizer *t = tokenizer_load(name, c->tokenizer, c->tokenizer_bytes);
+    free(name);
+    for (int i = 0; i < N_CHAT_FILES; i++) {
+        const char *end = c->chat_files[i].data ? strrchr(c->chat_files[i].name, '.') : NULL;
+        if (end && !strcmp(end, ".json")) note_outside_tokens(t, c, &c->chat_files[i]);
+    }
+    return t;
+}
+
+int *encode_text(const Tokenizer *t, const Config *c, const char *name, const char *text,
+                 size_t bytes, int *n) {
+    int *ids = tokenizer_encode(t, text, bytes, true, n);
+    if (c->bos >= 0 && (*n == 0 || ids[0] != c->bos)) {
+        ids = realloc(ids, (*n + 1) * sizeof *ids);
+        if (!ids) die("out of memory");
+        memmove(ids + 1, ids, (*n)++ * sizeof *ids);
+        ids[0] = c->bos;
+    }
+    for (int i = 0; i < *n; i++)
+        if (ids[i] >= c->vocab_size)
+            die("%s: token %d, the embedding has %d", name, ids[i], c->vocab_size);
+    return ids;
+}
+
+int *read_tokens(const Tokenizer *t, const Config *c, const char *path, int *n) {
+    size_t bytes;
+    char *text = read_text(path, &bytes);
+    if (!t) die("%s: the model has no tokenizer.json, which it needs", path);
+    int *ids = encode_text(t, c, path, text, bytes, n);
+    free(text);
+    return ids;
+}
+
+int *read_windows(const Tokenizer *t, const Config *c, const char *path, int *length, int *n) {
+    int *ids = read_tokens(t, c, path, n);
+    if (!*length) *length = c->max_context < 2048 ? c->max_context : 2048;
+    if (*n < *length)
+        die("%s: it has %d tokens, a window needs %d (-l sets it)", path, *n, *length);
+    return ids;
+}
+
+void print_perplexity(const Checkpoint *c, Engine *e, const char *label, const int *tokens, int n,
+                      int length) {
+    Perplexity p = perplexity(e, tokens, n, length, 0, show_windows);
+    if (!isfinite(p.mean))
+        die("%s: the perplexity is %f: the weights are damaged", c->path, p.mean);
+    printf("%sperplexity %.4f (%d windows of %d)", label, p.mean, p.windows, length);
+    if (p.windows > 1) printf(", standard error %.2f", p.error);
+    putchar('\n');
+    fflush(stdout);
+}
+
+/* ============================================================================================
+ * 6  Small things: errors, options, progress, files that are written
+ * ============================================================================================ */
+
+/* A name from a file may hold anything; it stays on its line. */
+static void make_printable(char *text) {
+    for (; *text; text++)
+        if ((unsigned char)*text < ' ' || *text == 0x7f) *text = '?';
+}
+
+static void remove_unfinished(void);
+
+static void end_with(int status, const char *format, va_list args) {
+    static char text[8192]; // there may be no memory to allocate
+    vsnprintf(text, sizeof text, format, args);
+    make_printable(text);
+    fprintf(stderr, "error: %s\n", text);
+    remove_unfinished();
+    fflush(NULL);
+    _exit(status); // what is still allocated goes with the process
+}
+
+void die(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    end_with(1, format, args);
+    va_end(args);
+    __builtin_unreachable();
+}
+
+void die_usage(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    end_with(2, format, args);
+    va_end(args);
+    __builtin_unreachable();
+}
+
+void note(const char *format, ...) {
+    char text[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    make_printable(text);
+    fprintf(stderr, "note: %s\n", text);
+}
+
+void *allocate(size_t count, size_t size) {
+    void *p = calloc(count ? count : 1, size);
+    if (!p) die("out of memory: %zu x %zu bytes were asked for", count, size);
+    return p;
+}
+
+char *format_text(const char *format, ...) {
+    char *text;
+    va_list args;
+    va_start(args, format);
+    if (vasprintf(&text, format, args) < 0) die("out of memory");
+    va_end(args);
+    return text;
+}
+
+void open_standard_streams(void) {
+    int fd;
+    while ((fd = open("/dev/null", O_RDWR)) >= 0 && fd <= STDERR_FILENO) {
+    }
+    if (fd < 0) die("/dev/null: %s", strerror(errno));
+    close(fd);
+}
+
+void flush_output(void) {
+    if (fflush(stdout) || ferror(stdout)) die("stdout: %s", strerror(errno));
+}
+
+double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+char *beside_program(const char *name) {
+    char program[4096];
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (n < 0) die("/proc/self/exe: %s", strerror(errno));
+    program[n] = 0;
+    *strrchr(program, '/') = 0;
+    return format_text("%s/%s", program, name);
+}
+
+void print_and_exit(const char *text) {
+    fputs(text, stdout);
+    flush_output();
+    exit(0);
+}
+
+double parse_number(char flag, const char *value, double min, double max) {
+    char *end;
+    double x = strtod(value, &end);
+    if (end == value || *end || !(x >= min && x <= max))
+        die_usage("-%c %s: expected a number from %g to %g", flag, value, min, max);
+    return x;
+}
+
+long long parse_integer(char flag, const char *value, long long min, long long max) {
+    char *end;
+    errno = 0;
+    long long x = strtoll(value, &end, 10);
+    if (end == value || *end || errno || x < min || x > max)
+        die_usage("-%c %s: expected a whole number from %lld to %lld", flag, value, min, max);
+    return x;
+}
+
+bool parse_choice(char flag, const char *value, const char *first, const char *second) {
+    bool is_second = !strcmp(value, second);
+    if (!is_second && strcmp(value, first))
+        die_usage("-%c %s: expected %s or %s", flag, value, first, second);
+    return is_second;
+}
+
+void show_progress(const char *what, int done, int total, double seconds_left) {
+    static double said; // when the newest line was; 0: nothing is at work
+    char left[64] = "";
+    if (seconds_left >= 0) snprintf(left, sizeof left, ", %.0f s left", seconds_left);
+    // 1. On a terminal: a bar, drawn over the one before.
+    if (isatty(STDERR_FILENO)) {
+        int width = 40 * done / total;
+        fprintf(stderr, "\r[%.*s%*s] %d of %d %s%s\033[K%s", width,
+                "########################################", 40 - width, "", done, total, what, left,
+                done == total ? "\n" : "");
+        return;
+    }
+    // 2. In a pipe: the first line, the last, and between them one every 5 s.
+    bool first = !said, last = done == total;
+    if (!first && !last && seconds() - said < 5) return;
+    fprintf(stderr, "%d of %d %s%s\n", done, total, what, left);
+    said = last ? 0 : seconds();
+}
+
+static void show_windows(int done, int total) {
+    show_progress("windows", done, total, -1);
+}
+
+/* What is being written. Its files have no name (O_TMPFILE) until they are complete, so that
+ * whatever ends the program leaves nothing. Where the file system or the lack of /proc forbids
+ * that, they have their temporary names from the start, and die() removes them. */
+struct Output {
+    char *path;      // where it will appear
+    char *temporary; // beside it: the name just before
+    bool directory;
+    bool named; // the files have names, under `temporary`
+    int n;
+    struct {
+        int fd;
+        char *name; // under which it is complete: `temporary`, or of a directory a file in it
+    } * files;      // [n]
+};
+
+static Output *unfinished;
+
+static void remove_unfinished(void) {
+    if (!unfinished || !unfinished->named) return;
+    for (int i = 0; i < unfinished->n; i++) unlink(unfinished->files[i].name);
+    if (unfinished->directory) rmdir(unfinished->temporary);
+}
+
+static void die_unwritten(const Output *o) {
+    die("%s: cannot be written: %s", o->path, strerror(errno));
+}
+
+/* The path that is made or replaced: a link is followed, and its target must be there. Refused are
+ * what is no regular file, or no directory, and a file that stdout or stderr goes to. */
+static char *target_of(const char *path, bool directory) {
+    struct stat st, own;
+    bool there = !stat(path, &st);
+    if (there && !(directory ? S_ISDIR(st.st_mode) : S_ISREG(st.st_mode)))
+        die("%s: cannot be written: not a %s", path, directory ? "directory" : "regular file");
+    for (int fd = STDOUT_FILENO; there && fd <= STDERR_FILENO; fd++)
+        if (!fstat(fd, &own) && own.st_dev == st.st_dev && own.st_ino == st.st_ino)
+            die("%s: cannot be written: stdout or stderr goes there", path);
+    if (lstat(path, &st) || S_ISREG(st.st_mode)) return format_text("%s", path);
+    char *target = realpath(path, NULL); // also of "name/.", beside which nothing can be made
+    if (!target) die("%s: cannot be written: a link to no file", path);
+    return target;
+}
+
+/* A file without a name in the directory that `path` is in, or -1. */
+static int open_nameless(const char *path) {
+    const char *slash = strrchr(path, '/');
+    int bytes = slash ? slash - path + 1 : 0;
+    char *directory = format_text("%.*s.", bytes, path); // "." is the current one
+    bool can = !access("/proc/self/fd", X_OK);           // where name_file() finds it
+    int fd = can ? open(directory, O_TMPFILE | O_WRONLY | O_CLOEXEC, 0666) : -1;
+    free(directory);
+    return fd;
+}
+
+Output *output_open(const char *path, bool directory) {
+    signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
+    Output *o = allocate(1, sizeof *o);
+    *o = (Output){.path = target_of(path, directory), .directory = directory};
+    struct stat st; // a name that no other process has left
+    for (int id = getpid(); !o->temporary || !lstat(o->temporary, &st); id++) {
+        free(o->temporary);
+        o->temporary = format_text("%s.%d.tmp", o->path, id);
+    }
+    int fd = open_nameless(o->path);
+    o->named = fd < 0;
+    if (fd >= 0) close(fd);
+    if (directory && o->named && mkdir(o->temporary, 0777)) die_unwritten(o);
+    unfinished = o;
+    if (!directory) output_add(o, NULL);
+    return o;
+}
+
+int output_add(Output *o, const char *name) {
+    o->files = realloc(o->files, (o->n + 1) * sizeof *o->files);
+    if (!o->files) die("out of memory");
+    char *full = format_text(name ? "%s/%s" : "%s", o->temporary, name);
+    int fd = o->named ? open(full, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)
+                      : open_nameless(o->path);
+    if (fd < 0) die_unwritten(o);
+    o->files[o->n].fd = fd;
+    o->files[o->n].name = full;
+    return o->n++;
+}
+
+void output_write(const Output *o, int file, const void *data, size_t bytes, size_t offset) {
+    for (size_t done = 0; done < bytes;) {
+        int fd = o->files[file].fd;
+        ssize_t n = pwrite(fd, (const char *)data + done, bytes - done, offset + done);
+        if (n == 0) errno = ENOSPC;
+        if (n <= 0) die_unwritten(o);
+        done += n;
+    }
+}
+
+/* Gives a file without a name its name. */
+static bool name_file(int fd, const char *name) {
+    char nameless[32];
+    snprintf(nameless, sizeof nameless, "/proc/self/fd/%d", fd);
+    return !linkat(AT_FDCWD, nameless, AT_FDCWD, name, AT_SYMLINK_FOLLOW);
+}
+
+void output_close(Output *o) {
+    // 1. All bytes reach the disk.
+    for (int i = 0; i < o->n; i++)
+        if (fsync(o->files[i].fd)) die_unwritten(o);
+    // 2. What has no name gets the temporary one.
+    bool nameless = !o->named;
+    if (nameless && o->directory && mkdir(o->temporary, 0777)) die_unwritten(o);
+    o->named = true; // from here on die() removes it
+    for (int i = 0; i < o->n; i++) {
+        if (nameless && !name_file(o->files[i].fd, o->files[i].name)) die_unwritten(o);
+        if (close(o->files[i].fd)) die_unwritten(o);
+    }
+    // 3. In one step it replaces what was there before.
+    if (rename(o->temporary, o->path)) die_unwritten(o);
+    unfinished = NULL;
+    for (int i = 0; i < o->n; i++) free(o->files[i].name);
+    free(o->files);
+    free(o->temporary);
+    free(o->path);
+    free(o);
 }

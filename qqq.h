@@ -5,7 +5,6 @@
  *
  *   qqq.c        1 the model · 2 W4A8 numbers · 3 the method · 4 arithmetic beneath · 5 the engine
  *   tokenizer.c  byte-level BPE
- *   files.c      plumbing, declared in files.h: errors, options, JSON, model files
  *   kernels.cu   on the GPU: 1 forward pass · 2 W4A8 GEMM · 3 small kernels · 4 attention ·
  *                5 quantization
  *
@@ -51,6 +50,7 @@ typedef struct {
     int bos;                      // -1: none
     int eos[16];                  // [n_eos] generation stops at any of them
     int n_eos;
+    float temperature, top_p; // generation_config.json's, -1: none
 } Config;
 
 /* A file may hold others, which dtype_name() knows; no model needs them. */
@@ -560,6 +560,213 @@ void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, 
 
 /* One line: where the time went, and the GPU memory. */
 void gpu_quantizer_report(GpuQuantizer *q, FILE *out);
+
+/* ---- qqq.c 5: JSON ------------------------------------------------------------------------- */
+
+/* A JSON text [bytes], which must outlive it; text that is none ends the program with `name` in the
+ * message. A node is a number: 0 is the root, -1 stands for "none" and may be passed wherever a
+ * node may: it is of no type and has no children. */
+typedef struct Json Json;
+Json *json_parse(const char *name, const char *text, size_t bytes);
+void json_free(Json *json);
+
+/* '{' object, '[' array, '"' string, 'p' primitive (number, true, false, null), 0 none; the value
+ * of `key` in the object `node`, or -1. */
+char json_type(const Json *json, int node);
+int json_get(const Json *json, int node, const char *key);
+
+/* Whether the node is none, or null: "null" in quotes is a string. */
+bool json_absent(const Json *json, int node);
+
+/* Loops over the children of an array (its elements) or an object (its keys; each value is the
+ * node after its key, key + 1): for (int i = json_first(j, n); i >= 0; i = json_next(j, n, i)). */
+int json_first(const Json *json, int node);
+int json_next(const Json *json, int node, int child);
+
+/* Whether the node is the string `s`, or the number, true, false or null that is spelled so; its
+ * text with escapes resolved, malloc'ed UTF-8, *bytes long and a NUL behind; and its value, false
+ * if it is no number or out of double's range. */
+bool json_is(const Json *json, int node, const char *s);
+char *json_string(const Json *json, int node, size_t *bytes);
+bool json_number(const Json *json, int node, double *value);
+
+/* A node as it is in the text, a string with its quotes: bytes in the text. */
+const char *json_source(const Json *json, int node, size_t *bytes);
+
+/* Writes `text` as a JSON string, quotes and escapes included. */
+void put_json_string(FILE *out, const char *text);
+
+/* ---- qqq.c 5: model files ------------------------------------------------------------------ */
+
+/* Bytes of one element; its name in a safetensors header. */
+size_t dtype_size(DType dtype);
+const char *dtype_name(DType dtype);
+
+enum { MAX_DIMS = 8 }; // of a tensor
+
+typedef struct {
+    char *name; // "model.layers.0.self_attn.q_proj.weight"
+    DType dtype;
+    int n_dims;
+    int64_t shape[MAX_DIMS]; // outermost first
+    const void *data;        // into the mapped file, at any alignment
+    size_t bytes;
+    const char *path; // the file it is in, for messages
+} Tensor;
+
+/* The files beside tokenizer.json: tokenizer_config.json, chat_template.jinja,
+ * special_tokens_map.json, added_tokens.json. */
+enum { N_CHAT_FILES = 4 };
+
+/* A model on disk: a Hugging Face directory or a model.bin, mapped read-only, nothing copied.
+ * Format: https://huggingface.co/docs/safetensors. */
+typedef struct Checkpoint {
+    char *path;
+    Tensor *tensors; // [n_tensors], sorted by name
+    int n_tensors;
+    char *config;            // config.json
+    char *generation_config; // generation_config.json, NULL if there is none
+    char *quantization;      // how a model.bin was made, JSON; NULL for an unquantized model
+    const char *tokenizer;   // tokenizer.json [tokenizer_bytes], NULL if there is none
+    size_t tokenizer_bytes;
+    Tensor chat_files[N_CHAT_FILES]; // U8 [bytes]; data is NULL if there is none
+    struct Mapping *maps;            // [n_maps] the mapped files
+    int n_maps;
+} Checkpoint;
+
+/* Opens a Hugging Face directory (config.json, tokenizer.json and model.safetensors, or
+ * model.safetensors.index.json and its shards), a Hugging Face cache's folder of one, or a
+ * model.bin, and checks the headers as strictly as the safetensors library does. */
+Checkpoint *checkpoint_open(const char *path);
+Checkpoint *checkpoint_open_texts(const char *path); // of a directory tokenizer.json is enough
+void checkpoint_close(Checkpoint *c);
+
+/* Memory [bytes], zeroed, that lives as long as the checkpoint, for tensors that a program makes;
+ * and what must follow when it has renamed some. */
+void *checkpoint_memory(Checkpoint *c, size_t bytes);
+void checkpoint_sort(Checkpoint *c);
+
+/* Whether two paths lead to one file or directory; whether `path` is one of the files that the
+ * checkpoint was read from. Both under any name. */
+bool same_file(const char *a, const char *b);
+bool checkpoint_has_file(const Checkpoint *c, const char *path);
+
+/* The tensor of that name, or NULL. */
+const Tensor *checkpoint_find(const Checkpoint *c, const char *name);
+
+/* Reads a whole text, a file, a pipe or, of "-", stdin: malloc'ed with a NUL behind. Ends the
+ * program if it is empty or no UTF-8; check_text() does so for a text from elsewhere. */
+char *read_text(const char *path, size_t *bytes);
+void check_text(const char *name, const char *text, size_t bytes);
+
+/* ---- qqq.c 5: the model in a file ---------------------------------------------------------- */
+
+/* Reads a config.json (and generation_config.json, or NULL, for its eos_token_id). Refuses by name
+ * what is not LLaMA 3.1: another model_type, hidden_act, rope_type, biases, absurd sizes. */
+Config config_parse(const char *path, const char *config, const char *generation_config);
+
+/* One tensor of a model: its name in the file, its shape, and the place in the Model for its data.
+ * Of a linear's arrays WEIGHT is w. */
+typedef enum { NORM, WEIGHT, QWEIGHT, S_CHANNEL, S_GROUP } Role;
+
+typedef struct {
+    Role role;
+    const char *name;
+    int rows, columns; // columns 0: one dimension
+    Linear *linear;    // NULL for a norm
+    float **norm;      // NULL for a linear
+} Parameter;
+
+/* Calls visit() for each tensor of layers first .. last in the order of the file; layer -1 is the
+ * embedding, layer n_layers the final norm and, unless it is tied, lm_head. */
+void for_each_tensor(Model *m, int first, int last, void (*visit)(void *to, const Parameter *p),
+                     void *to);
+
+/* Finds every tensor of the model in the checkpoint and checks dtypes, shapes and scales. Weights
+ * stay in the mapped file, which must outlive the model; norms and s_channel are copied. Of a W4A8
+ * model lm_head.weight may be I8 [vocab_size][dim], with lm_head.s_channel F32 [vocab_size]. */
+Model *model_load(const Checkpoint *c);
+
+/* Ends the program unless the input channels of all linears come in whole groups. */
+void check_group_size(const char *path, const Config *c, int group_size);
+
+/* What its weights are: their dtype, or W4A8 of which kind. */
+const char *weights_kind(const Model *m);
+
+/* Says on stderr what a file claims to be: architecture, sizes, dtype and, if it is quantized, the
+ * options that made it. `where` is what it runs on, or NULL. */
+void describe_model(const Checkpoint *c, const Model *m, const char *where);
+
+/* The checkpoint's tokenizer, or the end if it has none. Says which tokens of the older files
+ * beside it it lacks. */
+Tokenizer *checkpoint_tokenizer(const Checkpoint *c);
+
+/* Token ids [*n] of a text, special tokens parsed, BOS in front unless the text begins with it;
+ * malloc'ed. `name` is for the message if one is beyond the embedding. */
+int *encode_text(const Tokenizer *t, const Config *c, const char *name, const char *text,
+                 size_t bytes, int *n);
+
+/* The same of a text file; and of one to be cut into windows of *length tokens, at least one. 0
+ * asks for 2048, or the model's context if that is less. */
+int *read_tokens(const Tokenizer *t, const Config *c, const char *path, int *n);
+int *read_windows(const Tokenizer *t, const Config *c, const char *path, int *length, int *n);
+
+/* perplexity() of tokens [n], printed as one line after `label`. */
+void print_perplexity(const Checkpoint *c, Engine *e, const char *label, const int *tokens, int n,
+                      int length);
+
+/* ---- qqq.c 6: errors, options, progress, files that are written ---------------------------- */
+
+/* Prints "error: " and the message as one line on stderr, removes the file that is being written,
+ * and exits with status 1; with status 2 for a command line that makes no sense. */
+void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
+void die_usage(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
+
+/* One line on stderr, "note: " and the message: what of MODEL is not used, or read otherwise. */
+void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* count * size bytes, zeroed; free() releases them. format_text() is a printf() into such. */
+void *allocate(size_t count, size_t size) __attribute__((returns_nonnull));
+char *format_text(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* First in main(): a descriptor 0 to 2 that is closed becomes /dev/null, so that no file gets it.
+ * Last: what did not reach stdout is an error. */
+void open_standard_streams(void);
+void flush_output(void);
+
+/* Seconds of a monotonic clock; the path of `name` in the directory of the executable. */
+double seconds(void);
+char *beside_program(const char *name);
+
+/* Ends the program, status 0, with this text on stdout; status 1 if that cannot be written. */
+void print_and_exit(const char *text) __attribute__((noreturn));
+
+/* The value of an option -flag, checked; anything else ends the program with status 2 and a line
+ * that says what was expected. parse_choice() tells whether it is the second of two words. */
+double parse_number(char flag, const char *value, double min, double max);
+long long parse_integer(char flag, const char *value, long long min, long long max);
+bool parse_choice(char flag, const char *value, const char *first, const char *second);
+
+/* Long work, on stderr: a bar on a terminal; in a pipe the first line, the last and one every 5 s.
+ * Work ends with done == total; seconds_left < 0: not known. */
+void show_progress(const char *what, int done, int total, double seconds_left);
+
+/* A file, or a directory of files, that appears at its path whole or not at all: the files have no
+ * name until output_close(), or if the file system has no such files a temporary one, which die()
+ * removes. One at a time. */
+typedef struct Output Output;
+
+/* Starts the file, or the directory, which may be there if it is empty; a link is followed. Fails
+ * early where it cannot be written. */
+Output *output_open(const char *path, bool directory);
+
+/* A new file of this name in the directory; its number. The number of a single file is 0. */
+int output_add(Output *o, const char *name);
+
+void output_write(const Output *o, int file, const void *data, size_t bytes, size_t offset);
+
+/* Syncs what was written and puts it in its place. */
+void output_close(Output *o);
 
 #ifdef __cplusplus
 }

@@ -15,7 +15,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "files.h"
+#include "qqq.h"
 
 /* ---- 1: options ---------------------------------------------------------------------------- */
 
@@ -45,8 +45,6 @@ static const char usage[] =
     "  -h, --help     this help; --version\n";
 
 typedef enum { MODEL_BIN, VLLM, QQQ } Format;
-
-static const size_t SHARD_BYTES = 5000000000; // what hubs and loaders are used to
 
 typedef struct {
     char *model, *out;
@@ -93,6 +91,7 @@ static Options parse_options(int argc, char **argv) {
                  .length = 2048};
     Method *m = &o.method;
     for (int i = 1; i < argc; i++) {
+        // 1. MODEL, OUT, or an option and its value.
         const char *arg = argv[i];
         if (arg[0] != '-') {
             if (o.out) die_usage("%s: MODEL and OUT are given already", arg);
@@ -106,6 +105,7 @@ static Options parse_options(int argc, char **argv) {
             die_usage("unknown option %s; ./quantize -h lists them all", arg);
         const char *value = flag == 'f' ? "" : argv[++i];
         if (!value) die_usage("-%c: its value is missing; ./quantize -h says which", flag);
+        // 2. How to quantize.
         if (flag == 'g') m->group_size = parse_choice(flag, value, "-1", "128") ? GROUP : -1;
         if (flag == 'b') m->gptq = parse_choice(flag, value, "rtn", "gptq");
         if (flag == 'a') m->smooth = parse_integer(flag, value, 0, 1);
@@ -117,6 +117,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'n') o.n_windows = parse_integer(flag, value, 1, 1 << 20);
         if (flag == 'l') o.length = parse_integer(flag, value, 2, 1 << 20);
         if (flag == 's') o.seed = parse_integer(flag, value, 0, LLONG_MAX);
+        // 3. What else to do, and where.
         if (flag == 'e') o.eval = value;
         if (flag == 'f') o.convert = true;
         if (strchr("gbarmoqcnls", flag)) o.quantizes = flag;
@@ -124,6 +125,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
         if (flag == 'M') o.most_memory = parse_number(flag, value, 0.1, 1e6) * 1e9;
     }
+    // 4. What must be there, and what does not go together.
     if (!o.model) die_usage("no MODEL; ./quantize -h shows how");
     if (o.format && (o.convert || o.eval))
         die_usage("-x writes a W4A8 directory: -f and -e are for a model.bin");
@@ -141,29 +143,430 @@ static const char *base_name(const char *path) {
 }
 
 /* Tokens [*n_windows][o->length] of the calibration text, with one BOS in front of the first; NULL
- * and no windows if nothing needs them. */
-static int *calibration_tokens(const Options *o, const Checkpoint *checkpoint, const Config *c,
+ * and no windows if nothing needs them. Fewer than 4 tokens for each input of the widest linear
+ * make H so poor that GPTQ was no better on data/tiny than rounding to nearest (README). */
+static int *calibration_tokens(const Options *o, const Tokenizer *tokenizer, const Config *c,
                                int *n_windows) {
     *n_windows = 0;
     if (!o->method.gptq && !o->method.mse && !o->method.smooth) return NULL;
     if (o->length > c->max_context)
         die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
-    int n, *tokens = text_tokens(checkpoint, c->bos, o->calibration, &n);
+    int n, *tokens = read_tokens(tokenizer, c, o->calibration, &n);
     int available = n / o->length;
     *n_windows = o->n_windows ? o->n_windows : available < 128 ? available : 128;
     if (*n_windows > available || available == 0)
         die("%s: its %d tokens give %d windows of %d, %d are needed", o->calibration, n, available,
             o->length, *n_windows ? *n_windows : 1);
-    for (int i = 0; i < *n_windows * o->length; i++)
-        if (tokens[i] >= c->vocab_size)
-            die("%s: token %d is outside the embedding", o->calibration, tokens[i]);
+    int needed = 4 * (c->hidden_dim > c->dim ? c->hidden_dim : c->dim);
+    if (o->method.gptq && *n_windows * o->length < needed)
+        fprintf(stderr,
+                "note: %d tokens of calibration are few: with less than %d the model can be "
+                "worse than rounded to nearest (-b rtn)\n",
+                *n_windows * o->length, needed);
     return tokens;
 }
 
-static void evaluate(const Options *o, const Checkpoint *c, const Model *m, const char *label) {
+/* The text of -e. */
+typedef struct {
+    int *tokens; // [n], NULL without -e
+    int n, length;
+} Evaluation;
+
+static void evaluate(const Options *o, const Checkpoint *c, const Model *m, const char *label,
+                     const Evaluation *text) {
     Engine *e = engine_new(m, o->gpu, 16);
-    print_perplexity(c, e, NULL, label, o->eval, 0);
+    print_perplexity(c, e, label, text->tokens, text->n, text->length);
     e->free(e);
+}
+
+/* ---- checkpoints of the QQQ repository and of GPTQModel (format "qqq") ----
+ *
+ *   NAME.B         I32 [K/16][2 N]  4-bit codes in the order in which QQQ's kernel reads them
+ *   NAME.s_channel F32 [1][N]       permuted, and divided by 16 per channel
+ *   NAME.s_group   F16 [K/128][N]   permuted; per channel, and where K is 128, [0]
+ *
+ * The codes as [K][N] are cut into tiles of 16 x 16, those of the same 16 input channels side by
+ * side, each row by row; every 1024 codes (4 tiles) are permuted; eight are a word, the first in
+ * its lowest bits. A code is q + 8 with groups; per channel it is q mod 16, from which the kernel
+ * makes 16 q: hence the 16. Source: https://github.com/HandH1998/QQQ, whose kernel descends from
+ * Marlin (arXiv 2408.11743). */
+
+// Where the i-th of a run comes from.
+typedef struct {
+    int n[1024], k[1024]; // within 64 output and 16 input channels
+    int s_channel[32], s_group[64];
+} QqqOrder;
+
+static QqqOrder qqq_order(bool groups) {
+    static const int nibbles[2][8] = {{4, 0, 5, 1, 6, 2, 7, 3}, {0, 2, 4, 6, 1, 3, 5, 7}};
+    static const int pairs[8] = {0, 1, 8, 9, 16, 17, 24, 25};
+    QqqOrder order;
+    for (int i = 0; i < 1024; i++) { // a thread of a warp has 4 x 2 codes of each tile
+        int from = i / 8 * 8 + nibbles[groups][i % 8];
+        int thread = from / 32, tile = from / 8 % 4, half = from / 4 % 2, r = from % 4;
+        order.n[i] = 16 * tile + 8 * half + thread / 4;
+        order.k[i] = 4 * (thread % 4) + r;
+    }
+    for (int i = 0; i < 32; i++) order.s_channel[i] = 2 * (i / 8) + pairs[i % 8];
+    for (int i = 0; i < 64; i++) order.s_group[i] = i / 8 + 8 * (i % 8);
+    return order;
+}
+
+/* A quantized linear as the QQQ repository's kernel reads it: B [K/16][2 N] 32-bit words, s_channel
+ * [N], s_group [K/128][N] halves (untouched per channel). N is a multiple of 64, K of 64 (128). */
+static void qqq_pack(const Linear *l, uint8_t *B, float *s_channel, uint16_t *s_group) {
+    size_t N = l->N, K = l->K;
+    bool groups = l->s_group && K > GROUP;
+    QqqOrder order = qqq_order(groups);
+    memset(B, 0, N * K / 2);
+#pragma omp parallel for
+    for (size_t run = 0; run < N * K / 1024; run++)
+        for (size_t i = 0; i < 1024; i++) {
+            size_t n = run % (N / 64) * 64 + order.n[i], k = run / (N / 64) * 16 + order.k[i];
+            int u = l->qweight[n * (K / 2) + k / 2] >> 4 * (k % 2) & 15;
+            B[run * 512 + i / 2] |= (groups ? u : u ^ 8) << 4 * (i % 2); // (q + 8) ^ 8 = q mod 16
+        }
+    for (size_t i = 0; i < N; i++) {
+        size_t n = i / 32 * 32 + order.s_channel[i % 32];
+        float scale = l->s_group && !groups ? l->s_channel[n] * l->s_group[n] : l->s_channel[n];
+        s_channel[i] = groups ? scale : scale / 16;
+    }
+    for (size_t i = 0; groups && i < N * K / GROUP; i++) {
+        size_t n = i % N / 64 * 64 + order.s_group[i % 64];
+        size_t from = n * (K / GROUP) + i / N;
+        s_group[i] = float_to_f16(l->s_group[from]);
+    }
+}
+
+/* The tensor NAME.suffix, which must be of this dtype and shape. */
+static Tensor *find_part(const Checkpoint *c, const char *name, const char *suffix, DType dtype,
+                         int rows, int columns) {
+    char *full = format_text("%s%s", name, suffix);
+    const Tensor *t = checkpoint_find(c, full);
+    if (!t) die("%s: tensor %s is missing", c->path, full);
+    bool ok = t->dtype == dtype && t->n_dims == 2;
+    if (!ok || t->shape[0] != rows || t->shape[1] != columns)
+        die("%s: tensor %s is no %s [%d][%d]", t->path, full, dtype_name(dtype), rows, columns);
+    free(full);
+    return (Tensor *)t;
+}
+
+/* Whether a model.bin can hold all group scales: whole numbers, 1 to 15. QQQ's own are halves. */
+static bool whole_scales(const Checkpoint *c) {
+    bool whole = true;
+    for (int t = 0; t < c->n_tensors; t++) {
+        const Tensor *group = &c->tensors[t];
+        const char *suffix = strrchr(group->name, '.');
+        if (!suffix || strcmp(suffix, ".s_group") || group->dtype != F16) continue;
+        for (size_t i = 0; i < group->bytes / 2; i++) {
+            float scale;
+            floats(group->data, F16, i, 1, &scale);
+            if (!isfinite(scale)) die("%s: tensor %s holds %g", group->path, group->name, scale);
+            whole = whole && scale >= 1 && scale <= 15 && scale == rintf(scale);
+        }
+    }
+    return whole;
+}
+
+/* The inverse: B [K/16][2 N] and the scales beside it become, in memory of their own and but for
+ * their names, the tensors of a model.bin; or, unless `whole`, F16 weights as QQQ's kernel has
+ * them: an int8, q s_group rounded, times s_channel. */
+static void qqq_unpack(Checkpoint *c, Tensor *B, bool group_size, bool whole) {
+    // 1. Its parts, and memory for what they become.
+    char *name = format_text("%.*s", (int)strlen(B->name) - 2, B->name);
+    size_t K = 16 * B->shape[0], N = B->shape[1] / 2, n_groups = group_size ? K / GROUP : 0;
+    if (B->dtype != I32 || B->n_dims != 2 || N % 64 || K % (group_size ? GROUP : 64) ||
+        N > 1 << 24 || K > 1 << 24)
+        die("%s: tensor %s is no I32 [K / 16][2 N] with N a multiple of 64, K of %d", B->path,
+            B->name, group_size ? GROUP : 64);
+    bool groups = n_groups > 1; // one group has the layout of none
+    Tensor *channel = find_part(c, name, ".s_channel", F32, 1, N), *group = NULL;
+    if (group_size)
+        group = find_part(c, name, ".s_group", F16, groups ? n_groups : 0, groups ? N : 0);
+    free(name);
+    size_t weight_bytes = whole ? N * K / 2 : N * K * 2;
+    uint8_t *memory = checkpoint_memory(c, weight_bytes + N * sizeof(float) + N * n_groups);
+    uint8_t *qweight = memory, *s_group = memory + weight_bytes + N * sizeof(float);
+    float *s_channel = (void *)(memory + weight_bytes); // aligned: N is a multiple of 64
+    float *scales = allocate(N * n_groups, sizeof *scales);
+
+    // 2. The scales, in the order of the channels
+    QqqOrder order = qqq_order(groups);
+    for (size_t i = 0; i < N; i++) {
+        float scale;
+        floats(channel->data, F32, i, 1, &scale);
+        s_channel[i / 32 * 32 + order.s_channel[i % 32]] = groups ? scale : scale * 16;
+    }
+    for (size_t i = 0; i < N * n_groups; i++) {
+        size_t n = groups ? i % N / 64 * 64 + order.s_group[i % 64] : i;
+        float *scale = &scales[n * n_groups + i / N];
+        if (groups) floats(group->data, F16, i, 1, scale);
+        else *scale = 1;
+        s_group[n * n_groups + i / N] = whole ? *scale : 1;
+    }
+
+    // 3. The codes, or the weights that they are codes of.
+    const uint8_t *codes = B->data;
+    int lowest = 15;
+#pragma omp parallel for reduction(min : lowest)
+    for (size_t run = 0; run < N * K / 1024; run++) // no two share a byte of qweight
+        for (size_t i = 0; i < 1024; i++) {
+            size_t n = run % (N / 64) * 64 + order.n[i], k = run / (N / 64) * 16 + order.k[i];
+            int code = codes[run * 512 + i / 2] >> 4 * (i % 2) & 15, u = groups ? code : code ^ 8;
+            lowest = u < lowest ? u : lowest;
+            if (whole) {
+                qweight[n * (K / 2) + k / 2] |= u << 4 * (k % 2);
+            } else {
+                float w8 = rintf((u - 8) * scales[n * n_groups + k / GROUP]);
+                ((uint16_t *)memory)[n * K + k] = float_to_f16(w8 * s_channel[n]);
+            }
+        }
+    free(scales);
+    if (!group_size && lowest == 0)
+        die("%s: tensor %s holds the code -8, per channel -7 to 7 are expected", B->path, B->name);
+    // 4. What takes the place of the parts.
+    if (whole) {
+        *B = (Tensor){B->name, U8, 2, {N, K / 2}, qweight, N * K / 2, B->path};
+        *channel =
+            (Tensor){channel->name, F32, 1, {N}, s_channel, N * sizeof(float), channel->path};
+        if (group)
+            *group = (Tensor){group->name, U8, 2, {N, n_groups}, s_group, N * n_groups, B->path};
+    } else {
+        *B = (Tensor){B->name, F16, 2, {N, K}, memory, weight_bytes, B->path};
+        channel->n_dims = group->n_dims = 1,
+        channel->dtype = group->dtype = U8; // no one reads them
+    }
+}
+
+/* The root object without these keys [n] and with the text `more` before its closing brace: text,
+ * malloc'ed. */
+static char *json_without(const Json *j, const char *const *keys, int n, const char *more) {
+    char *text;
+    size_t text_bytes;
+    FILE *out = open_memstream(&text, &text_bytes);
+    if (!out) die("out of memory");
+    const char *separator = "{\n  ";
+    for (int key = json_first(j, 0); key >= 0; key = json_next(j, 0, key)) {
+        int i = 0;
+        while (i < n && !json_is(j, key, keys[i])) i++;
+        if (i < n) continue;
+        size_t name_bytes, bytes;
+        const char *name = json_source(j, key, &name_bytes),
+                   *value = json_source(j, key + 1, &bytes);
+        fprintf(out, "%s%.*s: %.*s", separator, (int)name_bytes, name, (int)bytes, value);
+        separator = ",\n  ";
+    }
+    fprintf(out, "%s\n}\n", more);
+    if (ferror(out) || fclose(out) || !text) die("out of memory");
+    return text;
+}
+
+/* Unpacks an opened directory in the QQQ repository's format into memory: it then looks like a
+ * model.bin. Other checkpoints stay as they are. */
+static void qqq_import(Checkpoint *c) {
+    char *name = format_text("%s: config.json", c->path);
+    Json *j = json_parse(name, c->config, strlen(c->config));
+    int q = json_get(j, 0, "quantization_config");
+    if (!c->quantization && json_is(j, json_get(j, q, "quant_method"), "qqq")) {
+        // 1. Which kind it is.
+        double bits = 0, group_size = 0;
+        json_number(j, json_get(j, q, json_get(j, q, "bits") < 0 ? "wbits" : "bits"), &bits);
+        json_number(j, json_get(j, q, "group_size"), &group_size);
+        if (bits != 4 || (group_size != -1 && group_size != GROUP))
+            die("%s: bits %g, group_size %g; expected 4 bits, group_size -1 or %d", name, bits,
+                group_size, GROUP);
+        bool whole = group_size < 0 || whole_scales(c);
+        if (!whole)
+            note("%s: group scales that are no whole numbers from 1 to 15: read as 16-bit weights",
+                 c->path);
+        // 2. Each linear, then their names: unpacking still searches for the old ones.
+        for (int renames = 0; renames < 2; renames++)
+            for (int i = 0; i < c->n_tensors; i++) {
+                Tensor *t = &c->tensors[i];
+                char *suffix = strrchr(t->name, '.'), *old = t->name;
+                if (!suffix || strcmp(suffix, ".B")) continue;
+                if (!renames) {
+                    qqq_unpack(c, t, group_size > 0, whole);
+                    continue;
+                }
+                t->name =
+                    format_text(whole ? "%.*s.qweight" : "%.*s.weight", (int)(suffix - old), old);
+                free(old);
+            }
+        checkpoint_sort(c);
+        // 3. How it was made, and a config without it.
+        if (whole)
+            c->quantization =
+                format_text("{\"bits\":4,\"group_size\":%d,\"method\":\"qqq\"}", (int)group_size);
+        char *config = json_without(j, (const char *[]){"quantization_config"}, 1, "");
+        free(c->config);
+        c->config = config;
+    }
+    json_free(j);
+    free(name);
+}
+
+/* ---- the writer ---- */
+
+/* A model being written, tensor by tensor: a model.bin, or a directory for other engines. It
+ * appears whole or not at all, as an Output. */
+typedef struct {
+    Output *out;
+    int file, n;
+    struct {
+        char *name;
+        size_t offset, bytes; // in the file
+        bool written;
+    } * slots; // [n] the tensors, all in `file` of `out`
+    size_t bytes;
+} Writer;
+
+static void put_metadata(FILE *out, const char *key, const char *value) {
+    if (!value) return;
+    fprintf(out, ",\"%s\":", key);
+    put_json_string(out, value);
+}
+
+static void put_tensor(FILE *out, const Tensor *t, size_t *offset) {
+    fprintf(out, ",");
+    put_json_string(out, t->name);
+    fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", dtype_name(t->dtype));
+    for (int i = 0; i < t->n_dims; i++) fprintf(out, i ? ",%lld" : "%lld", (long long)t->shape[i]);
+    fprintf(out, "],\"data_offsets\":[%zu,%zu]}", *offset, *offset + t->bytes);
+    *offset += t->bytes;
+}
+
+/* Writes the header of the tensors [n], and notes the place of each in the file; `metadata` is a
+ * JSON object. */
+static void put_header(Writer *w, int file, const char *metadata, const Tensor *tensors, int n) {
+    char *header;
+    size_t length, data_bytes = 0;
+    FILE *out = open_memstream(&header, &length);
+    if (!out) die("out of memory");
+    // 1. The entries, then spaces until the data starts at a multiple of 4096 bytes.
+    fprintf(out, "{\"__metadata__\":%s", metadata);
+    for (int i = 0; i < n; i++) put_tensor(out, &tensors[i], &data_bytes);
+    fprintf(out, "}");
+    while ((8 + ftell(out)) % 4096 && fputc(' ', out) == ' ') {
+    }
+    if (ferror(out) || fclose(out) || !header) die("out of memory");
+    // 2. The length, little-endian, and the header behind it.
+    uint8_t prefix[8];
+    for (int i = 0; i < 8; i++) prefix[i] = (uint64_t)length >> 8 * i;
+    output_write(w->out, file, prefix, 8, 0);
+    output_write(w->out, file, header, length, 8);
+    free(header);
+    // 3. The places.
+    w->file = file;
+    w->slots = allocate(n, sizeof *w->slots);
+    size_t offset = 8 + length;
+    for (int i = 0; i < n; i++, offset += tensors[i - 1].bytes) {
+        w->slots[i].name = format_text("%s", tensors[i].name);
+        w->slots[i].offset = offset;
+        w->slots[i].bytes = tensors[i].bytes;
+    }
+    w->n = n;
+    w->bytes += offset;
+}
+
+/* Writes the data [bytes] of one of the tensors; in any order, each exactly once. */
+static void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
+    int i = 0;
+    while (i < w->n && strcmp(w->slots[i].name, name)) i++;
+    if (i == w->n || w->slots[i].written || w->slots[i].bytes != bytes)
+        die("tensor %s with %zu bytes was not announced", name, bytes);
+    output_write(w->out, w->file, data, bytes, w->slots[i].offset);
+    w->slots[i].written = true;
+}
+
+static void writer_text(Writer *w, const char *name, const char *text, size_t bytes) {
+    output_write(w->out, output_add(w->out, name), text, bytes, 0);
+    w->bytes += bytes;
+}
+
+/* The order of the tensors in their file: whole multiples of 256 bytes first, which keep each other
+ * aligned; then the small rest by size of element, for the same reason; texts last. */
+static int rank(const Tensor *t) {
+    if (t->dtype == U8 && t->n_dims == 1) return 5;
+    if (t->bytes % 256 == 0) return 0;
+    size_t size = dtype_size(t->dtype);
+    return size == 8 ? 1 : size == 4 ? 2 : size == 2 ? 3 : 4;
+}
+
+static Tensor *in_file_order(const Tensor *tensors, int n) {
+    Tensor *ordered = allocate(n + 1, sizeof *ordered);
+    for (int r = 0, m = 0; r <= 5; r++)
+        for (int i = 0; i < n; i++)
+            if (rank(&tensors[i]) == r) ordered[m++] = tensors[i];
+    return ordered;
+}
+
+/* The files that a model carries along, tokenizer.json first, as U8 tensors; returns how many. */
+static int checkpoint_texts(const Checkpoint *c, Tensor texts[1 + N_CHAT_FILES]) {
+    int n = 0;
+    int64_t bytes = c->tokenizer_bytes;
+    if (c->tokenizer)
+        texts[n++] = (Tensor){"tokenizer.json", U8, 1, {bytes}, c->tokenizer, bytes, NULL};
+    for (int i = 0; i < N_CHAT_FILES; i++)
+        if (c->chat_files[i].data) texts[n++] = c->chat_files[i];
+    return n;
+}
+
+/* Starts the model.bin `path` with the header for tensors [n], whose data is not read. In the file
+ * those of a multiple of 256 bytes come first, which aligns them, then the small rest by size of
+ * element, each in the order given. The strings of `c` go to __metadata__ and its texts to U8
+ * tensors of their names; `quantization` may be NULL. A link as `path` is followed. */
+static Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
+                           const Tensor *tensors, int n) {
+    // 1. The texts of the model come behind the tensors.
+    Tensor texts[1 + N_CHAT_FILES], *all = in_file_order(tensors, n);
+    int n_texts = checkpoint_texts(c, texts);
+    all = realloc(all, (n + n_texts + 1) * sizeof *all);
+    if (!all) die("out of memory");
+    memcpy(all + n, texts, n_texts * sizeof *all);
+    // 2. The metadata says what the file is.
+    char *metadata;
+    size_t bytes;
+    FILE *out = open_memstream(&metadata, &bytes);
+    if (!out) die("out of memory");
+    fprintf(out, "{\"format\":\"qqq\",\"version\":\"1\"");
+    put_metadata(out, "quantization", quantization);
+    put_metadata(out, "config", c->config);
+    put_metadata(out, "generation_config", c->generation_config);
+    fprintf(out, "}");
+    if (ferror(out) || fclose(out) || !metadata) die("out of memory");
+    // 3. The header and the texts are written, the tensors follow by writer_put().
+    Writer *w = allocate(1, sizeof *w);
+    w->out = output_open(path, false);
+    put_header(w, 0, metadata, all, n + n_texts);
+    for (int i = 0; i < n_texts; i++) writer_put(w, texts[i].name, texts[i].data, texts[i].bytes);
+    free(metadata);
+    free(all);
+    return w;
+}
+
+/* Starts the directory `path`, which must not exist or be empty, with tensors [n] in its
+ * model.safetensors. writer_text() adds a file to it. */
+static Writer *writer_open_directory(const char *path, const Tensor *tensors, int n) {
+    Writer *w = allocate(1, sizeof *w);
+    w->out = output_open(path, true);
+    Tensor *ordered = in_file_order(tensors, n);
+    put_header(w, output_add(w->out, "model.safetensors"), "{\"format\":\"pt\"}", ordered, n);
+    free(ordered);
+    return w;
+}
+
+/* Puts the model in its place and frees the writer. Returns its bytes. */
+static size_t writer_close(Writer *w) {
+    for (int i = 0; i < w->n; i++) {
+        if (!w->slots[i].written) die("tensor %s is missing", w->slots[i].name);
+        free(w->slots[i].name);
+    }
+    output_close(w->out);
+    size_t bytes = w->bytes;
+    free(w->slots);
+    free(w);
+    return bytes;
 }
 
 /* ---- 3: what is written -------------------------------------------------------------------- */
@@ -208,18 +611,8 @@ static char *default_out(const Options *o, const char *model) {
     return out;
 }
 
-/* Whether a file is what this program writes. */
-static bool is_model_bin(const char *path) {
-    char start[64] = {0};
-    FILE *file = fopen(path, "rb");
-    if (!file) return false;
-    size_t n = fread(start, 1, sizeof start - 1, file);
-    fclose(file);
-    return n > 8 && strstr(start + 8, "{\"__metadata__\":{\"format\":\"qqq\"") == start + 8;
-}
-
-/* OUT may replace a file, but none that is read here or belongs to MODEL, under any name; it may be
- * an empty directory for -x. */
+/* OUT may replace a file, but none that is read here, under any name; for -x it may be an empty
+ * directory. */
 static void check_out(const Options *o, const Checkpoint *c) {
     struct stat out;
     if (stat(o->out, &out)) return; // a new file
@@ -228,17 +621,16 @@ static void check_out(const Options *o, const Checkpoint *c) {
     if (same_file(o->out, o->calibration)) die("%s: OUT is the calibration text", o->out);
     if (o->eval && same_file(o->out, o->eval)) die("%s: OUT is the text of -e", o->out);
     if (access(o->out, W_OK)) die("%s: cannot be written: %s", o->out, strerror(errno));
-    bool read = checkpoint_has_file(c, o->out);
-    if (read || (!o->format && !is_model_bin(o->out) && checkpoint_owns(c, o->out)))
-        die("%s: OUT is a file of MODEL", o->out);
-    DIR *directory = o->format ? opendir(o->out) : NULL;
-    if (o->format && !directory) die("%s: %s", o->out, strerror(errno));
-    if (o->format && same_file(o->out, "."))
-        die("%s: the current directory; -x makes a new one", o->out);
-    for (const struct dirent *file; directory && (file = readdir(directory));)
+    if (checkpoint_has_file(c, o->out)) die("%s: OUT is a file of MODEL", o->out);
+    if (!o->format) return;
+    // The directory of -x is empty, and not the current one.
+    DIR *directory = opendir(o->out);
+    if (!directory) die("%s: %s", o->out, strerror(errno));
+    if (same_file(o->out, ".")) die("%s: the current directory; -x makes a new one", o->out);
+    for (const struct dirent *file; (file = readdir(directory));)
         if (strcmp(file->d_name, ".") && strcmp(file->d_name, ".."))
             die("%s: the directory is not empty; -x makes a new one", o->out);
-    if (directory) closedir(directory);
+    closedir(directory);
 }
 
 /* What of a model the method changes, beside the linears of the layers. */
@@ -326,9 +718,9 @@ static char *linear_name(const Parameter *p) {
 static void announce_export(Out *out, const Parameter *p) {
     if (p->role == NORM || p->role == WEIGHT) add(out, p->name, "", F16, p->rows, p->columns);
     if (p->role != QWEIGHT) return;
-    bool groups = out->o->method.group_size > 0;
-    char *name = linear_name(p);
     int64_t N = p->linear->N, K = p->linear->K;
+    bool groups = out->o->method.group_size > 0 && (out->o->format == VLLM || K > GROUP);
+    char *name = linear_name(p);
     if (out->o->format == VLLM) {
         add(out, name, "weight_packed", I32, N, K / 8);
         add(out, name, "weight_scale", F16, N, groups ? K / GROUP : 1);
@@ -366,7 +758,7 @@ static void put_vllm(Out *out, const char *name, const Linear *l) {
 }
 
 static void put_qqq(Out *out, const char *name, const Linear *l) {
-    size_t N = l->N, K = l->K, n = l->s_group ? N * K / GROUP : 0;
+    size_t N = l->N, K = l->K, n = l->s_group && K > GROUP ? N * K / GROUP : 0;
     uint8_t *B = allocate(N, K / 2);
     float *s_channel = allocate(N, sizeof *s_channel);
     uint16_t *s_group = allocate(n, sizeof *s_group);
@@ -405,7 +797,7 @@ static void put_files(Out *out, const Config *config) {
             "quantized\","
             "\"weights\":{\"num_bits\":4,\"type\":\"int\",\"symmetric\":true,%s,\"dynamic\":false},"
             "\"input_activations\":{\"num_bits\":8,\"type\":\"int\",\"symmetric\":true,"
-            "\"strategy\":\"token\",\"dynamic\":true}}}}",
+            "\"strategy\":\"token\",\"group_size\":0,\"dynamic\":true}}}}",
             groups ? "\"strategy\":\"group\",\"group_size\":128" : "\"strategy\":\"channel\"");
     else
         how = format_text("{\"quant_method\":\"qqq\",\"checkpoint_format\":\"qqq\","
@@ -476,7 +868,7 @@ static void open_out(Out *out, Model *m, const char *quantization) {
     const Options *o = out->o;
     if (o->format) check_shapes(o, &m->config);
     for_each_tensor(m, -1, m->config.n_layers, announce, out);
-    out->writer = o->format ? writer_open_directory(o->out, SHARD_BYTES, out->list, out->n)
+    out->writer = o->format ? writer_open_directory(o->out, out->list, out->n)
                             : writer_open(o->out, out->checkpoint, quantization, out->list, out->n);
 }
 
@@ -523,15 +915,16 @@ static void transcribe(Options *o, const Checkpoint *c, Model *m) {
 }
 
 /* Loads the model, and its tokenizer if it has one: what ./run would refuse is refused here. */
-static Model *load(const Checkpoint *c) {
-    Model *m = model_load(c);
-    if (c->tokenizer) tokenizer_free(checkpoint_tokenizer(c, m->config.vocab_size));
-    return m;
+static Model *load(const Checkpoint *c, Tokenizer **tokenizer) {
+    *tokenizer = c->tokenizer ? checkpoint_tokenizer(c) : NULL;
+    return model_load(c);
 }
 
 static void convert(const Options *o, const Checkpoint *c) {
     if (c->quantization) die("%s: it is quantized already: %s", o->model, c->quantization);
-    model_free(load(c));
+    Tokenizer *tokenizer;
+    model_free(load(c, &tokenizer));
+    tokenizer_free(tokenizer);
     Tensor *list = allocate(c->n_tensors, sizeof *list);
     int n = 0;
     for (int i = 0; i < c->n_tensors; i++) // but the texts, which writer_open() adds
@@ -630,20 +1023,27 @@ static void make_ends(const Options *o, const Model *m, Model *made) {
 }
 
 static void quantize(Options *o, const Checkpoint *c) {
-    Model *m = load(c);
+    Tokenizer *tokenizer;
+    Model *m = load(c, &tokenizer);
     const Config *config = &m->config;
     if (m->group_size) {
         transcribe(o, c, m);
+        tokenizer_free(tokenizer);
         model_free(m);
         return;
     }
+    // 1. What is needed besides MODEL is read or chosen before any work.
     check_group_size(o->model, config, o->method.group_size);
     o->gpu = choose_gpu(o->device, config, true, o->where, sizeof o->where);
     int8_t *signs = allocate(config->dim, 1);
     random_signs(o->seed, config->dim, signs);
     if (o->rotate) o->method.signs = signs;
     Model *made = new_model(o, m);
-    int n_windows, *tokens = calibration_tokens(o, c, config, &n_windows);
+    int n_windows, *tokens = calibration_tokens(o, tokenizer, config, &n_windows);
+    Evaluation text = {0};
+    if (o->eval) text.tokens = read_windows(tokenizer, config, o->eval, &text.length, &text.n);
+    tokenizer_free(tokenizer);
+    // 2. OUT is started, then the two ends of the model, its layers, its ends in the file.
     char *quantization = describe(o, n_windows);
     Out out = {.o = o, .checkpoint = c};
     open_out(&out, made, quantization);
@@ -652,7 +1052,7 @@ static void quantize(Options *o, const Checkpoint *c) {
         fprintf(stderr, "calibration: %s, %d windows of %d\n", base_name(o->calibration), n_windows,
                 o->length);
     make_ends(o, m, made);
-    if (o->eval) evaluate(o, c, m, "before: ");
+    if (o->eval) evaluate(o, c, m, "before: ", &text);
     quantize_layers(o, m, made, tokens, n_windows, &out);
     for_each_tensor(made, -1, -1, put, &out);
     for_each_tensor(made, config->n_layers, config->n_layers, put, &out);
@@ -663,10 +1063,12 @@ static void quantize(Options *o, const Checkpoint *c) {
     model_free(made);
     model_free(m);
 
+    // 3. The file is read back and measured.
     if (!o->eval) return;
     Checkpoint *file = checkpoint_open(o->out);
     m = model_load(file);
-    evaluate(o, file, m, "after: ");
+    evaluate(o, file, m, "after: ", &text);
+    free(text.tokens);
     model_free(m);
     checkpoint_close(file);
 }
@@ -675,6 +1077,7 @@ int main(int argc, char **argv) {
     open_standard_streams();
     Options o = parse_options(argc, argv);
     Checkpoint *c = checkpoint_open(o.model);
+    qqq_import(c);
     if (!o.out) o.out = default_out(&o, c->path);
     check_out(&o, c);
     if (o.convert) convert(&o, c);

@@ -17,7 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "files.h"
+#include "qqq.h"
 
 /* ---- 1: options ---------------------------------------------------------------------------- */
 
@@ -32,17 +32,19 @@ static const char usage[] =
     "                     both without the newline at the end\n"
     "  -n TOKENS          to generate after the prompt (256; in a chat 0);\n"
     "                     0: until an end token or the end of the context\n"
-    "  -t TEMPERATURE     0: always the likeliest token (1.0)\n"
-    "  -p P               sample among the likeliest tokens that add up to P; 1: all (0.9)\n"
+    "  -t TEMPERATURE     0: always the likeliest token (the model's, else 1.0)\n"
+    "  -p P               sample among the likeliest tokens that add up to P; 1: all (the "
+    "model's,\n"
+    "                     else 0.9)\n"
     "  -s SEED            the same seed gives the same text (from the clock)\n"
     "  -m generate|chat   chat reads one message a line from stdin, more lines after a \\ at the "
     "end;\n"
     "                     Ctrl-C ends an answer, a second one the chat; rlwrap ./run .. edits "
     "lines\n"
-    "  -y TEXT            system prompt of a chat (none)\n"
+    "  -y TEXT            system prompt of a chat, as -i reads it (none)\n"
     "\n"
     "instead of them\n"
-    "  -e FILE            perplexity of a text\n"
+    "  -e FILE            perplexity of a text; -: of stdin\n"
     "  -z FILE            zero-shot accuracy on the items of FILE, one a line:\n"
     "                     {\"context\": TEXT, \"choices\": [TEXT, ..], \"gold\": 0}\n"
     "  -o FILE            what -z found for each item, as JSON lines\n"
@@ -60,37 +62,34 @@ typedef struct {
     char *model;
     Task task;
     Device device;
-    float temperature, top_p;
+    float temperature, top_p; // -1: not given
     uint64_t seed;
-    int n_tokens;       // to generate; 0: no limit
-    int length;         // -l; 0: not given
-    int kv_bits;        // of the KV cache
-    char *prompt;       // NULL: none
-    const char *system; // NULL: none
-    const char *file;   // of -e, -x or -z
-    const char *items;  // -o; NULL: not given
+    int n_tokens;      // to generate; 0: no limit
+    int length;        // -l; 0: not given
+    int kv_bits;       // of the KV cache
+    char *prompt;      // NULL: none
+    char *system;      // NULL: none
+    const char *file;  // of -e, -x or -z
+    const char *items; // -o; NULL: not given
 } Options;
 
-/* What -i says: the text itself, @FILE or - for stdin. malloc'ed. */
-static char *read_prompt(const char *value) {
-    if (strcmp(value, "-") && *value != '@') return format_text("%s", value);
-    char *text = NULL;
-    size_t bytes = 0;
-    if (*value == '@') {
-        text = read_text(value + 1, &bytes);
-    } else {
-        ssize_t n = getdelim(&text, &bytes, 0, stdin); // with the NUL, if there is one
-        if (n < 0) die("-i -: stdin is empty");
-        bytes = n;
+/* What -i or -y says: the text itself, @FILE or - for stdin, without the newline at the end.
+ * malloc'ed. */
+static char *read_prompt(char flag, const char *value) {
+    char *text, name[] = {'-', flag, 0};
+    size_t bytes = strlen(value);
+    if (strcmp(value, "-") && *value != '@') {
+        check_text(name, value, bytes);
+        return format_text("%s", value);
     }
-    if (strlen(text) < bytes) die("-i %s: a NUL in the text", value);
-    if (bytes && text[bytes - 1] == '\n') text[bytes - 1] = 0;
+    text = read_text(*value == '@' ? value + 1 : value, &bytes);
+    if (text[bytes - 1] == '\n') text[--bytes] = 0;
+    if (bytes && text[bytes - 1] == '\r') text[--bytes] = 0;
     return text;
 }
 
 static Options parse_options(int argc, char **argv) {
-    Options o = {
-        .task = GENERATE, .temperature = 1.0f, .top_p = 0.9f, .n_tokens = -1, .kv_bits = 16};
+    Options o = {.task = GENERATE, .temperature = -1, .top_p = -1, .n_tokens = -1, .kv_bits = 16};
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     o.seed = (uint64_t)now.tv_sec ^ (uint64_t)now.tv_nsec;
@@ -116,6 +115,8 @@ static Options parse_options(int argc, char **argv) {
                      : flag == 'x' ? TOKEN_IDS
                                    : BENCHMARK;
             o.file = value;
+            if (*value && strcmp(value, "-") && access(value, R_OK))
+                die("%s: %s", value, strerror(errno));
         }
         if (flag == 't') o.temperature = parse_number(flag, value, 0, 100);
         if (flag == 'p') o.top_p = parse_number(flag, value, 0, 1);
@@ -126,9 +127,12 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 'o') o.items = value;
         if (flag == 'i') {
             free(o.prompt);
-            o.prompt = read_prompt(value);
+            o.prompt = read_prompt(flag, value);
         }
-        if (flag == 'y') o.system = value;
+        if (flag == 'y') {
+            free(o.system);
+            o.system = read_prompt(flag, value);
+        }
         if (flag == 'm') chat = parse_choice(flag, value, "generate", "chat");
         if (flag == 'd') o.device = parse_choice(flag, value, "cpu", "cuda") ? CUDA : CPU;
     }
@@ -165,16 +169,20 @@ static float random_uniform(uint64_t *state) {
 
 /* The seed is spread over all bits by splitmix64's finish: neighbouring seeds give unrelated texts,
  * and no seed the state 0, where xorshift would stay. */
-static Sampler new_sampler(const Options *o, int vocab_size) {
+static Sampler new_sampler(const Options *o, const Config *c) {
     uint64_t z = o->seed + 0x9E3779B97F4A7C15ull;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
     z ^= z >> 31;
-    if (o->temperature > 0) fprintf(stderr, "seed %" PRIu64 "\n", o->seed);
-    return (Sampler){.temperature = o->temperature,
-                     .top_p = o->top_p,
-                     .random = z ? z : 1,
-                     .candidates = allocate(vocab_size, sizeof(Candidate))};
+    Sampler s = {.random = z ? z : 1, .candidates = allocate(c->vocab_size, sizeof(Candidate))};
+    s.temperature = o->temperature >= 0 ? o->temperature : c->temperature >= 0 ? c->temperature : 1;
+    s.top_p = o->top_p >= 0 ? o->top_p : c->top_p >= 0 ? c->top_p : 0.9f;
+    bool models = (o->temperature < 0 && c->temperature >= 0) || (o->top_p < 0 && c->top_p >= 0);
+    if (models || s.temperature > 0)
+        fprintf(stderr, "seed %" PRIu64 ", temperature %g, top_p %g%s\n", o->seed, s.temperature,
+                s.top_p,
+                models ? ", of generation_config.json where no option says otherwise" : "");
+    return s;
 }
 
 /* By falling weight; equal ones by id, so that the order never depends on the sort. */
@@ -299,7 +307,7 @@ static Session open_session(const Options *o) {
         die_usage("-l %d: the context of %s is %d", o->length, o->model, c->max_context);
     memcpy(s.stop, c->eos, sizeof c->eos);
     s.n_stop = c->n_eos;
-    if (o->task != BENCHMARK) s.tokenizer = checkpoint_tokenizer(s.checkpoint, c->vocab_size);
+    if (o->task != BENCHMARK) s.tokenizer = checkpoint_tokenizer(s.checkpoint);
     bool gpu = choose_gpu(o->device, c, s.model->group_size != 0, s.where, sizeof s.where);
     s.engine = engine_new(s.model, gpu, o->kv_bits);
     return s;
@@ -393,14 +401,17 @@ static void print_speed(const Speed *s) {
 static void generate(Session *s, const Options *o) {
     start(s, o->length);
     Tokens *prompt = &s->queue;
-    if (s->model->config.bos >= 0) push(prompt, &s->model->config.bos, 1);
-    if (o->prompt) push_text(prompt, s->tokenizer, o->prompt, strlen(o->prompt), true);
-    if (prompt->n == 0) die("%s has no bos_token_id: without -i there is no prompt", o->model);
+    const char *text = o->prompt ? o->prompt : "";
+    int n,
+        *ids = encode_text(s->tokenizer, &s->model->config, "the prompt", text, strlen(text), &n);
+    push(prompt, ids, n);
+    free(ids);
+    if (n == 0) die("%s has no bos_token_id: without -i there is no prompt", o->model);
     if (prompt->n > s->engine->context)
         die("the prompt has %d tokens, the context only %d (-l sets it)", prompt->n,
             s->engine->context);
     print_model(s);
-    s->sampler = new_sampler(o, s->model->config.vocab_size);
+    s->sampler = new_sampler(o, &s->model->config);
     for (int i = 0; i < prompt->n; i++) print_token(s, prompt->ids[i]);
     generate_text(s, o->n_tokens);
     print_speed(&s->speed);
@@ -413,14 +424,51 @@ static void generate(Session *s, const Options *o) {
  *   <|start_header_id|>system<|end_header_id|>\n\n ... <|eot_id|>
  *   <|start_header_id|>user<|end_header_id|>\n\n ... <|eot_id|>
  *   <|start_header_id|>assistant<|end_header_id|>\n\n ... <|eot_id|>   and so on.
- * Llama 3 has the system block only with -y; 3.1, which is known by its token <|eom_id|>, always,
- * and it starts with two dates, as the template in its tokenizer_config.json says. */
-static const char dates[] = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+ * Llama 3 has the system block only with -y; 3.1 always, and it starts with two dates, as the
+ * model's template says or, where there is none, the token <|eom_id|>. 3.2's second date is
+ * today's. */
+static const char dates[] = "Cutting Knowledge Date: December 2023\nToday Date: %s\n\n";
 
 static int special_token(const Session *s, const char *name) {
     int id = tokenizer_id(s->tokenizer, name);
     if (id < 0) die("%s: a chat needs the token %s, which its tokenizer lacks", s->path, name);
+    if (s->model && id >= s->model->config.vocab_size)
+        die("%s: a chat needs the token %s, whose id %d is beyond the embedding", s->path, name,
+            id);
     return id;
+}
+
+/* The chat template of a file beside tokenizer.json: the file itself, or in JSON "chat_template", a
+ * text or a list of {"name", "template"} with one called default. malloc'ed, NULL: none. */
+static char *template_in(const Tensor *file) {
+    const char *end = strrchr(file->name, '.');
+    if (strcmp(end, ".json"))
+        return format_text("%.*s", (int)file->bytes, (const char *)file->data);
+    Json *json = json_parse(file->name, file->data, file->bytes);
+    int node = json_get(json, 0, "chat_template"), named = -1;
+    for (int i = json_first(json, node); i >= 0; i = json_next(json, node, i)) {
+        bool chosen = json_is(json, json_get(json, i, "name"), "default");
+        if (named < 0 || chosen) named = json_get(json, i, "template");
+    }
+    if (json_type(json, node) == '[') node = named;
+    size_t bytes;
+    char *text = json_type(json, node) == '"' ? json_string(json, node, &bytes) : NULL;
+    json_free(json);
+    return text;
+}
+
+/* The model's chat template: chat_template.jinja's, else tokenizer_config.json's. One that is not
+ * LLaMA 3's ends the program. malloc'ed, NULL: none. */
+static char *chat_template(const Session *s) {
+    for (int i = 1; s->checkpoint && i >= 0; i--) { // the two come first, in the other order
+        const Tensor *file = &s->checkpoint->chat_files[i];
+        char *text = file->data ? template_in(file) : NULL;
+        if (text && !strstr(text, "<|start_header_id|>"))
+            die("%s: the chat template of %s is not LLaMA 3's: it has no <|start_header_id|>",
+                s->path, file->name);
+        if (text) return text;
+    }
+    return NULL;
 }
 
 /* Queues a message's header and text, in which special tokens are plain text. */
@@ -448,13 +496,20 @@ static const char *trim(const char *text, size_t *bytes) {
 static void push_chat_start(Session *s, const char *system) {
     int bos = special_token(s, "<|begin_of_text|>"), eot = special_token(s, "<|eot_id|>");
     int eom = tokenizer_id(s->tokenizer, "<|eom_id|>");
+    char *template = chat_template(s), today[32] = "26 Jul 2024", head[128] = "";
+    bool dated = template ? strstr(template, "Cutting Knowledge Date") != NULL : eom >= 0;
+    time_t now = time(NULL);
+    if (template && strstr(template, "strftime_now")) // 3.2's
+        strftime(today, sizeof today, "%d %b %Y", localtime(&now));
+    free(template);
+    if (dated) snprintf(head, sizeof head, dates, today);
     s->stop[s->n_stop++] = eot;
     if (eom >= 0) s->stop[s->n_stop++] = eom;
     push(&s->queue, &bos, 1);
-    if (!system && eom < 0) return;
+    if (!system && !dated) return;
     size_t bytes = system ? strlen(system) : 0;
     const char *text = trim(system ? system : "", &bytes);
-    char *block = format_text("%s%.*s", eom >= 0 ? dates : "", (int)bytes, text);
+    char *block = format_text("%s%.*s", head, (int)bytes, text);
     push_message(s, "system", block, strlen(block));
     push(&s->queue, &eot, 1);
     free(block);
@@ -475,33 +530,42 @@ static void on_interrupt(int number) {
 }
 
 /* One message and its answer; a message that does not fit is not sent. Returns false when the
- * context is full. */
-static bool chat_turn(Session *s, const char *text, size_t bytes, int limit) {
+ * context is full. Counts in *unanswered what got no whole answer. */
+static bool chat_turn(Session *s, const char *text, size_t bytes, int limit, int *unanswered) {
     int eot = special_token(s, "<|eot_id|>"), queued = s->queue.n;
+    check_text("a message", text, bytes);
     text = trim(text, &bytes);
     if (bytes == 0) return true;
+    int shown = bytes < 60 ? bytes : 60;
     push_turn(s, text, bytes);
     if (s->pos + s->queue.n > s->engine->context) {
-        fprintf(stderr, "not sent: it makes the chat %d tokens long, the context is only %d (-l)\n",
-                s->pos + s->queue.n, s->engine->context);
+        fprintf(stderr,
+                "not sent: \"%.*s\" makes the chat %d tokens long, the context is only %d (-l)\n",
+                shown, text, s->pos + s->queue.n, s->engine->context);
         s->queue.n = queued;
+        ++*unanswered;
         return true;
     }
     interrupted = 0;
     bool room = generate_text(s, limit);
     interrupted = 1;
     push(&s->queue, &eot, 1);
+    if (!room)
+        fprintf(stderr, "not answered to its end: \"%.*s\"; nor what follows it\n", shown, text);
+    *unanswered += !room;
     return room;
 }
 
-/* A message from stdin: a line, and the next one after a \ at its end. malloc'ed; NULL: no more. */
-static char *read_message(bool terminal) {
+/* A message [*bytes] from stdin: a line, and the next one after a \ at its end; CR LF is a newline.
+ * malloc'ed; NULL: no more. */
+static char *read_message(bool terminal, size_t *bytes) {
     char *message = NULL, *line = NULL;
     size_t size = 0, total = 0;
     for (bool more = true; more;) {
         if (terminal) fputs(message ? "| " : "> ", stderr);
         ssize_t n = getline(&line, &size, stdin);
         if (n < 0) break;
+        if (n > 1 && !strcmp(line + n - 2, "\r\n")) strcpy(line + --n - 1, "\n");
         message = realloc(message, total + n + 1);
         if (!message) die("out of memory");
         memcpy(message + total, line, n + 1);
@@ -510,6 +574,7 @@ static char *read_message(bool terminal) {
         if (more) strcpy(message + --total - 1, "\n");
     }
     free(line);
+    *bytes = total;
     return message;
 }
 
@@ -520,17 +585,22 @@ static void chat(Session *s, const Options *o) {
         die("the system prompt makes the chat %d tokens long, the context is only %d (-l sets it)",
             s->queue.n, s->engine->context);
     print_model(s);
-    s->sampler = new_sampler(o, s->model->config.vocab_size);
+    s->sampler = new_sampler(o, &s->model->config);
     interrupted = 1; // no answer is being made
     struct sigaction before, action = {.sa_handler = on_interrupt, .sa_flags = SA_RESTART};
     sigaction(SIGINT, &action, &before); // signal() would do so only once
     if (before.sa_handler == SIG_IGN) sigaction(SIGINT, &before, NULL);
-    bool room = !o->prompt || chat_turn(s, o->prompt, strlen(o->prompt), o->n_tokens);
-    bool terminal = isatty(STDIN_FILENO);
-    for (char *text; room && (text = read_message(terminal)); free(text))
-        room = chat_turn(s, text, strlen(text), o->n_tokens);
+    int unanswered = 0;
+    bool terminal = isatty(STDIN_FILENO), room = true;
+    size_t bytes;
+    if (o->prompt) room = chat_turn(s, o->prompt, strlen(o->prompt), o->n_tokens, &unanswered);
+    for (char *text; room && (text = read_message(terminal, &bytes)); free(text))
+        room = chat_turn(s, text, bytes, o->n_tokens, &unanswered);
     if (terminal && room) fputc('\n', stderr);
     print_speed(&s->speed);
+    if (unanswered)
+        die("the context of %d tokens is too short: %d messages without a whole answer",
+            s->engine->context, unanswered);
 }
 
 /* ---- 6: zero-shot -------------------------------------------------------------------------- */
@@ -656,25 +726,16 @@ static int characters(const char *text) {
     return n;
 }
 
-/* BOS, unless the text begins with it, and the text. */
-static void push_with_bos(Tokens *t, const Session *s, const char *text, size_t bytes) {
-    int bos = s->model->config.bos;
-    t->n = 0;
-    push_text(t, s->tokenizer, text, bytes, true);
-    if (bos < 0 || (t->n && t->ids[0] == bos)) return;
-    push(t, &bos, 1);
-    memmove(t->ids + 1, t->ids, (t->n - 1) * sizeof *t->ids);
-    t->ids[0] = bos;
-}
-
 /* A context and " choice" as tokens. */
 static Request new_request(const Scorer *z, const Item *item, int k) {
     // White space at the context's end belongs to the choice: its tokens start with spaces.
     const char *context = item->contexts[k];
     char *text = format_text("%s %s", context, item->choices[k]);
-    Tokens whole = {0}, head = {0};
-    push_with_bos(&whole, z->s, text, strlen(text));
-    push_with_bos(&head, z->s, context, stripped_length(context, strlen(context)));
+    const Config *c = &z->s->model->config;
+    Tokens whole, head;
+    whole.ids = encode_text(z->s->tokenizer, c, item->where, text, strlen(text), &whole.n);
+    head.ids = encode_text(z->s->tokenizer, c, item->where, context,
+                           stripped_length(context, strlen(context)), &head.n);
     free(text);
     free(head.ids);
     Request r = {whole.ids, whole.n, whole.n - head.n};
@@ -766,7 +827,7 @@ static void zero_shot(Session *s, const Options *o) {
     int n;
     Item *items = read_items(o->file, &n);
     if (o->items && same_file(o->items, o->file)) die("-o %s: it is the file of -z", o->items);
-    if (o->items && checkpoint_owns(s->checkpoint, o->items))
+    if (o->items && checkpoint_has_file(s->checkpoint, o->items))
         die("-o %s: it is a file of MODEL", o->items);
     Output *file = o->items ? output_open(o->items, false) : NULL;
     char *lines;
@@ -825,22 +886,9 @@ static void zero_shot(Session *s, const Options *o) {
 /* ---- 7: token ids -------------------------------------------------------------------------- */
 
 static void print_token_ids(const Options *o) {
-    Tokenizer *tokenizer;
-    struct stat st;
-    char *model = model_path(o->model);
-    if (stat(model, &st) == 0 && S_ISDIR(st.st_mode)) { // its tokenizer.json is enough
-        char *path = format_text("%s/tokenizer.json", model);
-        size_t bytes;
-        char *json = read_text(path, &bytes);
-        tokenizer = tokenizer_load(path, json, bytes);
-        free(json);
-        free(path);
-    } else {
-        Checkpoint *c = checkpoint_open(o->model);
-        tokenizer = checkpoint_tokenizer(c, INT_MAX);
-        checkpoint_close(c);
-    }
-    free(model);
+    Checkpoint *c = checkpoint_open_texts(o->model);
+    Tokenizer *tokenizer = checkpoint_tokenizer(c);
+    checkpoint_close(c);
     size_t bytes;
     char *text = read_text(o->file, &bytes);
     Tokens t = {0};
@@ -1006,14 +1054,19 @@ int main(int argc, char **argv) {
         Session s = open_session(&o);
         if (o.task == GENERATE) generate(&s, &o);
         if (o.task == CHAT) chat(&s, &o);
-        if (o.task == PERPLEXITY)
-            print_perplexity(s.checkpoint, s.engine, s.where, "", o.file, o.length);
+        if (o.task == PERPLEXITY) {
+            int n, *tokens = read_windows(s.tokenizer, &s.model->config, o.file, &o.length, &n);
+            describe_model(s.checkpoint, s.model, s.where);
+            print_perplexity(s.checkpoint, s.engine, "", tokens, n, o.length);
+            free(tokens);
+        }
         if (o.task == ZERO_SHOT) zero_shot(&s, &o);
         if (o.task == BENCHMARK) benchmark(&s, &o);
         close_session(&s);
     }
     free(o.model);
     free(o.prompt);
+    free(o.system);
     flush_output();
     return 0;
 }

@@ -15,13 +15,14 @@
 #include <sys/random.h>
 #include <utf8proc.h>
 
-#include "files.h"
+#include "qqq.h"
 
 /* ---- 1 the tables --------------------------------------------------------------------------- */
 
 typedef struct {
-    char *bytes; // NULL while loading: not seen yet
+    char *bytes; // NULL: no token has this id
     int n;
+    bool special; // decodes to nothing
 } Token;
 
 typedef struct {
@@ -31,11 +32,12 @@ typedef struct {
 } Merge;
 
 typedef struct {
-    const char *text; // [n] owned by the token
+    char *text; // [n]
     int n;
     int id;
-    bool special;    // decodes to nothing, and is plain text where the caller says so
-    bool normalized; // looked for after the others, in what they left
+    bool special;        // plain text where the caller says so
+    bool normalized;     // looked for after the others, in what they left
+    bool lstrip, rstrip; // white space on this side of it goes with it
 } Added;
 
 struct Tokenizer {
@@ -142,6 +144,8 @@ typedef struct {
     const Json *json;
 } File;
 
+enum { MAX_ID = 1 << 24 }; // above every token's id
+
 /* What stands at a node, on one line, for a message that ends the program. */
 static const char *shown(const File *f, int node) {
     char type = json_type(f->json, node);
@@ -172,10 +176,14 @@ static void expect(const File *f, const char *where, int object, const char *key
     die("%s: %s.%s is %.200s, expected \"%s\"", f->name, where, key, shown(f, node), expected);
 }
 
-/* A member that would change text or tokens if it were there: only null or "" will do. */
+/* A member that would change text or tokens if it were there: only null, "", 0 or an empty sequence
+ * of normalizers will do. */
 static void expect_none(const File *f, int object, const char *key) {
-    int node = json_get(f->json, object, key);
+    int node = json_get(f->json, object, key), list = json_get(f->json, node, "normalizers");
+    double zero;
     if (json_absent(f->json, node) || json_is(f->json, node, "")) return;
+    if (json_number(f->json, node, &zero) && zero == 0) return;
+    if (json_type(f->json, list) == '[' && json_first(f->json, list) < 0) return;
     die("%s: \"%s\" is %.200s, expected null", f->name, key, shown(f, node));
 }
 
@@ -213,17 +221,25 @@ static void check_steps(const File *f) {
         die("%s: invert, add_prefix_space or use_regex is true, expected false", f->name);
 }
 
-/* Enters a token, its text and its id standing at these nodes. Takes over its bytes. */
-static int put_token(Tokenizer *t, const File *f, int text, int id_node, char *bytes, int n) {
+/* The id at a node, of the token whose text is at another. */
+static int token_id(const File *f, int text, int id_node) {
     double id;
-    if (!json_number(f->json, id_node, &id) || !(id >= 0 && id < t->size) || id != (int)id)
-        die("%s: the id of token %.200s is no integer in 0..%d, as many as there are tokens",
-            f->name, shown(f, text), t->size - 1);
-    Token *token = &t->tokens[(int)id];
-    if (token->bytes)
-        die("%s: the id of token %.200s, %d, is another's too", f->name, shown(f, text), (int)id);
-    *token = (Token){bytes, n};
-    return (int)id;
+    if (json_number(f->json, id_node, &id) && id >= 0 && id < MAX_ID && id == (int)id) return id;
+    die("%s: the id of token %.200s is no integer in 0..%d", f->name, shown(f, text), MAX_ID - 1);
+}
+
+/* Enters a token whose text is at this node, in ids that may have holes. Takes over its bytes. */
+static void put_token(Tokenizer *t, const File *f, int text, int id, char *bytes, int n) {
+    if (id >= t->size) {
+        int size = id < 2 * t->size ? 2 * t->size : id + 1;
+        t->tokens = realloc(t->tokens, size * sizeof *t->tokens);
+        if (!t->tokens) die("out of memory");
+        memset(t->tokens + t->size, 0, (size - t->size) * sizeof *t->tokens);
+        t->size = size;
+    }
+    if (t->tokens[id].bytes)
+        die("%s: the id of token %.200s, %d, is another's too", f->name, shown(f, text), id);
+    t->tokens[id] = (Token){bytes, n, false};
 }
 
 static void load_vocab(Tokenizer *t, const File *f, int vocab) {
@@ -235,8 +251,13 @@ static void load_vocab(Tokenizer *t, const File *f, int vocab) {
             die("%s: token %.200s of model.vocab has a character that stands for no byte", f->name,
                 shown(f, i));
         int *slot = vocab_slot(t, bytes, n);
-        if (*slot >= 0) die("%s: token %.200s is twice in model.vocab", f->name, shown(f, i));
-        *slot = put_token(t, f, i, i + 1, bytes, n);
+        int id = token_id(f, i, i + 1);
+        if (*slot >= 0) { // there twice: the last one counts
+            free(t->tokens[*slot].bytes);
+            t->tokens[*slot].bytes = NULL;
+        }
+        put_token(t, f, i, id, bytes, n);
+        *slot = id;
     }
     for (int byte = 0; byte < 256; byte++) {
         t->byte_id[byte] = *vocab_slot(t, &(char){(char)byte}, 1);
@@ -303,23 +324,35 @@ static int compare_added(const void *a, const void *b) {
     return order ? order : x->n - y->n;
 }
 
-static void load_added(Tokenizer *t, const File *f, int list) {
+/* The tokenizers library numbers added tokens itself: one that the vocabulary has keeps that id,
+ * the others follow the vocabulary of n_vocab tokens and each other. */
+static void load_added(Tokenizer *t, const File *f, int list, int n_vocab) {
+    int next = n_vocab;
     for (int i = json_first(f->json, list); i >= 0; i = json_next(f->json, list, i)) {
         int content = member(f, i, "content", '"');
-        if (flag(f, i, "lstrip", false) || flag(f, i, "rstrip", false) ||
-            flag(f, i, "single_word", false))
-            die("%s: added token %.200s has lstrip, rstrip or single_word, which is not supported",
-                f->name, shown(f, content));
+        if (flag(f, i, "single_word", false))
+            die("%s: added token %.200s has single_word, which is not supported", f->name,
+                shown(f, content));
         size_t n;
         char *text = json_string(f->json, content, &n);
         if (n < 1 || n > MAX_ADDED)
             die("%s: added token %.200s is %zu bytes long, expected 1 to %d", f->name,
                 shown(f, content), n, MAX_ADDED);
-        if (vocab_id(t, text, n) >= 0)
-            die("%s: added token %.200s is in model.vocab too", f->name, shown(f, content));
-        bool special = flag(f, i, "special", false), normalized = flag(f, i, "normalized", false);
-        int id = put_token(t, f, content, json_get(f->json, i, "id"), text, special ? 0 : (int)n);
-        t->added[t->n_added++] = (Added){text, (int)n, id, special, normalized};
+        int id = token_id(f, content, json_get(f->json, i, "id")), known = vocab_id(t, text, n);
+        if (id != (known < 0 ? next : known))
+            die("%s: added token %.200s has the id %d, transformers gives it %d", f->name,
+                shown(f, content), id, known < 0 ? next : known);
+        if (known < 0) put_token(t, f, content, id, format_text("%s", text), (int)n);
+        if (id >= next) next = id + 1;
+        Added added = {text,
+                       (int)n,
+                       id,
+                       flag(f, i, "special", false),
+                       flag(f, i, "normalized", false),
+                       flag(f, i, "lstrip", false),
+                       flag(f, i, "rstrip", false)};
+        t->tokens[id].special = added.special;
+        t->added[t->n_added++] = added;
     }
     qsort(t->added, t->n_added, sizeof *t->added, compare_added);
     for (int i = 1; i < t->n_added; i++)
@@ -344,7 +377,7 @@ Tokenizer *tokenizer_load(const char *name, const char *text, size_t bytes) {
     Tokenizer *t = allocate(1, sizeof *t);
     seed_hashes(t);
     t->ignore_merges = flag(&f, model, "ignore_merges", false);
-    t->size = n_vocab + n_added;
+    t->size = n_vocab + n_added + 1;
     t->tokens = allocate(t->size, sizeof *t->tokens);
     t->added = allocate(n_added, sizeof *t->added);
     t->vocab_mask = table_size(n_vocab) - 1;
@@ -356,13 +389,16 @@ Tokenizer *tokenizer_load(const char *name, const char *text, size_t bytes) {
 
     load_vocab(t, &f, vocab);
     load_merges(t, &f, merges);
-    load_added(t, &f, added);
+    load_added(t, &f, added, n_vocab);
+    while (t->size > 0 && !t->tokens[t->size - 1].bytes) t->size--;
     json_free(json);
     return t;
 }
 
 void tokenizer_free(Tokenizer *t) {
+    if (!t) return;
     for (int i = 0; i < t->size; i++) free(t->tokens[i].bytes);
+    for (int i = 0; i < t->n_added; i++) free(t->added[i].text);
     free(t->tokens);
     free(t->vocab);
     free(t->merges);
@@ -375,7 +411,7 @@ int tokenizer_size(const Tokenizer *t) {
 }
 
 int tokenizer_id(const Tokenizer *t, const char *token) {
-    const Added key = {.text = token, .n = (int)strlen(token)};
+    const Added key = {.text = (char *)token, .n = (int)strlen(token)};
     const Added *added = bsearch(&key, t->added, t->n_added, sizeof key, compare_added);
     return added ? added->id : vocab_id(t, token, key.n);
 }
@@ -565,6 +601,17 @@ static void encode_plain(Encoder *e, const char *s, size_t n) {
     }
 }
 
+/* Bytes of the white space at the end of s [n]. */
+static size_t space_before(const char *s, size_t n) {
+    size_t end = n, length;
+    for (size_t i = n; i-- > 0;) {
+        if ((s[i] & 0xc0) == 0x80) continue; // within a character
+        if (!(char_kind(s + i, end - i, &length) & (SPACE | NEWLINE))) break;
+        end = i;
+    }
+    return n - end;
+}
+
 /* Cuts the text at its added tokens, first at those that are not normalized, then what is between
  * them at those that are. A special token that is not looked for still hides what it overlaps. */
 static void encode_added(Encoder *e, const char *s, size_t n, bool normalized) {
@@ -572,13 +619,15 @@ static void encode_added(Encoder *e, const char *s, size_t n, bool normalized) {
     for (size_t i = 0; i <= n;) {
         const Added *added = find_added(e->t, normalized, s + i, n - i);
         bool cut = added && (e->special || !added->special);
-        if ((cut || i == n) && normalized) encode_plain(e, s + start, i - start);
-        if ((cut || i == n) && !normalized) encode_added(e, s + start, i - start, true);
-        if (cut) {
-            e->ids[e->n_ids++] = added->id;
-            start = i + added->n;
-        }
+        size_t end = i < start ? start : i;
+        if (cut && added->lstrip) end -= space_before(s + start, end - start);
+        if ((cut || i == n) && normalized) encode_plain(e, s + start, end - start);
+        if ((cut || i == n) && !normalized) encode_added(e, s + start, end - start, true);
         i += added ? added->n : 1;
+        if (!cut) continue;
+        e->ids[e->n_ids++] = added->id;
+        start = i;
+        if (added->rstrip) start += run(s + i, n - i, SPACE | NEWLINE, SIZE_MAX);
     }
 }
 
@@ -597,9 +646,9 @@ int *tokenizer_encode(const Tokenizer *t, const char *text, size_t bytes, bool s
 /* ---- 6 decoding ----------------------------------------------------------------------------- */
 
 const char *tokenizer_decode(const Tokenizer *t, int id, size_t *bytes) {
-    bool known = id >= 0 && id < t->size;
+    bool known = id >= 0 && id < t->size && !t->tokens[id].special;
     *bytes = known ? t->tokens[id].n : 0;
-    return known ? t->tokens[id].bytes : "";
+    return *bytes ? t->tokens[id].bytes : "";
 }
 
 /* Bytes of the UTF-8 sequence that starts with this one; 1 for a byte that starts none. */

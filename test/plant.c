@@ -19,7 +19,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#include "../files.h"
+#include "../qqq.h"
 
 enum { OUTLIERS = 3 };          // channels per norm, rows of up per layer
 static const float FACTOR = 32; // of an outlier

@@ -8,25 +8,22 @@
  *
  * Weights are normal, of a scale that keeps activations near 1 at any depth: linears 1/sqrt(K),
  * those that add to the residual stream 1/sqrt(2 n_layers) of that. */
-#define _POSIX_C_SOURCE 200809L
-#include <errno.h>
-#include <limits.h>
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
 
-#include "../files.h"
+// The writer is in quantize.c, and static there.
+#define main quantize_main
+int quantize_main(int argc, char **argv);
+#include "../quantize.c"
+#undef main
 
 /* ---- options ------------------------------------------------------------------------------- */
 
 typedef struct {
     const char *out, *tokenizer;
     int dim, hidden, layers, heads, kv_heads, head_dim, vocab, seed, w4a8, head, shards;
-} Options;
+} Settings;
 
-static Options parse_options(int argc, char **argv) {
-    Options o = {.tokenizer = "data/tiny/tokenizer.json", .dim = 256, .hidden = 896};
+static Settings parse_settings(int argc, char **argv) {
+    Settings o = {.tokenizer = "data/tiny/tokenizer.json", .dim = 256, .hidden = 896};
     o.layers = 4, o.heads = 4, o.kv_heads = 1, o.vocab = 4096, o.head = 16, o.shards = 1;
     const struct {
         const char *name;
@@ -111,7 +108,7 @@ static void plan_tensor(Plan *p, const char *name, DType dtype, int64_t N, int64
                                   .bytes = (size_t)(N * (K ? K : 1)) * dtype_size(dtype)};
 }
 
-static void plan_linear(Plan *p, const Options *o, const char *name, int N, int K,
+static void plan_linear(Plan *p, const Settings *o, const char *name, int N, int K,
                         float deviation) {
     char full[128];
     if (!o->w4a8) {
@@ -128,7 +125,7 @@ static void plan_linear(Plan *p, const Options *o, const char *name, int N, int 
     if (o->w4a8 > 0) plan_tensor(p, full, U8, N, K / 128, (Fill){.kind = GROUPS});
 }
 
-static Plan make_plan(const Options *o) {
+static Plan make_plan(const Settings *o) {
     Plan p = {0};
     const Fill norm = {NORMAL, 1, 0.05f};
     int q = o->heads * o->head_dim, kv = o->kv_heads * o->head_dim;
@@ -167,7 +164,7 @@ static Plan make_plan(const Options *o) {
     return p;
 }
 
-static char *make_config(const Options *o, int bos, int eos) {
+static char *make_config(const Settings *o, int bos, int eos) {
     char *config = allocate(1, 2048);
     snprintf(config, 2048,
              "{\"architectures\": [\"LlamaForCausalLM\"], \"model_type\": \"llama\", "
@@ -278,7 +275,7 @@ static void write_file(const char *directory, const char *name, const char *data
 }
 
 /* A safetensors file with tensors first .. last - 1. */
-static void write_shard(const char *path, const Options *o, const Plan *p, int first, int last,
+static void write_shard(const char *path, const Settings *o, const Plan *p, int first, int last,
                         void *buffer) {
     char *header = allocate((size_t)(last - first) + 1, 256);
     size_t n = 1, offset = 0;
@@ -310,7 +307,7 @@ static void write_shard(const char *path, const Options *o, const Plan *p, int f
 }
 
 /* A Hugging Face directory: one file, or shards of about equal size and their index. */
-static void write_directory(const Options *o, const Plan *p, const char *config,
+static void write_directory(const Settings *o, const Plan *p, const char *config,
                             const char *tokenizer, size_t tokenizer_bytes, void *buffer) {
     if (mkdir(o->out, 0777) && errno != EEXIST) die("%s: %s", o->out, strerror(errno));
     write_file(o->out, "config.json", config, strlen(config));
@@ -338,7 +335,7 @@ static void write_directory(const Options *o, const Plan *p, const char *config,
     free(index);
 }
 
-static void write_model_bin(const Options *o, const Plan *p, Checkpoint *c, void *buffer) {
+static void write_model_bin(const Settings *o, const Plan *p, Checkpoint *c, void *buffer) {
     char quantization[128];
     snprintf(quantization, sizeof quantization,
              "{\"bits\":4,\"group_size\":%d,\"method\":\"synthetic\",\"seed\":%d}", o->w4a8,
@@ -352,7 +349,7 @@ static void write_model_bin(const Options *o, const Plan *p, Checkpoint *c, void
 }
 
 int main(int argc, char **argv) {
-    Options o = parse_options(argc, argv);
+    Settings o = parse_settings(argc, argv);
     Checkpoint c = {.path = (char *)o.tokenizer};
     char *tokenizer = read_text(o.tokenizer, &c.tokenizer_bytes);
     Tokenizer *t = tokenizer_load(o.tokenizer, tokenizer, c.tokenizer_bytes);

@@ -1,5 +1,6 @@
 /* The harness of test.h and the list of tests. */
 #define _GNU_SOURCE
+#include <limits.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -156,6 +157,13 @@ bool dies(void (*f)(void *), void *arg, char *message, size_t size) {
     const char *newline = strchr(message, '\n');
     return WIFEXITED(status) && (WEXITSTATUS(status) == 1 || WEXITSTATUS(status) == 2) && newline &&
            !newline[1];
+}
+
+int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n) {
+    Tokenizer *t = checkpoint_tokenizer(c);
+    int *ids = read_tokens(t, &(Config){.bos = bos, .vocab_size = INT_MAX}, path, n);
+    tokenizer_free(t);
+    return ids;
 }
 
 double model_perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,

@@ -3,7 +3,7 @@
 #ifndef TEST_H
 #define TEST_H
 
-#include "../files.h"
+#include "../qqq.h"
 
 /* Starts a test; the one before it ends here. */
 void test_begin(const char *name);
@@ -26,6 +26,11 @@ char *read_file(const char *path, size_t *bytes);
 /* Writes a whole file; a test's own files go under build/test/. */
 void write_file(const char *path, const void *data, size_t bytes);
 
+/* Writes the model.bin of these tensors [n], with the texts of `c` and its configs, as ./quantize
+ * does; `quantization` may be NULL. Returns its bytes. */
+size_t write_model(const char *path, const Checkpoint *c, const char *quantization,
+                   const Tensor *tensors, int n);
+
 /* Runs a command line through sh; out [out_size] gets stdout and stderr, cut to fit, with a NUL.
  * Returns the exit status, 128 + the signal's number if one ended it. */
 int run_command(const char *command, char *out, size_t out_size);
@@ -38,6 +43,9 @@ int shell(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* Calls f(arg) in a process of its own. True if it ended with status 1 or 2 and exactly one line on
  * stderr, which is copied to message [size]. */
 bool dies(void (*f)(void *), void *arg, char *message, size_t size);
+
+/* Token ids [*n] of a text file, `bos` in front unless it is -1; malloc'ed. */
+int *text_tokens(const Checkpoint *c, int bos, const char *path, int *n);
 
 /* A file is there. */
 bool exists(const char *path);

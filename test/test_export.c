@@ -8,12 +8,18 @@
 
 #include "test.h"
 
+// The writer and QQQ's format are in quantize.c, and static there.
+#define main export_main
+int export_main(int argc, char **argv);
+#include "../quantize.c"
+#undef main
+
 #define SCRATCH "build/test/export"
 
 static const char *const kinds[] = {"g128", "channel"};
 static const char *const flags[] = {"-b rtn -r 0 -a 0 -m 0 -g 128", "-b rtn -a 0 -m 0 -g -1"};
 
-static bool quantize(const char *args) {
+static bool run_quantize(const char *args) {
     int status = shell("$QUANTIZE %s -d cpu", args);
     return check(status == 0, "quantize %s: status %d: %s", args, status, output);
 }
@@ -22,7 +28,7 @@ static bool quantize(const char *args) {
 static bool make(const char *model, const char *out, const char *options) {
     char args[512];
     snprintf(args, sizeof args, SCRATCH "/%s " SCRATCH "/%s %s", model, out, options);
-    return quantize(args);
+    return run_quantize(args);
 }
 
 static bool same_directories(const char *a, const char *b) {
@@ -114,9 +120,7 @@ static void make_models(void) {
         if (strcmp(c->tensors[i].name, "lm_head.weight")) list[n++] = c->tensors[i];
     memcpy(strstr(c->config, "\"tie_word_embeddings\": false"), "\"tie_word_embeddings\": true ",
            28);
-    Writer *w = writer_open(SCRATCH "/tied.bin", c, NULL, list, n);
-    for (int i = 0; i < n; i++) writer_put(w, list[i].name, list[i].data, list[i].bytes);
-    writer_close(w);
+    write_model(SCRATCH "/tied.bin", c, NULL, list, n);
     free(list);
     checkpoint_close(c);
 }
@@ -381,37 +385,6 @@ static void test_tied(void) {
     }
 }
 
-static void test_shards(void) {
-    test_begin("a directory in shards has an index and the same tensors");
-    Checkpoint *c = checkpoint_open("data/tiny");
-    enum { LIMIT = 3000000 };
-    Writer *w = writer_open_directory(SCRATCH "/shards", LIMIT, c->tensors, c->n_tensors);
-    for (int i = c->n_tensors - 1; i >= 0; i--)
-        writer_put(w, c->tensors[i].name, c->tensors[i].data, c->tensors[i].bytes);
-    writer_text(w, "config.json", c->config, strlen(c->config));
-    writer_close(w);
-    Checkpoint *s = checkpoint_open(SCRATCH "/shards");
-    check(s->n_tensors == c->n_tensors, "%d tensors of %d", s->n_tensors, c->n_tensors);
-    size_t total = 0;
-    for (int i = 0; i < c->n_tensors; i++) {
-        const Tensor *a = &c->tensors[i], *b = checkpoint_find(s, a->name);
-        check(b && a->bytes == b->bytes && a->dtype == b->dtype &&
-                  !memcmp(a->data, b->data, a->bytes),
-              "%s changed", a->name);
-        total += a->bytes;
-    }
-    char size[64];
-    snprintf(size, sizeof size, "\"total_size\": %zu", total);
-    check(shell("grep -q '%s' " SCRATCH "/shards/model.safetensors.index.json", size) == 0,
-          "not in the index: %s", size);
-    shell("ls " SCRATCH "/shards/ | grep -c 'model-0000[1-6]-of-00006.safetensors'; "
-          "find " SCRATCH "/shards/ -size +%dc",
-          LIMIT + 4096 * 8);
-    check(!strcmp(output, "6\n"), "shards: %s", output);
-    checkpoint_close(s);
-    checkpoint_close(c);
-}
-
 /* `quantize` with these arguments ends with this status and one line that holds `says`, and leaves
  * nothing new behind. */
 static void refuse(const char *class, int status, const char *args, const char *says) {
@@ -545,7 +518,6 @@ void test_export(void) {
     test_round_trip();
     test_float_model();
     test_tied();
-    test_shards();
     test_refusals();
     test_bad_qqq();
     test_full_disk();

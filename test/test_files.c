@@ -20,6 +20,12 @@
 
 #include "test.h"
 
+// The writer is in quantize.c, and static there.
+#define main files_main
+int files_main(int argc, char **argv);
+#include "../quantize.c"
+#undef main
+
 #define SCRATCH "build/test/files"
 
 /* Small models run faster in one thread, and a forked child has none of OpenMP's others. Returns
@@ -292,14 +298,19 @@ static const char *write_directory(const char *name, const char *config, const W
     return path;
 }
 
+size_t write_model(const char *path, const Checkpoint *c, const char *quantization,
+                   const Tensor *tensors, int n) {
+    Writer *w = writer_open(path, c, quantization, tensors, n);
+    for (int i = n - 1; i >= 0; i--) // any order will do
+        writer_put(w, tensors[i].name, tensors[i].data, tensors[i].bytes);
+    return writer_close(w);
+}
+
 /* Writes a model.bin by the Writer. */
 static size_t write_model_bin(const char *path, const char *config, const char *quantization,
                               const Weights *w) {
     Checkpoint c = {.config = (char *)config, .tokenizer = "{}\n", .tokenizer_bytes = 3};
-    Writer *writer = writer_open(path, &c, quantization, w->tensors, w->n);
-    for (int i = w->n - 1; i >= 0; i--) // any order will do
-        writer_put(writer, w->tensors[i].name, w->tensors[i].data, w->tensors[i].bytes);
-    return writer_close(writer);
+    return write_model(path, &c, quantization, w->tensors, w->n);
 }
 
 /* Logits [T][vocab_size] of a fixed run of T tokens of the model at `path`. */
@@ -551,10 +562,7 @@ static void test_round_trip(void) {
 
     test_begin("data/tiny as model.bin: tensors, metadata and logits are the same");
     Checkpoint *tiny = checkpoint_open("data/tiny");
-    Writer *writer = writer_open(SCRATCH "/tiny.bin", tiny, NULL, tiny->tensors, tiny->n_tensors);
-    for (int i = 0; i < tiny->n_tensors; i++)
-        writer_put(writer, tiny->tensors[i].name, tiny->tensors[i].data, tiny->tensors[i].bytes);
-    writer_close(writer);
+    write_model(SCRATCH "/tiny.bin", tiny, NULL, tiny->tensors, tiny->n_tensors);
     check_layout(SCRATCH "/tiny.bin");
     Checkpoint *bin = checkpoint_open(SCRATCH "/tiny.bin");
     Weights all = {.n = tiny->n_tensors};
@@ -1540,10 +1548,7 @@ static void test_good_configs(void) {
     write_file(SCRATCH "/generation/generation_config.json", text, strlen(text));
     write_file(SCRATCH "/generation/tokenizer.json", "{\"t\":1}", 7);
     Checkpoint *d = checkpoint_open(SCRATCH "/generation");
-    Writer *writer = writer_open(SCRATCH "/generation.bin", d, NULL, d->tensors, d->n_tensors);
-    for (int i = 0; i < d->n_tensors; i++)
-        writer_put(writer, d->tensors[i].name, d->tensors[i].data, d->tensors[i].bytes);
-    writer_close(writer);
+    write_model(SCRATCH "/generation.bin", d, NULL, d->tensors, d->n_tensors);
     Checkpoint *bin = checkpoint_open(SCRATCH "/generation.bin");
     for (int i = 0; i < 2; i++) {
         Checkpoint *x = i ? bin : d;
@@ -1788,10 +1793,8 @@ static void test_bad_model_bin(void) {
 
     test_begin("model.bin whose tokenizer.json is not U8");
     Checkpoint none = {.config = config};
-    Tensor t = {.name = "tokenizer.json", .dtype = F32, .n_dims = 1, .shape = {1}, .bytes = 4};
-    Writer *writer = writer_open(SCRATCH "/bad.bin", &none, NULL, &t, 1);
-    writer_put(writer, "tokenizer.json", "1234", 4);
-    writer_close(writer);
+    Tensor t = {"tokenizer.json", F32, 1, {1}, "1234", 4, NULL};
+    write_model(SCRATCH "/bad.bin", &none, NULL, &t, 1);
     refused(open_model, SCRATCH "/bad.bin", "tokenizer.json");
     free_weights(&w);
     free(config);

@@ -49,9 +49,7 @@ static void perturb(const char *model, const char *out, uint64_t seed) {
         t->data = embedding;
         t->bytes = count * sizeof *embedding;
     }
-    Writer *w = writer_open(out, c, NULL, tensors, n);
-    for (int i = 0; i < n; i++) writer_put(w, tensors[i].name, tensors[i].data, tensors[i].bytes);
-    writer_close(w);
+    write_model(out, c, NULL, tensors, n);
     free(embedding);
     free(tensors);
     checkpoint_close(c);

@@ -1,6 +1,6 @@
 /* Tests of kernels.cu on the GPU: test_kernels [quick]. `quick` runs the small shapes only, for
  * compute-sanitizer. Prints "ok   name" or "FAIL name" for each test and "N passed, N failed". */
-#include "../files.h"
+#include "../qqq.h"
 
 #include <algorithm>
 #include <math.h>

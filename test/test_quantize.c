@@ -1236,12 +1236,8 @@ static void make_model(const char *path, Made s) {
         t[n] = (Tensor){names[n], F32, K ? 2 : 1, {N, K}, w, size * sizeof *w, NULL};
         n++;
     }
-    Writer *writer = writer_open(path, &c, NULL, t, n);
-    for (size_t i = 0; i < n; i++) {
-        writer_put(writer, t[i].name, t[i].data, t[i].bytes);
-        free((void *)t[i].data);
-    }
-    writer_close(writer);
+    write_model(path, &c, NULL, t, n);
+    for (size_t i = 0; i < n; i++) free((void *)t[i].data);
     free(names);
     free(t);
     free(tokenizer);
@@ -1577,9 +1573,7 @@ static void test_outliers(void) {
             if (!strncmp(part, linear_names[k], strlen(linear_names[k])))
                 new->data = m->layers[l].linears[k].w;
     }
-    Writer *writer = writer_open(path, o.c, NULL, t, n);
-    for (int i = 0; i < n; i++) writer_put(writer, t[i].name, t[i].data, t[i].bytes);
-    writer_close(writer);
+    write_model(path, o.c, NULL, t, n);
     free(t);
     free(s);
     model_free(m);
@@ -2062,8 +2056,7 @@ static void test_bad_files(void) {
           "&& cp ../../../../data/calib.txt . && ln -sf copy/config.json ../symbolic.bin && ln -f "
           "config.json ../hard.bin && cat * >../before");
     const char *own[] = {"config.json",    "generation_config.json", "tokenizer_config.json",
-                         "tokenizer.json", "../symbolic.bin",        "../hard.bin",
-                         "calib.txt"};
+                         "tokenizer.json", "../symbolic.bin",        "../hard.bin"};
     for (size_t i = 0; i < sizeof own / sizeof *own; i++)
         for (int convert = 0; convert < 2; convert++) {
             char command[256];
@@ -2073,13 +2066,9 @@ static void test_bad_files(void) {
         }
     check(shell("cat " SCRATCH "/copy/* | cmp - " SCRATCH "/before") == 0, "MODEL was changed");
 
-    shell("mkdir " SCRATCH "/copy/original && echo {} >" SCRATCH "/copy/original/params.json");
-    expect_error("$QUANTIZE " SCRATCH "/copy " SCRATCH "/copy/original/params.json -f", 1,
-                 "OUT is a file of MODEL", false);
-    check(shell("test \"$(cat " SCRATCH "/copy/original/params.json)\" = {}") == 0, "overwritten");
-    for (int i = 0; i < 2; i++) // but what it has written itself
-        quantize("-f " SCRATCH "/copy " SCRATCH "/copy/original/model.bin");
-    shell("cp " SCRATCH "/copy/original/model.bin " SCRATCH "/copy/model.safetensors");
+    for (int i = 0; i < 2; i++) // but what it does not read may be replaced
+        quantize("-f " SCRATCH "/copy " SCRATCH "/copy/model.bin");
+    shell("cp " SCRATCH "/copy/model.bin " SCRATCH "/copy/model.safetensors");
     expect_error("$QUANTIZE " SCRATCH "/copy " SCRATCH "/copy/model.safetensors -f", 1,
                  "OUT is a file of MODEL", false); // unless it is the weights that are read
 

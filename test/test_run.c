@@ -458,13 +458,10 @@ static void write_codes(const Checkpoint *c) {
         }
         n++;
     }
-    Writer *w = writer_open("build/test/codes.bin", c,
-                            "{\"bits\": 4, \"group_size\": -1, \"method\": \"none\"}", tensors, n);
-    for (int i = 0; i < n; i++) {
-        writer_put(w, tensors[i].name, tensors[i].data, tensors[i].bytes);
+    write_model("build/test/codes.bin", c,
+                "{\"bits\": 4, \"group_size\": -1, \"method\": \"none\"}", tensors, n);
+    for (int i = 0; i < n; i++)
         if (tensors[i].name == names[i]) free((void *)tensors[i].data);
-    }
-    writer_close(w);
     free(names);
     free(tensors);
 }

@@ -88,7 +88,8 @@ static void check_ids(const Tokenizer *t, const char *text, size_t n, bool speci
 }
 
 /* The same, with the ids as text: "256 99". */
-static void check_text(const Tokenizer *t, const char *text, bool special, const char *expected) {
+static void check_encoding(const Tokenizer *t, const char *text, bool special,
+                           const char *expected) {
     int ids[64], n = 0;
     for (char *end; *expected; expected = end) ids[n++] = (int)strtol(expected, &end, 10);
     check_ids(t, text, strlen(text), special, ids, n);
@@ -211,27 +212,27 @@ static void test_merging(void) {
     for (int i = 0; i < 2; i++) {
         test_begin(names[i]);
         Tokenizer *t = load_small(vocab, i ? pairs : strings, "false", "");
-        check_text(t, "abc", true, "258"); // b c comes before a b in the list
-        check_text(t, "ab", true, "256");
-        check_text(t, "bcd", true, "257 100"); // and before c d, which is then no pair
-        check_text(t, "abcd", true, "258 100");
-        check_text(t, "bcdef", true, "257 265"); // the c d that was possible leaves no trace
-        check_text(t, "aaaa", true, "259 259");  // leftmost first: aa a a, aa aa
-        check_text(t, "aaaaa", true, "259 263"); // aa aa a, then aa a
-        check_text(t, " ab", true, "32 256");    // a b comes before space a
-        check_text(t, " aa", true, "32 259");
-        check_text(t, " a", true, "261");
-        check_text(t, "xyz", true, "120 121 122"); // a token that no merge makes
-        check_text(t, "", true, "");
+        check_encoding(t, "abc", true, "258"); // b c comes before a b in the list
+        check_encoding(t, "ab", true, "256");
+        check_encoding(t, "bcd", true, "257 100"); // and before c d, which is then no pair
+        check_encoding(t, "abcd", true, "258 100");
+        check_encoding(t, "bcdef", true, "257 265"); // the c d that was possible leaves no trace
+        check_encoding(t, "aaaa", true, "259 259");  // leftmost first: aa a a, aa aa
+        check_encoding(t, "aaaaa", true, "259 263"); // aa aa a, then aa a
+        check_encoding(t, " ab", true, "32 256");    // a b comes before space a
+        check_encoding(t, " aa", true, "32 259");
+        check_encoding(t, " a", true, "261");
+        check_encoding(t, "xyz", true, "120 121 122"); // a token that no merge makes
+        check_encoding(t, "", true, "");
         tokenizer_free(t);
     }
 
     test_begin("ignore_merges takes whole pre-tokens from the vocabulary");
     Tokenizer *t = load_small(vocab, strings, "true", "");
-    check_text(t, "xyz", true, "262");
-    check_text(t, "xyzx", true, "120 121 122 120");
-    check_text(t, "bcd", true, "257 100");
-    check_text(t, "xyz1aaa", true, "262 49 263");
+    check_encoding(t, "xyz", true, "262");
+    check_encoding(t, "xyzx", true, "120 121 122 120");
+    check_encoding(t, "bcd", true, "257 100");
+    check_encoding(t, "xyz1aaa", true, "262 49 263");
     tokenizer_free(t);
 
     test_begin("1 MB of one letter merges to the longest tokens");
@@ -333,19 +334,20 @@ static void test_added(void) {
                               "{\"id\":260,\"content\":\"oo<\",\"normalized\":true},"
                               "{\"id\":261,\"content\":\">z\"},{\"id\":262,\"content\":\" é\"}");
     check(tokenizer_size(t) == 263, "size %d", tokenizer_size(t));
-    check_text(t, "a<x>b<x>y<x", true, "97 257 98 258 60 120");
-    check_text(t, "<x><x>yfo", true, "257 258 256");
-    check_text(t, "foo<x>", true, "259 257");
-    check_text(t, "ooo<x>", true, "111 111 111 257"); // oo< is normalized: <x> is cut out before
-    check_text(t, "ooo<", true, "111 260");
-    check_text(t, "foo<y", true, "259 60 121"); // leftmost first
-    check_text(t, "a>z é", true, "97 261 262");
-    check_text(t, "<x>z", true, "257 122");
-    check_text(t, " <x>  <x>", true, "32 257 32 32 257"); // white space ends with the piece
+    check_encoding(t, "a<x>b<x>y<x", true, "97 257 98 258 60 120");
+    check_encoding(t, "<x><x>yfo", true, "257 258 256");
+    check_encoding(t, "foo<x>", true, "259 257");
+    check_encoding(t, "ooo<x>", true,
+                   "111 111 111 257"); // oo< is normalized: <x> is cut out before
+    check_encoding(t, "ooo<", true, "111 260");
+    check_encoding(t, "foo<y", true, "259 60 121"); // leftmost first
+    check_encoding(t, "a>z é", true, "97 261 262");
+    check_encoding(t, "<x>z", true, "257 122");
+    check_encoding(t, " <x>  <x>", true, "32 257 32 32 257"); // white space ends with the piece
 
     test_begin("without `special` only special tokens are plain text");
-    check_text(t, "<x>foo<x>y", false, "60 120 62 259 60 120 62 121");
-    check_text(t, "<x>z>z", false, "60 120 62 122 261"); // as there, <x> hides the first >z
+    check_encoding(t, "<x>foo<x>y", false, "60 120 62 259 60 120 62 121");
+    check_encoding(t, "<x>z>z", false, "60 120 62 122 261"); // as there, <x> hides the first >z
 
     test_begin("decoding: special tokens give nothing, other added tokens their text");
     size_t n;
@@ -651,9 +653,9 @@ void test_tokenizer(void) {
     check(tokenizer_size(t) == 4096, "size %d", tokenizer_size(t));
     int eot = tokenizer_id(t, "<|eot_id|>");
     check(eot == 3849, "<|eot_id|> is %d", eot);
-    check_text(t, "hi<|eot_id|>", true, "71 72 3849");
-    check_text(t, "hi<|eot_id|", true, "71 72 27 91 68 306 62 298 91");
-    check_text(t, "hi<|eot_id|>", false, "71 72 27 91 68 306 62 298 91 29");
+    check_encoding(t, "hi<|eot_id|>", true, "71 72 3849");
+    check_encoding(t, "hi<|eot_id|", true, "71 72 27 91 68 306 62 298 91");
+    check_encoding(t, "hi<|eot_id|>", false, "71 72 27 91 68 306 62 298 91 29");
     tokenizer_free(t);
 
     test_begin("the split pattern");

@@ -265,7 +265,7 @@ static void test_bad_items(void) {
               strstr(output, "line 1: a choice of 5 tokens, expected 1 to 2"),
           "%s", output);
     const char *own[] = {SCRATCH "_bad.jsonl", SCRATCH "_model/config.json",
-                         SCRATCH "_model/notes"};
+                         SCRATCH "_model/model.safetensors"};
     shell("rm -rf " SCRATCH "_model && cp -rL data/tiny " SCRATCH "_model && echo x >" SCRATCH
           "_model/notes && cp test/data/zeroshot_choices.jsonl " SCRATCH "_bad.jsonl");
     for (int i = 0; i < 3; i++) {

@@ -3,7 +3,7 @@
  * Back-to-back launches on one stream over weights that rotate through at least 300 MB, so that
  * none is in the L2 cache when its turn comes; CUDA events around them; the median of 5. Then the
  * same in a CUDA graph. Ceilings are measured first: a device copy, and mma.sync without memory. */
-#include "../../files.h"
+#include "../../qqq.h"
 
 #include <algorithm>
 #include <cublas_v2.h>

@@ -22,7 +22,7 @@
  *
  * The kernels are short, so they accept few shapes: N a multiple of 256, K of 128. They need 130 KB
  * of shared memory per block (A100), on Hopper 192 KB. */
-#include "../../files.h"
+#include "../../qqq.h"
 
 #include <algorithm>
 #include <cmath>

@@ -964,9 +964,11 @@ int main(int argc, char **argv) {
     Model *m = model_load(file);
     if (m->group_size) die("%s: it is quantized already", b.path);
     b.m = m;
-    b.calib = text_tokens(file, m->config.bos, b.calibration, &n);
+    Tokenizer *tokenizer = checkpoint_tokenizer(file);
+    b.calib = read_tokens(tokenizer, &m->config, b.calibration, &n);
     if (n < WINDOWS * LENGTH) die("%s: not %d windows of %d", b.calibration, WINDOWS, LENGTH);
-    b.eval = text_tokens(file, m->config.bos, b.eval_path, &n);
+    b.eval = read_tokens(tokenizer, &m->config, b.eval_path, &n);
+    tokenizer_free(tokenizer);
     if (n < LENGTH) die("%s: no window of %d", b.eval_path, LENGTH);
     b.windows = max_windows && max_windows < n / LENGTH ? max_windows : n / LENGTH;
     Config one_layer = m->config;
