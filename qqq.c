@@ -2392,7 +2392,7 @@ static char *read_file(const char *path, bool optional, size_t *bytes) {
     return text;
 }
 
-void check_text(const char *name, const char *text, size_t bytes) {
+void require_utf8(const char *name, const char *text, size_t bytes) {
     for (size_t i = 0, length; i < bytes; i += length) {
         length = text[i] ? utf8_bytes(text + i, text + bytes) : 0;
         if (!length)
@@ -2402,6 +2402,7 @@ void check_text(const char *name, const char *text, size_t bytes) {
 
 char *read_text(const char *path, size_t *bytes) {
     FILE *in = strcmp(path, "-") ? fopen(path, "re") : stdin;
+    if (in == stdin) path = "stdin";
     char *text = NULL;
     size_t size = 0, n = 1;
     *bytes = 0;
@@ -2414,7 +2415,7 @@ char *read_text(const char *path, size_t *bytes) {
     if (in != stdin) fclose(in);
     if (!*bytes) die("%s: it is empty", path);
     text[*bytes] = 0;
-    check_text(path, text, *bytes);
+    require_utf8(path, text, *bytes);
     return text;
 }
 
@@ -3212,9 +3213,6 @@ Model *model_load(const Checkpoint *checkpoint) {
     Config c = config_parse(checkpoint->path, checkpoint->config, checkpoint->generation_config);
     if (!checkpoint->quantization) check_quantization(checkpoint);
     c.bos = begin_token(checkpoint, c.bos);
-    if (c.bos >= c.vocab_size)
-        die("%s: texts begin with token %d, outside the vocabulary of %d", checkpoint->path, c.bos,
-            c.vocab_size);
     // A tied lm_head that rotation or its 8 bits untied stands in the file all the same.
     const Tensor *head = checkpoint_find(checkpoint, "lm_head.weight");
     if (head) c.tied = false;
@@ -3243,11 +3241,13 @@ void describe_model(const Checkpoint *checkpoint, const Model *m, const char *wh
             c->head_dim, c->vocab_size);
     fprintf(stderr, "weights %s, %.1f MB%s%s\n", weights_kind(m), bytes / 1e6, where ? ", on " : "",
             where ? where : "");
-    if (!checkpoint->quantization) return;
-    char *made = format_text("%s", checkpoint->quantization);
-    make_printable(made);
-    fprintf(stderr, "made with %s\n", made);
-    free(made);
+    if (checkpoint->quantization) {
+        char *made = format_text("%s", checkpoint->quantization);
+        make_printable(made);
+        fprintf(stderr, "made with %s\n", made);
+        free(made);
+    }
+    print_notes();
 }
 
 /* Says which tokens of a node of the files beside tokenizer.json it lacks: strings of an array or
@@ -3381,14 +3381,23 @@ void die_usage(const char *format, ...) {
     __builtin_unreachable();
 }
 
+static char notes[1 << 14];
+
 void note(const char *format, ...) {
-    char text[1024];
+    size_t length = strlen(notes), room = sizeof notes - length;
     va_list args;
     va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
+    int bytes = vsnprintf(notes + length, room, format, args);
     va_end(args);
-    make_printable(text);
-    fprintf(stderr, "note: %s\n", text);
+    make_printable(notes + length);
+    if (bytes < 0 || (size_t)bytes + 2 > room) notes[length] = 0;
+    else strcat(notes, "\n");
+}
+
+void print_notes(void) {
+    for (char *line = notes, *end; (end = strchr(line, '\n')); line = end + 1)
+        fprintf(stderr, "note: %.*s\n", (int)(end - line), line);
+    *notes = 0;
 }
 
 void *allocate(size_t count, size_t size) {

@@ -655,9 +655,9 @@ bool checkpoint_has_file(const Checkpoint *c, const char *path);
 const Tensor *checkpoint_find(const Checkpoint *c, const char *name);
 
 /* Reads a whole text, a file, a pipe or, of "-", stdin: malloc'ed with a NUL behind. Ends the
- * program if it is empty or no UTF-8; check_text() does so for a text from elsewhere. */
+ * program if it is empty or no UTF-8; require_utf8() does so for a text from elsewhere. */
 char *read_text(const char *path, size_t *bytes);
-void check_text(const char *name, const char *text, size_t bytes);
+void require_utf8(const char *name, const char *text, size_t bytes);
 
 /* ---- qqq.c 5: the model in a file ---------------------------------------------------------- */
 
@@ -722,8 +722,10 @@ void print_perplexity(const Checkpoint *c, Engine *e, const char *label, const i
 void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 void die_usage(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
-/* One line on stderr, "note: " and the message: what of MODEL is not used, or read otherwise. */
+/* Remembers a line for stderr: what of MODEL is not used, which of two words counts.
+ * describe_model() prints them, so that an error before is the only line. */
 void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
+void print_notes(void);
 
 /* count * size bytes, zeroed; free() releases them. format_text() is a printf() into such. */
 void *allocate(size_t count, size_t size) __attribute__((returns_nonnull));

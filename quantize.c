@@ -32,7 +32,7 @@ static const char usage[] =
     "  -m 0|1         mse: ranges searched for the least squared output error, or max|w| (1)\n"
     "  -o 0|1         columns in the order of their activations, in GPTQ (1)\n"
     "  -q 8|16        bits of lm_head (16)\n"
-    "  -c FILE        calibration text (the embedded data/calib.txt)\n"
+    "  -c FILE        calibration text (the embedded data/calib.txt); -: stdin\n"
     "  -n WINDOWS     of it to use (as many as it gives, at most 128)\n"
     "  -l TOKENS      of each window (2048)\n"
     "  -s SEED        of the rotation (0)\n"
@@ -144,7 +144,7 @@ static const char *base_name(const char *path) {
 
 /* Tokens [*n_windows][o->length] of the calibration text, with one BOS in front of the first; NULL
  * and no windows if nothing needs them. Fewer than 4 tokens for each input of the widest linear
- * make H so poor that GPTQ was no better on data/tiny than rounding to nearest (README). */
+ * make GPTQ no better than rounding to nearest: README has the figures of data/tiny. */
 static int *calibration_tokens(const Options *o, const Tokenizer *tokenizer, const Config *c,
                                int *n_windows) {
     *n_windows = 0;
@@ -159,10 +159,9 @@ static int *calibration_tokens(const Options *o, const Tokenizer *tokenizer, con
             o->length, *n_windows ? *n_windows : 1);
     int needed = 4 * (c->hidden_dim > c->dim ? c->hidden_dim : c->dim);
     if (o->method.gptq && *n_windows * o->length < needed)
-        fprintf(stderr,
-                "note: %d tokens of calibration are few: with less than %d the model can be "
-                "worse than rounded to nearest (-b rtn)\n",
-                *n_windows * o->length, needed);
+        note("%d tokens of calibration are few: with less than %d the model can be worse than "
+             "rounded to nearest (-b rtn)",
+             *n_windows * o->length, needed);
     return tokens;
 }
 
@@ -931,6 +930,7 @@ static void convert(const Options *o, const Checkpoint *c) {
         if (c->tensors[i].dtype != U8) list[n++] = c->tensors[i];
     Writer *out = writer_open(o->out, c, NULL, list, n);
     for (int i = 0; i < n; i++) writer_put(out, list[i].name, list[i].data, list[i].bytes);
+    print_notes();
     printf("%s: %.1f MB\n", o->out, writer_close(out) / 1e6);
     free(list);
 }

@@ -79,7 +79,7 @@ static char *read_prompt(char flag, const char *value) {
     char *text, name[] = {'-', flag, 0};
     size_t bytes = strlen(value);
     if (strcmp(value, "-") && *value != '@') {
-        check_text(name, value, bytes);
+        require_utf8(name, value, bytes);
         return format_text("%s", value);
     }
     text = read_text(*value == '@' ? value + 1 : value, &bytes);
@@ -533,7 +533,7 @@ static void on_interrupt(int number) {
  * context is full. Counts in *unanswered what got no whole answer. */
 static bool chat_turn(Session *s, const char *text, size_t bytes, int limit, int *unanswered) {
     int eot = special_token(s, "<|eot_id|>"), queued = s->queue.n;
-    check_text("a message", text, bytes);
+    require_utf8("a message", text, bytes);
     text = trim(text, &bytes);
     if (bytes == 0) return true;
     int shown = bytes < 60 ? bytes : 60;
@@ -893,6 +893,7 @@ static void print_token_ids(const Options *o) {
     char *text = read_text(o->file, &bytes);
     Tokens t = {0};
     push_text(&t, tokenizer, text, bytes, true);
+    print_notes();
     for (int i = 0; i < t.n; i++) printf(i ? " %d" : "%d", t.ids[i]);
     putchar('\n');
     free(t.ids);

@@ -242,7 +242,9 @@ static void put_token(Tokenizer *t, const File *f, int text, int id, char *bytes
     t->tokens[id] = (Token){bytes, n, false};
 }
 
-static void load_vocab(Tokenizer *t, const File *f, int vocab) {
+/* Returns how many tokens there are. */
+static int load_vocab(Tokenizer *t, const File *f, int vocab) {
+    int count = 0;
     for (int i = json_first(f->json, vocab); i >= 0; i = json_next(f->json, vocab, i)) {
         size_t length;
         char *bytes = json_string(f->json, i, &length);
@@ -252,9 +254,10 @@ static void load_vocab(Tokenizer *t, const File *f, int vocab) {
                 shown(f, i));
         int *slot = vocab_slot(t, bytes, n);
         int id = token_id(f, i, i + 1);
+        count += *slot < 0;
         if (*slot >= 0) { // there twice: the last one counts
             free(t->tokens[*slot].bytes);
-            t->tokens[*slot].bytes = NULL;
+            t->tokens[*slot] = (Token){0};
         }
         put_token(t, f, i, id, bytes, n);
         *slot = id;
@@ -264,6 +267,7 @@ static void load_vocab(Tokenizer *t, const File *f, int vocab) {
         if (t->byte_id[byte] < 0)
             die("%s: model.vocab has no token for the single byte 0x%02x", f->name, byte);
     }
+    return count;
 }
 
 /* A merge as "a b", which the file has as "a b" or as ["a", "b"]; NULL if it has neither. */
@@ -387,7 +391,7 @@ Tokenizer *tokenizer_load(const char *name, const char *text, size_t bytes) {
     t->merges = allocate(t->merge_mask + 1, sizeof *t->merges);
     for (size_t i = 0; i <= t->merge_mask; i++) t->merges[i].rank = -1;
 
-    load_vocab(t, &f, vocab);
+    n_vocab = load_vocab(t, &f, vocab);
     load_merges(t, &f, merges);
     load_added(t, &f, added, n_vocab);
     while (t->size > 0 && !t->tokens[t->size - 1].bytes) t->size--;

@@ -131,15 +131,112 @@ static void test_interrupt(void) {
     signal(SIGPIPE, SIG_IGN); // if it has ended, writing to it fails
     interrupt_answer(&chat, "Tell me a story\n");
     interrupt_answer(&chat, "And another one\n");
-    close(chat.to); // no more messages: the chat ends by itself, and with status 0
+    close(chat.to); // no more messages: the chat ends by itself, with 1 as two were not sent
     waitpid(chat.process, &status, 0);
-    check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "wait status %x", status);
+    check(WIFEXITED(status) && WEXITSTATUS(status) == 1, "wait status %x", status);
     close(chat.from);
     fclose(chat.messages);
     signal(SIGPIPE, SIG_DFL);
 }
 
+/* A directory with data/tiny's model and these files beside it. */
+static void make_chat_model(const char *name, const char *text) {
+    shell("rm -rf build/test/chat && cp -r data/tiny build/test/chat");
+    if (name) write_file(name, text, strlen(text));
+}
+
+/* The first tokens of a chat without a system prompt, as text. */
+static char *chat_start(void) {
+    Session s = {.path = "chat", .checkpoint = checkpoint_open("build/test/chat")};
+    s.tokenizer = checkpoint_tokenizer(s.checkpoint);
+    push_chat_start(&s, NULL);
+    char *text = allocate(1, 1);
+    for (int i = 0; i < s.queue.n; i++) {
+        size_t bytes;
+        const char *token = tokenizer_decode(s.tokenizer, s.queue.ids[i], &bytes);
+        char *more = format_text("%s%.*s", text, (int)bytes, token);
+        free(text);
+        text = more;
+    }
+    free(s.queue.ids);
+    tokenizer_free(s.tokenizer);
+    checkpoint_close(s.checkpoint);
+    return text;
+}
+
+static void test_templates(void) {
+    static const char *const config = "build/test/chat/tokenizer_config.json";
+    static const char *const jinja = "build/test/chat/chat_template.jinja";
+    test_begin("chat: a template that is not LLaMA 3's is refused with its name");
+    const char *refused[][3] = {
+        {config, "{\"chat_template\": \"<|im_start|>\"}", "tokenizer_config.json"},
+        {jinja, "{{ '[INST]' }}", "chat_template.jinja"},
+        {config,
+         "{\"chat_template\": [{\"name\": \"tool_use\", \"template\": \"<|start_header_id|>\"}, "
+         "{\"name\": \"default\", \"template\": \"[INST]\"}]}",
+         "tokenizer_config.json"}};
+    for (int i = 0; i < 3; i++) {
+        make_chat_model(refused[i][0], refused[i][1]);
+        int status = shell("./run build/test/chat -d cpu -m chat -i hi 2>&1 >/dev/null");
+        check(status == 1 && strstr(output, "is not LLaMA 3's") && strstr(output, refused[i][2]),
+              "status %d: %s", status, output);
+        status = shell("./run build/test/chat -d cpu -i hi -n 1");
+        check(status == 0, "not a chat, and refused: %s", output);
+    }
+    test_begin(
+        "chat: a template's dates: 3.1's, 3.2's today, none in Llama 3's; the jinja file counts");
+    char today[2][32], *text;
+    for (int i = 0; i < 4; i++) {
+        make_chat_model(config, i == 3   ? "{\"chat_template\": \"[INST]\"}"
+                                : i == 2 ? "{\"chat_template\": \"<|start_header_id|>\"}"
+                                         : "{\"chat_template\": \"<|start_header_id|>Cutting "
+                                           "Knowledge Date 26 Jul 2024\"}");
+        const char *new = "<|start_header_id|>{{ strftime_now('%d') }}Cutting Knowledge Date";
+        if (i == 1 || i == 3) write_file(jinja, new, strlen(new));
+        time_t now = time(NULL);
+        strftime(today[0], sizeof today[0], "%d %b %Y", localtime(&now));
+        text = chat_start();
+        now = time(NULL); // midnight may have passed
+        strftime(today[1], sizeof today[1], "%d %b %Y", localtime(&now));
+        bool right = i == 0   ? strstr(text, "Today Date: 26 Jul 2024\n\n") != NULL
+                     : i == 2 ? !*text
+                              : strstr(text, today[0]) || strstr(text, today[1]);
+        check(right, "%d: %s", i, text);
+        free(text);
+    }
+}
+
+/* What a chat answers to a text of several lines equals what it answers to another. */
+static void test_lines(void) {
+    char whole[1 << 10];
+    test_begin(
+        "chat: CR LF ends a line, also after a backslash; a NUL and what is no UTF-8 is refused");
+    shell(
+        "printf 'Who are\\\n you?\n' | ./run data/tiny -m chat -d cpu -t 0 -n 9 2>&1 >&1 | grep -v "
+        "tokens/s");
+    snprintf(whole, sizeof whole, "%.1000s", output);
+    shell(
+        "printf 'Who are\\\r\n you?\r\n' | ./run data/tiny -m chat -d cpu -t 0 -n 9 2>&1 | grep -v "
+        "tokens/s");
+    check(strlen(whole) > 50 && !strcmp(output, whole), "%s%s", output, whole);
+    const char *bad[] = {"Hi \\0 there", "Hi \\377"};
+    for (int i = 0; i < 2; i++) {
+        int status = shell("printf '%s\\n' | ./run data/tiny -m chat -d cpu -t 0 -n 9", bad[i]);
+        check(status == 1 && strstr(output, "not a text: its byte 3"), "%d: %s", status, output);
+    }
+    test_begin("chat: -y @FILE is read as -i @FILE");
+    write_file("build/test/system.txt", "Speak of ships.\r\n", 17);
+    shell("./run data/tiny -m chat -d cpu -t 0 -n 9 -i hi -y 'Speak of ships.' 2>&1 | grep -v "
+          "tokens/s");
+    snprintf(whole, sizeof whole, "%.1000s", output);
+    shell("./run data/tiny -m chat -d cpu -t 0 -n 9 -i hi -y @build/test/system.txt 2>&1 | grep -v "
+          "tokens/s");
+    check(strlen(whole) > 50 && !strcmp(output, whole), "%s%s", output, whole);
+}
+
 void test_chat_program(void) {
+    test_templates();
+    test_lines();
     test_template("tiny", "data/tiny/tokenizer.json");
     test_template("llama3", "data/tiny/tokenizer.json");
     test_template("llama3.1", "../shared/llama3.1/tokenizer.json");
@@ -154,7 +251,7 @@ void test_chat_program(void) {
     check(strlen(whole) > 5 && !strcmp(output, whole), "%s%s", output, whole);
     int status = shell("printf 'Hello there, how do you do?\\nHi\\n' | ./run data/tiny -m chat -d "
                        "cpu -t 0 -n 2 -l 62");
-    check(status == 0 && strstr(output, "not sent: it makes the chat") &&
+    check(status == 1 && strstr(output, "not sent: \"Hello there, how do you do?\" makes") &&
               strstr(output, "generation 2 tokens"),
           "status %d: %s", status, output);
     const char *programs[] = {"$RUN", "$QUANTIZE"};

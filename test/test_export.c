@@ -26,7 +26,7 @@ static bool run_quantize(const char *args) {
 
 /* The same, with SCRATCH/ before the names MODEL and OUT. */
 static bool make(const char *model, const char *out, const char *options) {
-    char args[512];
+    char args[1024];
     snprintf(args, sizeof args, SCRATCH "/%s " SCRATCH "/%s %s", model, out, options);
     return run_quantize(args);
 }
@@ -188,7 +188,7 @@ static void test_vllm(int kind) {
              "{\"group_0\":{\"targets\":[\"Linear\"],\"format\":\"pack-quantized\",\"weights\":"
              "{\"num_bits\":4,\"type\":\"int\",\"symmetric\":true,%s,\"dynamic\":false},"
              "\"input_activations\":{\"num_bits\":8,\"type\":\"int\",\"symmetric\":true,"
-             "\"strategy\":\"token\",\"dynamic\":true}}}}",
+             "\"strategy\":\"token\",\"group_size\":0,\"dynamic\":true}}}}",
              groups ? "\"strategy\":\"group\",\"group_size\":128" : "\"strategy\":\"channel\"");
     check_config(out, "false", how);
     model_free(m);
@@ -443,6 +443,40 @@ static void test_refusals(void) {
     }
 }
 
+/* The weight of a W4A8 linear. */
+static float weight_of(const Linear *l, size_t i) {
+    int u = l->qweight[i / 2] >> 4 * (i % 2) & 15;
+    return (u - 8) * (l->s_channel[i / l->K] * l->s_group[i / GROUP]);
+}
+
+/* QQQ reads a linear of one group as one without: its s_group is empty, and it reads back alike. */
+static void test_one_group(void) {
+    test_begin("-x qqq, per group of 128: a linear with 128 inputs is laid out per channel");
+    shell("rm -rf " SCRATCH "/one* && build/synthetic " SCRATCH "/one --dim 128 --hidden 256 "
+          "--layers 1 --heads 1 --kv-heads 1 --vocab 266 --tokenizer test/corpus/tokenizer/chat");
+    make("one", "one.bin", "-b rtn -a 0 -m 0 -g 128");
+    make("one.bin", "one-qqq", "-x qqq");
+    size_t bytes;
+    char *header = read_file(SCRATCH "/one-qqq/model.safetensors", &bytes);
+    const char *empty = "%s.s_group\":{\"dtype\":\"F16\",\"shape\":%s,";
+    Checkpoint *a = checkpoint_open(SCRATCH "/one.bin"), *b = checkpoint_open(SCRATCH "/one-qqq");
+    Model *m = model_load(a), *back = model_load(b);
+    for (int k = 0; k < N_LINEARS; k++) {
+        const Linear *x = &m->layers[0].linears[k], *y = &back->layers[0].linears[k];
+        char *shape = format_text(empty, linear_names[k], x->K == 128 ? "[0]" : "[2,128]");
+        check(strstr(header + 8, shape) != NULL, "no %s", shape);
+        free(shape);
+        for (size_t i = 0; i < (size_t)x->N * x->K; i++)
+            if (!check(weight_of(x, i) == weight_of(y, i), "%s: weight %zu", linear_names[k], i))
+                break;
+    }
+    free(header);
+    model_free(m);
+    model_free(back);
+    checkpoint_close(a);
+    checkpoint_close(b);
+}
+
 /* SCRATCH/broken: a QQQ directory of one kind with bytes of one tensor changed. */
 static void break_qqq(const char *kind, const char *suffix, const void *value, size_t bytes) {
     shell("rm -rf " SCRATCH "/broken && cp -r " SCRATCH "/%s-qqq " SCRATCH "/broken && "
@@ -465,14 +499,46 @@ static void break_qqq(const char *kind, const char *suffix, const void *value, s
     checkpoint_close(c);
 }
 
+/* SCRATCH/broken, a g128 directory of which one group scale is `value`, holds the 16-bit weights of
+ * g128.bin, but for those of that group: s_channel q value, q value rounded. */
+static void check_weights(float value) {
+    Checkpoint *c = checkpoint_open(SCRATCH "/broken"), *g = checkpoint_open(SCRATCH "/g128.bin");
+    Model *m = model_load(c), *made = model_load(g);
+    int other = 0, n_other = 0;
+    for (int l = 0; l < m->config.n_layers; l++)
+        for (int k = 0; k < N_LINEARS; k++) {
+            const Linear *w = &m->layers[l].linears[k], *q = &made->layers[l].linears[k];
+            for (size_t i = 0; i < (size_t)w->N * w->K; i++) {
+                size_t n = i / w->K;
+                int u = q->qweight[i / 2] >> 4 * (i % 2) & 15;
+                float half = weight_of(q, i), got;
+                floats(w->w, F16, i, 1, &got);
+                if (float_to_f16(got) == float_to_f16(half)) continue;
+                float changed = rintf(value * (u - 8)) * q->s_channel[n];
+                n_other += float_to_f16(got) == float_to_f16(changed);
+                other++;
+            }
+        }
+    check(!m->group_size && other > 60 && other <= GROUP && n_other == other,
+          "%g: %d weights differ, %d as they should", value, other, n_other);
+    model_free(m);
+    model_free(made);
+    checkpoint_close(c);
+    checkpoint_close(g);
+}
+
 static void test_bad_qqq(void) {
     static const char *const class = "checkpoints in QQQ's format";
-    test_begin("QQQ directories whose numbers a model.bin cannot hold");
+    test_begin("QQQ directories with group scales that a model.bin cannot hold become weights");
     static const uint16_t halves[] = {0x3e00, 0x4c00, 0x0000, 0xbc00, 0x7e00}; // 1.5 16 0 -1 NaN
-    for (int i = 0; i < 5; i++) {
+    static const float values[] = {1.5, 16, 0, -1};
+    for (int i = 0; i < 4; i++) {
         break_qqq("g128", "s_group", &halves[i], 2);
-        refuse(class, 1, "broken d.bin", "up_proj.s_group holds the scale");
+        check_weights(values[i]);
     }
+    test_begin("QQQ directories whose numbers a model.bin cannot hold");
+    break_qqq("g128", "s_group", &halves[4], 2);
+    refuse(class, 1, "broken d.bin", "up_proj.s_group holds nan");
     break_qqq("channel", "B", "\x80", 1);
     refuse(class, 1, "broken d.bin", "up_proj.B holds the code -8");
     break_qqq("channel", "s_channel", "\0\0\x80\x7f", 4);
@@ -519,6 +585,7 @@ void test_export(void) {
     test_float_model();
     test_tied();
     test_refusals();
+    test_one_group();
     test_bad_qqq();
     test_full_disk();
     shell("rm -rf " SCRATCH);

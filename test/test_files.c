@@ -1308,7 +1308,6 @@ static void test_bad_configs(void) {
         {"attention_bias", "true", "only LLaMA 3.1 is supported"},
         {"mlp_bias", "true", "mlp_bias"},
         {"mlp_bias", "true", "only LLaMA 3.1 is supported"},
-        {"quantization_config", "{\"quant_method\":\"gptq\"}", "quantization_config"},
         {"rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":8.0}", "yarn"},
         {"rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":8.0}", "only LLaMA 3.1 is supported"},
         {"rope_scaling", "{\"rope_type\":\"linear\",\"factor\":8.0}", "linear"},
@@ -1317,13 +1316,13 @@ static void test_bad_configs(void) {
         {"rope_scaling", "{\"rope_type\":{\n\"a\":\n1}}", "rope_type"},
         {"rope_scaling", "\"linear\"", "rope_scaling"},
         {"rope_scaling", "{\"rope_type\":\"llama3\"}", "factor is missing"},
-        {"rope_scaling", "{" LLAMA3 ",\"factor\":0}", NULL}, // the first one counts
-        {"rope_scaling", "{\"factor\":0," LLAMA3 "}", "factor"},
-        {"rope_scaling", "{\"factor\":\"8\"," LLAMA3 "}", "factor"},
-        {"rope_scaling", "{\"factor\":-8," LLAMA3 "}", "factor"},
-        {"rope_scaling", "{\"low_freq_factor\":4," LLAMA3 "}", "low_freq_factor"},
-        {"rope_scaling", "{\"high_freq_factor\":null," LLAMA3 "}", "high_freq_factor"},
-        {"rope_scaling", "{\"original_max_position_embeddings\":0," LLAMA3 "}",
+        {"rope_scaling", "{\"factor\":0," LLAMA3 "}", NULL}, // the last one counts
+        {"rope_scaling", "{" LLAMA3 ",\"factor\":0}", "factor"},
+        {"rope_scaling", "{" LLAMA3 ",\"factor\":\"8\"}", "factor"},
+        {"rope_scaling", "{" LLAMA3 ",\"factor\":-8}", "factor"},
+        {"rope_scaling", "{" LLAMA3 ",\"low_freq_factor\":4}", "low_freq_factor"},
+        {"rope_scaling", "{" LLAMA3 ",\"high_freq_factor\":null}", "high_freq_factor"},
+        {"rope_scaling", "{" LLAMA3 ",\"original_max_position_embeddings\":0}",
          "original_max_position_embeddings"},
         {"rope_theta", "", "rope_theta is missing"},
         {"rope_theta", "0", "rope_theta"},
@@ -1374,8 +1373,6 @@ static void test_bad_configs(void) {
         {"rope_parameters", "{\"rope_theta\":1e4,\"rope_type\":\"yarn\"}", "rope_type is yarn"},
         {"rope_parameters", "5", "rope_parameters is 5, expected an object"},
         {"rope_parameters", "null", NULL},
-        {"quantization_config", "{\"quant_method\":\"awq\",\"bits\":4}", "quant_method awq"},
-        {"quantization_config", "\"awq\"", "quantization_config"},
         {"eos_token_id", "[0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16]", "eos_token_id"},
     };
     generation_arg = NULL;
@@ -1500,7 +1497,7 @@ static void test_good_configs(void) {
     dies(parse_config, "x", report, sizeof report);
     if (check(!*report, "%s", report)) {
         c = config_parse("", whole, generation_arg);
-        check(c.dim == 16 && c.hidden_dim == 9 && c.vocab_size == 16 && c.n_eos == 3,
+        check(c.dim == 16 && c.hidden_dim == 9 && c.vocab_size == 16 && c.n_eos == 2,
               "another value");
     }
     free(whole);
@@ -1534,9 +1531,10 @@ static void test_good_configs(void) {
     test_begin("eos_token_id: number, list, generation_config.json, each once");
     c = config_parse("", config, "{\"eos_token_id\": [2, 7, 9], \"temperature\": 0.6}");
     check(c.n_eos == 3 && c.eos[0] == 2 && c.eos[1] == 7 && c.eos[2] == 9, "%d of them", c.n_eos);
+    check(c.temperature == 0.6f && c.top_p == -1, "temperature %g", c.temperature);
     other = config_text("eos_token_id", "[128001, 128008, 128009]", NULL);
     c = config_parse("", other, "{\"eos_token_id\": 5}");
-    check(c.n_eos == 4 && c.eos[2] == 128009 && c.eos[3] == 5, "%d of them", c.n_eos);
+    check(c.n_eos == 1 && c.eos[0] == 5, "%d of them", c.n_eos); // its word alone
     c = config_parse("", other, "{}");
     check(c.n_eos == 3, "%d of them", c.n_eos);
     free(other);
@@ -1553,7 +1551,7 @@ static void test_good_configs(void) {
     for (int i = 0; i < 2; i++) {
         Checkpoint *x = i ? bin : d;
         Model *m = model_load(x);
-        check(m->config.n_eos == 3 && m->config.eos[2] == 12, "%s: %d", x->path, m->config.n_eos);
+        check(m->config.n_eos == 2 && m->config.eos[1] == 12, "%s: %d", x->path, m->config.n_eos);
         check(x->tokenizer_bytes == 7 && !memcmp(x->tokenizer, "{\"t\":1}", 7), "tokenizer");
         model_free(m);
     }
@@ -1561,6 +1559,144 @@ static void test_good_configs(void) {
     checkpoint_close(d);
     free_weights(&w);
     free(config);
+}
+
+/* What describe_model() would print of the notes on this model, in `output`. */
+static const char *notes_of(const char *path) {
+    shell("$RUN %s -d cpu -t 0 -n 1 2>&1 >/dev/null | grep '^note'", path);
+    return output;
+}
+
+/* Whose word counts, as transformers 5.24 and tokenizers 0.23 have it. */
+static void test_words(void) {
+    test_begin("config.json: rope_scaling counts before rope_parameters, unless it is empty");
+    static const struct {
+        const char *scaling, *parameters;
+        double theta, factor;
+    } ropes[] = {{"{" LLAMA3 "}", "{\"rope_type\":\"default\",\"rope_theta\":1e4}", 500000, 8},
+                 {"{\"rope_type\":\"default\"}", "{" LLAMA3 ",\"rope_theta\":1e4}", 500000, 0},
+                 {"{}", "{" LLAMA3 ",\"rope_theta\":1e4}", 1e4, 8},
+                 {"null", "{" LLAMA3 "}", 500000, 8},
+                 {"{" LLAMA3 ",\"type\":\"linear\"}", "null", 500000, 8}};
+    for (size_t i = 0; i < sizeof ropes / sizeof *ropes; i++) {
+        char *config = config_text("rope_scaling", ropes[i].scaling, "rope_parameters",
+                                   ropes[i].parameters, NULL);
+        Config c = config_parse("", config, NULL);
+        check(c.rope_theta == ropes[i].theta && c.rope_factor == ropes[i].factor,
+              "%zu: theta %g, factor %g", i, c.rope_theta, c.rope_factor);
+        free(config);
+    }
+
+    test_begin("generation_config.json: sampling defaults, and bad ones");
+    char *config = config_text(NULL);
+    Config c = config_parse("", config, "{\"top_p\":0.5,\"do_sample\":false,\"temperature\":0.7}");
+    check(c.temperature == 0 && c.top_p == 0.5f, "%g %g", c.temperature, c.top_p);
+    c = config_parse("", config, "{\"temperature\":0.7,\"temperature\":0.25,\"top_p\":null}");
+    check(c.temperature == 0.25f && c.top_p == -1, "%g %g", c.temperature, c.top_p);
+    static const char *const bad[] = {"{\"temperature\":-1}", "{\"top_p\":1.5}",
+                                      "{\"top_p\":\"1\"}"};
+    config_arg = config;
+    for (int i = 0; i < 3; i++) {
+        generation_arg = (char *)bad[i];
+        refused(parse_config, "the/path", "expected a number from 0 to");
+    }
+    generation_arg = NULL;
+
+    test_begin("tokenizer.json's post-processor says what begins a text, before config.json");
+    static const struct {
+        const char *post;
+        int bos;
+        const char *note;
+    } posts[] = {
+        {"null", 1, "no post_processor: texts begin with config.json's bos_token_id, 1"},
+        {"{\"type\":\"ByteLevel\"}", -1, "texts begin with -1, not with config.json's"},
+        {"{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"X\"}},"
+         "{\"Sequence\":{\"id\":\"A\"}}],\"special_tokens\":{\"X\":{\"ids\":[5]}}}",
+         5, "texts begin with 5, not with config.json's bos_token_id 1"},
+        {"{\"type\":\"Sequence\",\"processors\":[{\"type\":\"ByteLevel\"},{\"type\":"
+         "\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"X\"}},{\"Sequence\":{}},"
+         "{\"SpecialToken\":{\"id\":\"X\"}}],\"special_tokens\":{\"X\":{\"ids\":[1]}}}]}",
+         1, "post_processor adds more to a text than its first token"}};
+    Weights w = make_weights(config, BF16, 0);
+    write_directory("posts", config, &w);
+    for (size_t i = 0; i < sizeof posts / sizeof *posts; i++) {
+        char *text = text_of("{\"post_processor\":%s}", posts[i].post);
+        write_file(SCRATCH "/posts/tokenizer.json", text, strlen(text));
+        free(text);
+        Checkpoint *d = checkpoint_open(SCRATCH "/posts");
+        Model *m = model_load(d);
+        check(m->config.bos == posts[i].bos, "%zu: %d", i, m->config.bos);
+        model_free(m);
+        checkpoint_close(d);
+        FILE *err = stderr;
+        char *said = NULL;
+        size_t bytes;
+        stderr = open_memstream(&said, &bytes);
+        print_notes();
+        fclose(stderr);
+        stderr = err;
+        check(said && strstr(said, posts[i].note), "%zu: %s", i, said ? said : "");
+        free(said);
+    }
+    const char *roberta = "{\"post_processor\":{\"type\":\"RobertaProcessing\"}}";
+    write_file(SCRATCH "/posts/tokenizer.json", roberta, strlen(roberta));
+    refused(open_model, SCRATCH "/posts", "post_processor is RobertaProcessing");
+    free_weights(&w);
+    free(config);
+}
+
+/* Two models in one directory; what of a directory is not used. */
+static void test_strangers(void) {
+    const char *tiny = SCRATCH "/stranger";
+    test_begin("an adapter beside a model is refused");
+    shell("rm -rf %s && cp -r data/tiny %s && echo '{}' >%s/adapter_config.json", tiny, tiny, tiny);
+    refused(open_model, (void *)tiny, "adapter_config.json: merge the adapter");
+
+    test_begin("one file counts before an index with other shards, and it is said");
+    shell("rm %s/adapter_config.json; echo '{\"weight_map\":{\"x\":\"y.safetensors\"}}' >"
+          "%s/model.safetensors.index.json",
+          tiny, tiny);
+    check(strstr(notes_of(tiny), "model.safetensors is read, the index beside it not"), "%s",
+          output);
+
+    test_begin("tensors that no part of the model reads are named with their count");
+    shell("rm %s/*.index.json && sed -i 's/\"num_hidden_layers\": 6/\"num_hidden_layers\": 4/' "
+          "%s/config.json",
+          tiny, tiny);
+    check(
+        strstr(notes_of(tiny), "18 tensors are not used: model.layers.4.input_layernorm.weight, "),
+        "%s", output);
+    check(!strstr(notes_of("data/tiny"), "note"), "%s", output);
+
+    test_begin(
+        "a quantization_config beside 16-bit weights is not used, and sampling keys are not");
+    shell(
+        "rm -r %s && cp -r data/tiny %s && sed -i '1a \"quantization_config\": {\"quant_method\": "
+        "\"bitsandbytes\"},' %s/config.json && echo '{\"top_k\": 40, \"min_p\": 0}' >"
+        "%s/generation_config.json",
+        tiny, tiny, tiny, tiny);
+    check(strstr(notes_of(tiny), "quant_method bitsandbytes, is not used: the weights are BF16") &&
+              strstr(output, "top_k 40 is not used") && !strstr(output, "min_p"),
+          "%s", output);
+
+    test_begin("tokens that only the older files name are told");
+    static const char *const files[][2] = {
+        {"added_tokens.json", "{\"<new>\": 4096, \"<|eot_id|>\": 3849}"},
+        {"special_tokens_map.json", "{\"additional_special_tokens\": [\"<|eot_id|>\", \"<new>\"]}"},
+        {"special_tokens_map.json", "{\"pad_token\": {\"content\": \"<new>\"}}"},
+        {"tokenizer_config.json",
+         "{\"added_tokens_decoder\": {\"4096\": {\"content\": \"<new>\"}}}"},
+        {"tokenizer_config.json", "{\"extra_special_tokens\": {\"a\": \"<new>\"}}"}};
+    for (int i = 0; i < 5; i++) {
+        shell("rm -rf %s && cp -r data/tiny %s", tiny, tiny);
+        char *path = text_of("%s/%s", tiny, files[i][0]);
+        write_file(path, files[i][1], strlen(files[i][1]));
+        check(strstr(notes_of(tiny), files[i][0]) && strstr(output, "token <new> is not used") &&
+                  !strstr(output, "eot_id"),
+              "%s: %s", files[i][1], output);
+        free(path);
+    }
+    shell("rm -r %s", tiny);
 }
 
 static void test_model_bytes(void) {
@@ -1878,6 +2014,8 @@ void test_files(void) {
     test_round_trip();
     test_writer();
     test_good_configs();
+    test_words();
+    test_strangers();
     test_model_bytes();
     test_bad_safetensors();
     test_verdicts();

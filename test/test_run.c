@@ -187,17 +187,19 @@ static void test_bad_files(void) {
     // One token more than the embedding has rows.
     json = read_file("data/tiny/tokenizer.json", &bytes);
     const char *more =
-        "{\"id\": 4096, \"content\": \"<|more|>\", \"single_word\": false, \"lstrip\": "
-        "false, \"rstrip\": false, \"normalized\": false, \"special\": true},";
-    char *larger = malloc(bytes + strlen(more) + 1), *list = strstr(json, "\"added_tokens\": [");
+        ",{\"id\": 4096, \"content\": \"<|more|>\", \"single_word\": false, \"lstrip\": "
+        "false, \"rstrip\": false, \"normalized\": false, \"special\": true}";
+    char *larger = malloc(bytes + strlen(more) + 1), *list = strstr(json, "\n  ],\n  \"normalizer");
     if (check(larger && list, "data/tiny/tokenizer.json has no added_tokens")) {
-        size_t head = strchr(list, '[') + 1 - json;
+        size_t head = list - json;
         memcpy(larger, json, head);
         strcpy(larger + head, more);
         strcpy(larger + head + strlen(more), json + head);
         make_tiny_with("larger", larger, bytes + strlen(more));
-        expect_error("./run build/test/larger -n 1", 1,
-                     "its tokenizer has 4097 tokens, its embedding only 4096 rows");
+        expect_same("./run data/tiny -d cpu -t 0 -n 9 -i 'a king' 2>/dev/null",
+                    "./run build/test/larger -d cpu -t 0 -n 9 -i 'a king' 2>/dev/null");
+        expect_error("./run build/test/larger -n 1 -i '<|more|>'", 1,
+                     "the prompt: token 4096, the embedding has 4096");
     }
     free(larger);
     free(json);
@@ -278,11 +280,13 @@ static void test_prompt_files(void) {
     expect_same(direct, "./run data/tiny -d cpu -i @build/test/prompt.txt -t 0 -n 9 2>/dev/null");
     expect_same(direct, "./run data/tiny -d cpu -i - -t 0 -n 9 <build/test/prompt.txt 2>/dev/null");
     expect_error("./run data/tiny -i @build/test/nothing", 1, "build/test/nothing: No such file");
-    expect_error("./run data/tiny -i @build/test", 1, "build/test: not a regular file");
-    expect_error("./run data/tiny -i - </dev/null", 1, "-i -: stdin is empty");
+    expect_error("./run data/tiny -i @build/test", 1, "build/test: Is a directory");
+    expect_error("./run data/tiny -i - </dev/null", 1, "stdin: it is empty");
     write_file("build/test/prompt.txt", "Once\0upon", 9);
-    expect_error("./run data/tiny -i @build/test/prompt.txt", 1, "a NUL in the text");
-    expect_error("./run data/tiny -i - <build/test/prompt.txt", 1, "-i -: a NUL in the text");
+    expect_error("./run data/tiny -i @build/test/prompt.txt", 1,
+                 "build/test/prompt.txt: not a text: its byte 4, 0x00, is no UTF-8");
+    expect_error("./run data/tiny -i - <build/test/prompt.txt", 1,
+                 "stdin: not a text: its byte 4, 0x00, is no UTF-8");
 }
 
 static void test_context(void) {
@@ -373,8 +377,8 @@ static void test_chat(void) {
     expect("./run data/tiny -m chat </dev/null 2>/dev/null", 0, "");
     check(!output[0], "no message, but an answer: %s", output);
     expect("./run data/tiny -m chat </dev/null", 0, "prompt 0 tokens");
-    expect("printf 'Hello' | ./run data/tiny -m chat -t 0 -n 0 -l 80", 0,
-           "the context of 80 tokens is full");
+    expect("printf 'Hello' | ./run data/tiny -m chat -t 0 -n 0 -l 80", 1,
+           "not answered to its end: \"Hello\"; nor what follows it");
     expect("printf 'Hello' | ./run data/tiny -m chat -l 8", 1, "the context is only 8");
 }
 
@@ -409,8 +413,81 @@ static void test_perplexity(void) {
 }
 
 static void test_token_ids(void) {
+    test_begin("run: texts from pipes and stdin; one BOS; CR LF at a prompt's end");
+    char want[200];
+    expect("head -c 9000 data/eval.txt >build/test/text.txt; (printf '<|begin_of_text|>'; cat "
+           "build/test/text.txt) >build/test/bos.txt; ./run data/tiny -d cpu -e "
+           "build/test/text.txt -l "
+           "256 2>/dev/null",
+           0, "perplexity ");
+    snprintf(want, sizeof want, "%.199s", output);
+    const char *texts[] = {"-e - <build/test/text.txt", "-e /dev/stdin <build/test/text.txt",
+                           "-e build/test/bos.txt", "-e build/test/fifo"};
+    shell("rm -f build/test/fifo; mkfifo build/test/fifo");
+    for (int i = 0; i < 4; i++) {
+        shell("cat build/test/text.txt >build/test/fifo & ./run data/tiny -d cpu -l 256 %s "
+              "2>/dev/null; "
+              "kill $! 2>/dev/null",
+              texts[i]);
+        check(!strcmp(output, want), "%s: %s", texts[i], output);
+    }
+    expect_same("./run data/tiny -d cpu -t 0 -n 9 -i 'a king' 2>/dev/null",
+                "./run data/tiny -d cpu -t 0 -n 9 -i '<|begin_of_text|>a king' 2>/dev/null");
+    expect_same("./run data/tiny -d cpu -t 0 -n 9 -i 'a king' 2>/dev/null",
+                "printf 'a king\\r\\n' | ./run data/tiny -d cpu -t 0 -n 9 -i - 2>/dev/null");
+
+    test_begin("texts that are no UTF-8, or absent, end both programs before any work");
+    static const struct {
+        const char *bytes;
+        int n;
+        const char *says;
+    } odd[] = {{"\xff\xfeO\0n\0", 6, "its byte 0, 0xff"}, {"O\0n\0", 4, "its byte 1, 0x00"},
+               {"\x1f\x8b\x08", 3, "its byte 1, 0x8b"},   {"caf\xe9 noir", 9, "its byte 3, 0xe9"},
+               {"x\xed\xa0\x80", 4, "its byte 1, 0xed"},  {"ab\xc3", 3, "its byte 2, 0xc3"}};
+    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) {
+        write_file("build/test/odd.txt", odd[i].bytes, odd[i].n);
+        expect_error("./run data/tiny -e build/test/odd.txt", 1, odd[i].says);
+        expect_error("./run data/tiny -i @build/test/odd.txt", 1, odd[i].says);
+        expect_error("./quantize data/tiny build/test/odd.bin -d cpu -c build/test/odd.txt", 1,
+                     odd[i].says);
+    }
+    expect_error("./quantize data/tiny build/test/odd.bin -d cpu -e build/test/odd.txt", 1,
+                 "byte 2");
+    expect_error("./quantize data/tiny build/test/odd.bin -d cpu -e build/test/nothing", 1,
+                 "build/test/nothing: No such file");
+    expect_error("./run data/tiny -z build/test/nothing", 1, "build/test/nothing: No such file");
+    expect_error("./run data/tiny -i \"$(printf 'caf\\351')\"", 1, "-i: not a text: its byte 3");
+
+    test_begin("too little calibration is told with what is needed");
+    expect(
+        "./quantize data/tiny build/test/few.bin -d cpu -n 7 -l 512 -o 0 -m 0 -a 0 2>&1 >/dev/null",
+        0, "");
+    check(!strstr(output, "note"), "3584 are enough: %s", output);
+    expect("./quantize data/tiny build/test/few.bin -d cpu -n 1 -l 3583 -o 0 -m 0 -a 0 2>&1 "
+           ">/dev/null",
+           0, "note: 3583 tokens of calibration are few: with less than 3584");
+    expect("./quantize data/tiny build/test/few.bin -d cpu -b rtn -n 1 -l 99 -a 0 2>&1 >/dev/null",
+           0, "");
+    check(!strstr(output, "note"), "without GPTQ: %s", output);
+
+    test_begin("run: the model's sampling defaults hold where no option says otherwise");
+    shell(
+        "rm -rf build/test/sampling && cp -r data/tiny build/test/sampling && echo "
+        "'{\"temperature\": "
+        "0.25, \"top_p\": 0.5, \"do_sample\": true}' >build/test/sampling/generation_config.json");
+    expect("./run build/test/sampling -d cpu -n 1 -s 7", 0,
+           "seed 7, temperature 0.25, top_p 0.5, of generation_config.json");
+    expect("./run build/test/sampling -d cpu -n 1 -s 7 -t 2", 0,
+           "seed 7, temperature 2, top_p 0.5, of");
+    expect("./run data/tiny -d cpu -n 1 -s 7", 0, "seed 7, temperature 1, top_p 0.9\n");
+    expect_same("./run data/tiny -d cpu -n 30 -s 7 -t 0.25 -p 0.5 2>/dev/null",
+                "./run build/test/sampling -d cpu -n 30 -s 7 2>/dev/null");
+    shell("echo '{\"do_sample\": false}' >build/test/sampling/generation_config.json");
+    expect_same("./run data/tiny -d cpu -n 30 -t 0 2>/dev/null",
+                "./run build/test/sampling -d cpu -n 30 -s 7 2>/dev/null");
+
     test_begin("run: token ids");
-    const char *text = "Caf\xc3\xa9 <|eot_id|>\n\n  the  king\xff, 1234 \xf0\x9f\x90\xb8";
+    const char *text = "Caf\xc3\xa9 <|eot_id|>\n\n  the  king, 1234 \xf0\x9f\x90\xb8";
     write_file("build/test/ids.txt", text, strlen(text));
     Tiny t = open_tiny();
     int n, *ids = tokenizer_encode(t.tokenizer, text, strlen(text), true, &n);
@@ -428,7 +505,7 @@ static void test_token_ids(void) {
                 "./run -x build/test/ids.txt build/test/only_tokenizer");
     write_file("build/test/empty.txt", "", 0);
     expect_error("./run data/tiny -x build/test/empty.txt", 1, "build/test/empty.txt");
-    expect_error("./run data -x build/test/ids.txt", 1, "data/tokenizer.json: No such file");
+    expect_error("./run data -x build/test/ids.txt", 1, "data: it has no tokenizer.json");
 
     close_tiny(&t);
 }

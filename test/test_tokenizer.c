@@ -88,8 +88,7 @@ static void check_ids(const Tokenizer *t, const char *text, size_t n, bool speci
 }
 
 /* The same, with the ids as text: "256 99". */
-static void check_encoding(const Tokenizer *t, const char *text, bool special,
-                           const char *expected) {
+static void check_text(const Tokenizer *t, const char *text, bool special, const char *expected) {
     int ids[64], n = 0;
     for (char *end; *expected; expected = end) ids[n++] = (int)strtol(expected, &end, 10);
     check_ids(t, text, strlen(text), special, ids, n);
@@ -212,27 +211,27 @@ static void test_merging(void) {
     for (int i = 0; i < 2; i++) {
         test_begin(names[i]);
         Tokenizer *t = load_small(vocab, i ? pairs : strings, "false", "");
-        check_encoding(t, "abc", true, "258"); // b c comes before a b in the list
-        check_encoding(t, "ab", true, "256");
-        check_encoding(t, "bcd", true, "257 100"); // and before c d, which is then no pair
-        check_encoding(t, "abcd", true, "258 100");
-        check_encoding(t, "bcdef", true, "257 265"); // the c d that was possible leaves no trace
-        check_encoding(t, "aaaa", true, "259 259");  // leftmost first: aa a a, aa aa
-        check_encoding(t, "aaaaa", true, "259 263"); // aa aa a, then aa a
-        check_encoding(t, " ab", true, "32 256");    // a b comes before space a
-        check_encoding(t, " aa", true, "32 259");
-        check_encoding(t, " a", true, "261");
-        check_encoding(t, "xyz", true, "120 121 122"); // a token that no merge makes
-        check_encoding(t, "", true, "");
+        check_text(t, "abc", true, "258"); // b c comes before a b in the list
+        check_text(t, "ab", true, "256");
+        check_text(t, "bcd", true, "257 100"); // and before c d, which is then no pair
+        check_text(t, "abcd", true, "258 100");
+        check_text(t, "bcdef", true, "257 265"); // the c d that was possible leaves no trace
+        check_text(t, "aaaa", true, "259 259");  // leftmost first: aa a a, aa aa
+        check_text(t, "aaaaa", true, "259 263"); // aa aa a, then aa a
+        check_text(t, " ab", true, "32 256");    // a b comes before space a
+        check_text(t, " aa", true, "32 259");
+        check_text(t, " a", true, "261");
+        check_text(t, "xyz", true, "120 121 122"); // a token that no merge makes
+        check_text(t, "", true, "");
         tokenizer_free(t);
     }
 
     test_begin("ignore_merges takes whole pre-tokens from the vocabulary");
     Tokenizer *t = load_small(vocab, strings, "true", "");
-    check_encoding(t, "xyz", true, "262");
-    check_encoding(t, "xyzx", true, "120 121 122 120");
-    check_encoding(t, "bcd", true, "257 100");
-    check_encoding(t, "xyz1aaa", true, "262 49 263");
+    check_text(t, "xyz", true, "262");
+    check_text(t, "xyzx", true, "120 121 122 120");
+    check_text(t, "bcd", true, "257 100");
+    check_text(t, "xyz1aaa", true, "262 49 263");
     tokenizer_free(t);
 
     test_begin("1 MB of one letter merges to the longest tokens");
@@ -334,20 +333,19 @@ static void test_added(void) {
                               "{\"id\":260,\"content\":\"oo<\",\"normalized\":true},"
                               "{\"id\":261,\"content\":\">z\"},{\"id\":262,\"content\":\" é\"}");
     check(tokenizer_size(t) == 263, "size %d", tokenizer_size(t));
-    check_encoding(t, "a<x>b<x>y<x", true, "97 257 98 258 60 120");
-    check_encoding(t, "<x><x>yfo", true, "257 258 256");
-    check_encoding(t, "foo<x>", true, "259 257");
-    check_encoding(t, "ooo<x>", true,
-                   "111 111 111 257"); // oo< is normalized: <x> is cut out before
-    check_encoding(t, "ooo<", true, "111 260");
-    check_encoding(t, "foo<y", true, "259 60 121"); // leftmost first
-    check_encoding(t, "a>z é", true, "97 261 262");
-    check_encoding(t, "<x>z", true, "257 122");
-    check_encoding(t, " <x>  <x>", true, "32 257 32 32 257"); // white space ends with the piece
+    check_text(t, "a<x>b<x>y<x", true, "97 257 98 258 60 120");
+    check_text(t, "<x><x>yfo", true, "257 258 256");
+    check_text(t, "foo<x>", true, "259 257");
+    check_text(t, "ooo<x>", true, "111 111 111 257"); // oo< is normalized: <x> is cut out before
+    check_text(t, "ooo<", true, "111 260");
+    check_text(t, "foo<y", true, "259 60 121"); // leftmost first
+    check_text(t, "a>z é", true, "97 261 262");
+    check_text(t, "<x>z", true, "257 122");
+    check_text(t, " <x>  <x>", true, "32 257 32 32 257"); // white space ends with the piece
 
     test_begin("without `special` only special tokens are plain text");
-    check_encoding(t, "<x>foo<x>y", false, "60 120 62 259 60 120 62 121");
-    check_encoding(t, "<x>z>z", false, "60 120 62 122 261"); // as there, <x> hides the first >z
+    check_text(t, "<x>foo<x>y", false, "60 120 62 259 60 120 62 121");
+    check_text(t, "<x>z>z", false, "60 120 62 122 261"); // as there, <x> hides the first >z
 
     test_begin("decoding: special tokens give nothing, other added tokens their text");
     size_t n;
@@ -373,6 +371,48 @@ static void test_added(void) {
     static const char *const unknown[] = {"", " ", "<x", "fooo", "日", "\xff"};
     for (int i = 0; i < 6; i++)
         check(tokenizer_id(t, unknown[i]) == -1, "\"%s\" has an id", unknown[i]);
+    tokenizer_free(t);
+}
+
+/* What the tokenizers library makes of the same, as fine-tunes have it. */
+static void test_fine_tunes(void) {
+    test_begin(
+        "added tokens with lstrip, rstrip, and of the vocabulary; ids as tokenizers gives them");
+    Tokenizer *t = load_small(",\"ab\":256", "\"a b\"", "false",
+                              "{\"id\":257,\"content\":\"<l>\",\"lstrip\":true,\"special\":true},"
+                              "{\"id\":258,\"content\":\"<r>\",\"rstrip\":true},"
+                              "{\"id\":256,\"content\":\"ab\"},"
+                              "{\"id\":259,\"content\":\"<b>\",\"lstrip\":true,\"rstrip\":true,"
+                              "\"normalized\":true}");
+    check_text(t, "x \u00a0\n<l> <l>x", true, "120 257 257 120");
+    check_text(t, "x <r> \u3000\t<r>  x", true, "120 32 258 258 120");
+    check_text(t, "<r> <l> x", true, "258 257 32 120");
+    check_text(t, "x <b> <b> x", true, "120 259 259 120");
+    check_text(t, "<l>", true, "257");
+    check_text(t, " <l> x", false, "32 60 108 62 32 120"); // plain text keeps its spaces
+    check_text(t, "xab", true, "120 256");
+    tokenizer_free(t);
+
+    test_begin("holes among ids, a token there twice, fields without effect");
+    char *text = small_json(",\"b\":300,\"ab\":400", "\"a b\"", "false",
+                            "{\"id\":257,\"content\":\"<x>\",\"special\":true}");
+    static const char *const fields[][2] = {{"\"dropout\":null", "\"dropout\":0.0 "},
+                                            {"\"normalizer\":null",
+                                             "\"normalizer\":{\"type\":\"Sequence\","
+                                             "\"normalizers\":[]}"}};
+    for (int i = 0; i < 2; i++) {
+        char *at = strstr(text, fields[i][0]), *end = at + strlen(fields[i][0]), *changed;
+        if (!check(at != NULL, "no %s", fields[i][0])) return;
+        changed = format_text("%.*s%s%s", (int)(at - text), text, fields[i][1], end);
+        free(text);
+        text = changed;
+    }
+    t = tokenizer_load("holes", text, strlen(text));
+    free(text);
+    size_t n;
+    check_text(t, "xb<x>ab", true, "120 300 257 400");
+    check(*tokenizer_decode(t, 98, &n) == 0 && n == 0, "the first b still decodes");
+    check(tokenizer_size(t) == 401, "size %d", tokenizer_size(t));
     tokenizer_free(t);
 }
 
@@ -544,13 +584,12 @@ static const Broken broken[] = {
 
     {"an id below 0", "\"ab\":256", "\"ab\":-1", "the id of token ab"},
     {"an id that is no integer", "\"ab\":256", "\"ab\":256.5", "ab is no integer"},
-    {"an id beyond the last", "\"ab\":256", "\"ab\":261", "integer in 0..260"},
+    {"an id beyond all", "\"ab\":256", "\"ab\":16777216", "integer in 0..16777215"},
     {"an absurd id", "\"ab\":256", "\"ab\":1e300", "the id of token ab"},
     {"an id beyond double", "\"ab\":256", "\"ab\":1e999", "the id of token ab"},
     {"an id that is no number", "\"ab\":256", "\"ab\":\"256\"", "the id of token ab"},
     {"an id that is null", "\"ab\":256", "\"ab\":null", "the id of token ab"},
     {"an id twice", "\"ab\":256", "\"ab\":97", "the id of token ab, 97"},
-    {"a token twice", "\"ab\":256", "\"abc\":256", "token abc is twice"},
     {"a byte without a token", "\"b\":98", "\"bq\":98", "byte 0x62"},
     {"a token with a space", "\"ab\":256", "\"a b\":256", "token a b of model.vocab"},
     {"a token outside the byte alphabet", "\"ab\":256", "\"日\":256", "token 日 of model.vocab"},
@@ -572,17 +611,17 @@ static const Broken broken[] = {
     {"a second split", "\"use_regex\":false", "\"use_regex\":true", "use_regex"},
     {"a second split by default", ",\"use_regex\":false", "", "use_regex"},
 
-    {"an added token with lstrip", "\"id\":259", "\"id\":259,\"lstrip\":true", "<x> has lstrip"},
-    {"an added token with rstrip", "\"id\":259", "\"id\":259,\"rstrip\":true", "<x> has lstrip"},
     {"an added token of single words", "\"id\":259", "\"id\":259,\"single_word\":true",
      "single_word"},
     {"an added token without content", "\"content\":", "\"x\":", "\"content\" is missing"},
     {"an added token with no text", "\"<x>\"", "\"\"", "0 bytes"},
     {"an added token that is no object", "{\"id\":260,\"content\":\"<y>\"}", "7", "\"content\" is"},
     {"an added token without an id", "\"id\":259,", "", "the id of token <x>"},
-    {"an added token with a used id", "\"id\":259", "\"id\":0", "the id of token <x>, 0"},
+    {"an added token with a used id", "\"id\":259", "\"id\":0",
+     "<x> has the id 0, transformers gives it 259"},
     {"an added token twice", "\"<y>\"", "\"<x>\"", "the same content"},
-    {"an added token of the vocabulary", "\"<y>\"", "\"ab\"", "ab is in model.vocab too"},
+    {"an added token of the vocabulary", "\"<y>\"", "\"ab\"",
+     "ab has the id 260, transformers gives it 256"},
     {"an added token that is perhaps special", "\"special\":true", "\"special\":1",
      "\"special\" is"},
 };
@@ -653,13 +692,14 @@ void test_tokenizer(void) {
     check(tokenizer_size(t) == 4096, "size %d", tokenizer_size(t));
     int eot = tokenizer_id(t, "<|eot_id|>");
     check(eot == 3849, "<|eot_id|> is %d", eot);
-    check_encoding(t, "hi<|eot_id|>", true, "71 72 3849");
-    check_encoding(t, "hi<|eot_id|", true, "71 72 27 91 68 306 62 298 91");
-    check_encoding(t, "hi<|eot_id|>", false, "71 72 27 91 68 306 62 298 91 29");
+    check_text(t, "hi<|eot_id|>", true, "71 72 3849");
+    check_text(t, "hi<|eot_id|", true, "71 72 27 91 68 306 62 298 91");
+    check_text(t, "hi<|eot_id|>", false, "71 72 27 91 68 306 62 298 91 29");
     tokenizer_free(t);
 
     test_begin("the split pattern");
     for (size_t i = 0; i < sizeof splits / sizeof *splits; i++) check_split(splits[i]);
+    test_fine_tunes();
     test_merging();
     test_colliding();
     test_added();
