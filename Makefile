@@ -6,7 +6,7 @@ NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin
 # sm_80 runs on every GPU from Ampere on; sm_90a adds Hopper's own instructions.
 ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_90a,code=sm_90a
 NVCCFLAGS ?= -O3 -std=c++17
-# With nvcc the programs get the GPU's part, which loads cuBLAS if there is a GPU. `make CUDA=` leaves it out.
+# With nvcc the programs get the GPU's part. It loads cuBLAS if there is a GPU. make CUDA= leaves it out.
 CUDA ?= $(NVCC)
 BUILD ?= build
 BIN ?= .
