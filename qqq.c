@@ -4,7 +4,8 @@
  *   2  the W4A8 numbers and the integer dot product
  *   3  the method: what quantizes a layer, step by step
  *   4  arithmetic beneath: products in tiles and in vectors, Cholesky, 16-bit floats
- *   5  the engine: the model at work on the CPU
+ *   5  a model from its files: JSON, safetensors, config.json
+ *   6  small things: errors, options, progress, files that are written
  *
  * The contracts of the public functions stand in qqq.h. A first reader may stop after section 3. */
 #define _GNU_SOURCE
@@ -1921,7 +1922,7 @@ bool all_finite(const float *x, size_t n) {
 }
 
 /* ============================================================================================
- * 5  The engine on the CPU
+ *    The engine on the CPU
  * ============================================================================================ */
 
 enum { PROMPT_CHUNK = 512 }; // tokens that one forward() takes

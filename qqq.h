@@ -3,7 +3,8 @@
  * This header is the table of contents: the structs with shapes and units, then every public
  * function, grouped by the file and section that defines it. Read it first.
  *
- *   qqq.c        1 the model · 2 W4A8 numbers · 3 the method · 4 arithmetic beneath · 5 the engine
+ *   qqq.c        1 the model · 2 W4A8 numbers · 3 the method · 4 arithmetic beneath · 5 a model
+ *                from its files · 6 small things
  *   tokenizer.c  byte-level BPE
  *   kernels.cu   on the GPU: 1 forward pass · 2 W4A8 GEMM · 3 small kernels · 4 attention ·
  *                5 quantization

@@ -1,7 +1,8 @@
 /* quantize: a 16-bit LLaMA 3.1 becomes a W4A8 model.bin. Top to bottom:
  *
- *   1 options · 2 what is read: calibration, evaluation · 3 what is written: a model.bin, or a
- *   directory for other engines · 4 the loop over the layers and its report · main
+ *   1 options · 2 what is read: calibration, evaluation, QQQ's format · the writer · 3 what is
+ *   written: a model.bin, or a directory for other engines · 4 the loop over the layers and its
+ *   report · main
  *
  * What is done to a layer stands in qqq.c, section 3. The report goes to stdout, progress and
  * errors to stderr. */

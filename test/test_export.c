@@ -460,6 +460,7 @@ static void test_one_group(void) {
     char *header = read_file(SCRATCH "/one-qqq/model.safetensors", &bytes);
     const char *empty = "%s.s_group\":{\"dtype\":\"F16\",\"shape\":%s,";
     Checkpoint *a = checkpoint_open(SCRATCH "/one.bin"), *b = checkpoint_open(SCRATCH "/one-qqq");
+    qqq_import(b);
     Model *m = model_load(a), *back = model_load(b);
     for (int k = 0; k < N_LINEARS; k++) {
         const Linear *x = &m->layers[0].linears[k], *y = &back->layers[0].linears[k];
