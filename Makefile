@@ -6,7 +6,7 @@ NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin
 # sm_80 runs on every GPU from Ampere on; sm_90a adds Hopper's own instructions.
 ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_90a,code=sm_90a
 NVCCFLAGS ?= -O3 -std=c++17
-# With nvcc the programs get the GPU's part, which loads cuBLAS if there is a GPU. `make CUDA=` leaves it out.
+# With nvcc the programs get the GPU's part. It loads cuBLAS if there is a GPU. make CUDA= leaves it out.
 CUDA ?= $(NVCC)
 BUILD ?= build
 BIN ?= .
@@ -51,11 +51,16 @@ demo: all
 	./quantize data/tiny $(DEMO) -n 16 -l 1024 -e data/eval.txt
 	./run $(DEMO) -s 1 -n 120 -i 'Once upon a time there lived a king who'
 
+# What each step of the method is worth: a row and a perplexity each, in a minute or two.
+steps: all $(BUILD)/plant
+	test/steps.sh $(BUILD)
+
 include test/Makefile
 
 help:
 	@echo 'make            build ./run and ./quantize'
 	@echo 'make demo       quantize the embedded model, measure it, let it tell a story'
+	@echo 'make steps      what each step of the method is worth: a row and a perplexity each'
 	@echo 'make test       all quick tests'
 	@echo 'make test-gpu   the GPU against plain C (needs nvcc and a GPU)'
 	@echo 'make ladder     the GEMM in steps, from naive to Hopper, each with its time (nvcc and a GPU)'

@@ -196,6 +196,7 @@ int main(int argc, char **argv) {
                   {"zeroshot", test_zeroshot, true},
                   {"chat", test_chat_program, true},
                   {"neighbours", test_neighbours, true},
+                  {"plant", test_plant, true},
                   {"faults", test_faults, false},
                   {"slow", test_slow, false},
                   {"slow", test_quantize_slow, false},

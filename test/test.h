@@ -65,6 +65,7 @@ void test_quantize(void);
 void test_export(void);
 void test_run(void);
 void test_neighbours(void);
+void test_plant(void);
 void test_zeroshot(void);
 void test_chat_program(void);
 void test_zeroshot_slow(void);
