@@ -146,6 +146,13 @@ void attention_block(const Config *c, const Layer *layer, State *s, int l, int T
 void ffn_block(const Config *c, const Layer *layer, State *s, int T);
 void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x);
 
+/* s->att [T][n_heads][head_dim] = softmax(q K^T / sqrt(head_dim)) V of layer l, over the cache. */
+void attention(const Config *c, State *s, int l, int T, int pos);
+
+/* True: attention() and the linear layers run as sections 1 and 2 of qqq.c write them. False, which
+ * is the default: section 4 computes the same, faster. */
+extern bool textbook;
+
 /* y_i = x_i / sqrt(mean(x^2) + eps) * weight_i for each row; x, y [T][dim], may be the same. */
 void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, float *y);
 
@@ -262,11 +269,10 @@ typedef void DotU4(const uint8_t *w, const uint8_t *s_group, const int8_t *a, in
                    int32_t *acc);
 
 /* The i-th of its versions (0 is plain C) and its name; NULL if there is none or the processor
- * lacks it. dot_u4_best() is what linear() uses. */
+ * lacks it. linear() uses the last one that is there. */
 DotU4 *dot_u4_kernel(int i, const char **name);
-DotU4 *dot_u4_best(const char **name);
 
-/* acc [T][N] = a [T][K] w8^T, the accumulators of a quantized linear, by one of those versions. */
+/* acc [T][N] = a [T][K] w8^T, the integer sums of a W4A8 linear, by one of those versions. */
 void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc);
 
 /* ---- qqq.c 3: the method -------------------------------------------------------------------- */
