@@ -2058,10 +2058,12 @@ static void product_block(const Linear *w, DotU4 *dot_u4, const Activations *x, 
     const int32_t *group_sums = x->sums + (size_t)t * x->groups;
     for (int n = 0; n < N; n++) {
         const uint8_t *s_group = groups_of(w, n0 + n);
+        int32_t offset[TILE_T] = {0};
         for (int g = 0; g < x->groups; g++) {
             int s = s_group ? s_group[g] : 1;
-            for (int i = 0; i < TILE_T; i++) sums[n][i] -= 8 * s * group_sums[g * TILE_T + i];
+            for (int i = 0; i < TILE_T; i++) offset[i] += s * group_sums[g * TILE_T + i];
         }
+        for (int i = 0; i < TILE_T; i++) sums[n][i] = -8 * offset[i];
         dot_u4(codes_of(w, n0 + n), s_group, x->a + (size_t)t * w->K, w->K, x->tile, sums[n]);
     }
 }
