@@ -3,7 +3,7 @@
  * This header is the table of contents: the structs with shapes and units, then every public
  * function, grouped by the file and section that defines it. Read it first.
  *
- *   qqq.c        1 the model · 2 W4A8 numbers · 3 the method · 4 arithmetic beneath · 5 the engine
+ *   qqq.c        1 the model · 2 the numbers · 3 the method · 4 the same, faster
  *   tokenizer.c  byte-level BPE
  *   files.c      plumbing, declared in files.h: errors, options, JSON, model files
  *   kernels.cu   on the GPU: 1 forward pass · 2 W4A8 GEMM · 3 small kernels · 4 attention ·
@@ -237,7 +237,7 @@ typedef struct {
 Perplexity perplexity(Engine *e, const int *tokens, int n, int length, int max_windows,
                       void (*progress)(int done, int total));
 
-/* ---- qqq.c 2: W4A8 numbers ------------------------------------------------------------------ */
+/* ---- qqq.c 2: the numbers of W4A8 ------------------------------------------------------------ */
 
 /* Quantizes one token's activations x [K] to a [K] and returns s_a: x = a s_a. A row of zeros gives
  * s_a = 0; one with NaN or infinity s_a = NaN, so that it shows in the output. */
@@ -261,19 +261,6 @@ void linear_free(Linear *l);
  * w [n] of one kind, which share their input; y[i] [T][N_i]. */
 void linear(const Linear *w, const float *x, int T, float *y);
 void linears(const Linear *w, int n, const float *x, int T, float *const *y);
-
-/* The integer dot product under it: acc[t] += sum_k s_group[k / 128] u_k a_tk for T tokens, 1 or 8;
- * w [K/2] is a row of qweight, s_group [K/128] or NULL for ones, a [K/128][T][2][64] holds of each
- * group a token's even columns, then its odd ones; the last group may be smaller. */
-typedef void DotU4(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
-                   int32_t *acc);
-
-/* The i-th of its versions (0 is plain C) and its name; NULL if there is none or the processor
- * lacks it. linear() uses the last one that is there. */
-DotU4 *dot_u4_kernel(int i, const char **name);
-
-/* acc [T][N] = a [T][K] w8^T, the integer sums of a W4A8 linear, by one of those versions. */
-void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc);
 
 /* ---- qqq.c 3: the method -------------------------------------------------------------------- */
 
@@ -419,7 +406,20 @@ void corrected_target(const float *w, int N, const Inverse *inverse, const doubl
  * error of the output on the inputs that H [K][K] sums up. */
 double relative_error(const float *w, const Linear *quantized, const double *H);
 
-/* ---- qqq.c 4: arithmetic beneath ------------------------------------------------------------ */
+/* ---- qqq.c 4: the same, faster --------------------------------------------------------------- */
+
+/* The integer dot product under linear(): acc[t] += sum_k s_group[k / 128] u_k a_tk for T tokens, 1
+ * or 8. w [K/2] is a row of qweight, s_group [K/128] or NULL for ones. a [K/128][T][2][64] has the
+ * even columns of a token's group, then the odd ones; the last group may be smaller. */
+typedef void DotU4(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
+                   int32_t *acc);
+
+/* The i-th of its versions (0 is plain C) and its name; NULL if there is none or the processor
+ * lacks it. linear() uses the last one that is there. */
+DotU4 *dot_u4_kernel(int i, const char **name);
+
+/* acc [T][N] = a [T][K] w8^T, the integer sums of a W4A8 linear, by one of those versions. */
+void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc);
 
 /* out[i] = element first + i, i < n, of an array of dtype F32, F16 or BF16 at any alignment; exact.
  */
