@@ -162,11 +162,10 @@ void rope_angles(const Config *c, int pos, float *cos_sin);
 /* The first of the largest of logits [n]; -1 if one of them is NaN or infinite. */
 int argmax(const float *logits, int n);
 
-/* What a token costs after those before it: -log p, p its softmax among logits [n]; and whether no
- * other's logit is larger. */
+/* The loss of a token, given the logits [n] after the tokens before it. */
 typedef struct {
-    double nll;
-    bool likeliest;
+    double nll;     // -log p, p the token's softmax
+    bool likeliest; // no logit is larger
 } Score;
 
 Score score(const float *logits, int n, int token);
