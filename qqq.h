@@ -31,7 +31,7 @@ extern "C" {
 
 /* ---- qqq.c 1: the model --------------------------------------------------------------------- */
 
-/* config.json, what of it a LLaMA needs. */
+/* The keys of config.json that a LLaMA needs. */
 typedef struct {
     int dim;         // hidden_size, D
     int hidden_dim;  // intermediate_size
@@ -53,12 +53,12 @@ typedef struct {
     int n_eos;
 } Config;
 
-/* A file may hold others, which dtype_name() knows; no model needs them. */
+/* Element types that a model may need. */
 typedef enum { F32, F16, BF16, U8, I8, I32, I64 } DType;
 
-/* The weights of y = x W^T, W [N][K]: 16 or 32-bit floats in w; or W4A8 in the other three; or, of
- * lm_head, int8 in w with s_channel. It owns its arrays, and linear_free() releases them; if
- * `mapped`, all but s_channel are the model file's instead, and read-only. */
+/* The weights of y = x W^T, W [N][K]. There are three kinds: floats of 16 or 32 bits in w; W4A8 in
+ * qweight, s_channel and s_group; for lm_head also int8 in w with s_channel. linear_free() releases
+ * the arrays; but if `mapped`, all except s_channel belong to the model file and are read-only. */
 typedef struct {
     int N, K;
     DType dtype;      // F32, F16, BF16 or I8: of w; U8: W4A8
@@ -137,10 +137,10 @@ void forward(const Model *m, State *s, const int *tokens, int T, int pos);
  * in s->logits until the next call. */
 const float *logits(const Model *m, State *s, int first, int n);
 
-/* One layer of forward(): s->x [T][dim] is replaced by the layer's output; `l` is its index in the
- * KV cache. Its parts: attention_block() takes s->xb to s->att, the input of o; ffn_block() s->xb
- * to s->gate, the input of down; add_linear() is x [T][N] += in [T][K] W^T by way of buffer [T][N].
- */
+/* One layer of forward(): the layer's output replaces s->x [T][dim]; `l` is its index in the KV
+ * cache. The parts of a layer: attention_block() turns s->xb into s->att, the input of o.
+ * ffn_block() turns s->xb into s->gate, the input of down. add_linear() is x [T][N] += in [T][K]
+ * W^T by way of buffer [T][N]. */
 void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, int pos);
 void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos);
 void ffn_block(const Config *c, const Layer *layer, State *s, int T);
@@ -172,50 +172,50 @@ Score score(const float *logits, int n, int token);
 
 /* ---- the engine: a model at work, on the CPU (qqq.c) or the GPU (kernels.cu) ----------------- */
 
-/* A model that runs. After start() it holds n_sequences sequences side by side, each a KV cache of
- * `context` positions; the engine owns them, and the arrays that it returns until its next call.
- * A sequence that goes on at an earlier position forgets what came after that position. */
+/* A model that runs. After start() it holds n_sequences sequences side by side, each with a KV
+ * cache of `context` positions. The arrays that it returns are valid until its next call. A
+ * sequence that goes on at an earlier position forgets what came after that position. */
 typedef struct Engine Engine;
 struct Engine {
     const Model *model;
     bool on_gpu;
     int kv_bits;                     // of the KV cache
-    size_t weight_bytes, step_bytes; // memory of the weights; what a step reads of them
+    size_t weight_bytes, step_bytes; // memory of the weights; bytes of them that a step reads
     size_t position_bytes;           // KV cache of one position of one sequence
-    int n_sequences, context;        // as start() had them
+    int n_sequences, context;        // of the last start()
     size_t state_bytes;              // memory beside the weights: all on the GPU, else the cache
 
-    // The first call, and again to begin anew in other sizes; too little memory ends the program.
-    // fits() tells beforehand whether there is enough, sets state_bytes and ends what was started.
-    // The CPU takes one sequence.
+    // The first call; later calls begin anew in other sizes. Too little memory ends the program.
+    // fits() tells beforehand whether there is enough; it sets state_bytes and undoes start().
+    // The CPU runs one sequence.
     void (*start)(Engine *e, int n_sequences, int context);
     bool (*fits)(Engine *e, int n_sequences, int context);
 
     // Runs tokens [n], n >= 1, of one sequence at positions pos .. pos + n - 1.
     void (*feed)(Engine *e, int sequence, const int *tokens, int n, int pos);
 
-    // One token more for each sequence: tokens [n_sequences] at positions [n_sequences]; or, both
-    // NULL, the token chosen by the call before, at the position after its. On the GPU it returns
-    // before the work is done.
+    // Runs one more token of each sequence: tokens [n_sequences] at positions [n_sequences]. If
+    // both are NULL, it runs the token that the call before chose, at the next position. On the GPU
+    // it returns before the work is done.
     void (*step)(Engine *e, const int *tokens, const int *positions);
 
-    // After feed() or step(): the likeliest next token of each sequence [n_sequences], as argmax();
-    // and the logits, [vocab_size] after feed(), [n_sequences][vocab_size] after step().
+    // After feed() or step(): the likeliest next token of each sequence [n_sequences], by argmax();
+    // the logits, [vocab_size] after feed(), [n_sequences][vocab_size] after step().
     const int *(*chosen)(Engine *e);
     const float *(*logits)(Engine *e);
 
-    // feed() that also sets scores [n]: those of targets[i] as the token after tokens[i]. chosen()
-    // and logits() are lost.
+    // Does the same as feed() and sets scores [n]: score i is that of targets[i] as the token after
+    // tokens[i]. chosen() and logits() have no meaning afterwards.
     void (*score)(Engine *e, int sequence, const int *tokens, const int *targets, int n, int pos,
                   Score *scores);
 
-    double (*bandwidth)(void); // bytes a second of the memory that it reads from, measured
+    double (*bandwidth)(void); // bytes per second of the memory that it reads, measured
     void (*free)(Engine *e);
 };
 
-/* Where a model will run, as -d asks. ANY: on the GPU, if there is one that can run it, W4A8 or in
- * 16 bits; else, and with CPU, on the CPU. where [size] says it: "the CPU: found no GPU". CUDA that
- * cannot be had ends the program. */
+/* Chooses where a model runs, W4A8 or in 16 bits, as -d asks. ANY: on the GPU if there is one that
+ * can run the model, else on the CPU. CUDA ends the program if there is none. where [size] becomes
+ * the answer in words: "the CPU: found no GPU". */
 typedef enum { ANY, CPU, CUDA } Device;
 bool choose_gpu(Device device, const Config *c, bool w4a8, char *where, size_t size);
 
