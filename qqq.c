@@ -1,13 +1,13 @@
 /* QQQ in plain C, no CUDA. From top to bottom:
  *
  *   1  the model: the forward pass, float and W4A8
- *   2  the W4A8 numbers and the integer dot product
+ *   2  the numbers of W4A8, and the linear layer that they make
  *   3  the method: what quantizes a layer, step by step
- *   4  arithmetic beneath: products in tiles and in vectors, Cholesky, 16-bit floats
+ *   4  the same, faster: attention, products, Cholesky, 16-bit floats
  *   5  a model from its files: JSON, safetensors, config.json
  *   6  small things: errors, options, progress, files that are written
  *
- * The contracts of the public functions stand in qqq.h. A first reader may stop after section 3. */
+ * qqq.h has the contracts of the public functions. A first reader may stop after section 3. */
 #define _GNU_SOURCE
 #define JSMN_STATIC
 #define JSMN_STRICT
@@ -35,7 +35,9 @@
 
 #include "qqq.h"
 
-/* ---- what stands further down ---- */
+bool textbook = false;
+
+/* ---- what is defined further down ---- */
 
 /* A float matrix seen as W [n][k]: element (n, k) is w[n * row + k * column]. */
 typedef struct {
@@ -46,15 +48,15 @@ typedef struct {
 
 static void make_printable(char *text);
 static void show_windows(int done, int total);
-static float f16_to_float(uint16_t h);
+static int smaller(int a, int b);
 static float max_magnitude(const float *x, size_t n);
 static float clamp(float x, float low, float high);
 static inline float exponential(float x);
 static float dot(const float *x, const float *y, int n);
 static double dot_double(const double *x, const double *y, int n);
-static void weighted_sum(const float *p, const float *v, int n, int d, float *o);
-static void matmul(int M, int N, int K, const float *x, size_t ldx, View w, float *y, size_t ldy);
-static void float_linears(const Linear *w, int n, const float *x, int T, float *const *y);
+static void attend_prompt(const Config *c, State *s, int l, int T, int pos);
+static void attend_token(const Config *c, State *s, int l, int pos);
+static void fast_linears(const Linear *w, int n, const float *x, int T, float *const *y);
 static bool factor(double *V, size_t K);
 static void invert(const double *V, size_t K, double *U);
 
@@ -66,21 +68,24 @@ static void invert(const double *V, size_t K, double *U);
  *
  * LLaMA, arXiv 2302.13971; grouped-query attention, arXiv 2305.13245; LLaMA 3, arXiv 2407.21783.
  *
- * Each output number is computed by one thread in one order, so results do not depend on the
- * number of threads.
+ * One thread computes each output number, in one order: results do not depend on the number of
+ * threads.
  * ============================================================================================ */
 
 void forward(const Model *m, State *s, const int *tokens, int T, int pos) {
     const Config *c = &m->config;
     if (T < 1 || T > s->max_T || pos < 0 || pos > s->context - T)
         die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
+    // 1. each token is a row of the embedding
     for (int t = 0; t < T; t++) {
         if (tokens[t] < 0 || tokens[t] >= c->vocab_size)
             die("token %d is outside the vocabulary of %d", tokens[t], c->vocab_size);
         floats(m->embedding.w, m->embedding.dtype, (size_t)tokens[t] * c->dim, c->dim,
                s->x + (size_t)t * c->dim);
     }
+    // 2. the layers
     for (int l = 0; l < c->n_layers; l++) layer_forward(c, &m->layers[l], s, l, T, pos);
+    // 3. the final norm; logits() multiplies its output by lm_head
     rmsnorm(s->x, m->norm, T, c->dim, c->norm_eps, s->x);
 }
 
@@ -94,7 +99,58 @@ void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, 
     add_linear(&layer->down, s->gate, T, s->xb, s->x);
 }
 
-/* Turns x [T][n_heads][head_dim] of tokens at pos .. pos + T - 1 of the cache. */
+const float *logits(const Model *m, State *s, int first, int n) {
+    linear(&m->lm_head, s->x + (size_t)first * m->config.dim, n, s->logits);
+    return s->logits;
+}
+
+/* y_i = x_i / sqrt(mean(x^2) + eps) * weight_i.   RMSNorm, arXiv 1910.07467 */
+void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, float *y) {
+#pragma omp parallel for if (T > 1)
+    for (int t = 0; t < T; t++) {
+        const float *in = x + (size_t)t * dim;
+        float *out = y + (size_t)t * dim;
+        float scale = 1.0f / sqrtf(dot(in, in, dim) / dim + eps);
+        for (int i = 0; i < dim; i++) out[i] = in[i] * scale * weight[i];
+    }
+}
+
+/* gate <- silu(gate) * up,   silu(z) = z / (1 + exp(-z)).   SwiGLU, arXiv 2002.05202 */
+static void swiglu(float *gate, const float *up, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
+void ffn_block(const Config *c, const Layer *layer, State *s, int T) {
+    linears(&layer->gate, 2, s->xb, T, (float *[]){s->gate, s->up});
+    swiglu(s->gate, s->up, (size_t)T * c->hidden_dim);
+}
+
+void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x) {
+    linear(w, in, T, buffer);
+    for (size_t i = 0; i < (size_t)T * w->N; i++) x[i] += buffer[i];
+}
+
+/* RoPE rotates the pair (x_i, x_(i + d/2)) of each head by the angle pos * f_i,
+ * f_i = theta^(-2i/d) (arXiv 2104.09864, in Hugging Face's order). LLaMA 3.1 divides the low
+ * frequencies, those with a wavelength 2 pi / f above original_context / low_freq_factor, by
+ * `factor`, keeps those below original_context / high_freq_factor, and interpolates in between. */
+void rope_angles(const Config *c, int pos, float *cos_sin) {
+    for (int i = 0; i < c->head_dim / 2; i++) {
+        double f = pow(c->rope_theta, -2.0 * i / c->head_dim);
+        if (c->rope_factor) {
+            double turns = c->rope_original_context * f / (2 * M_PI); // in the original context
+            double mix = (turns - c->rope_low_freq_factor) /
+                         (c->rope_high_freq_factor - c->rope_low_freq_factor);
+            mix = mix < 0 ? 0 : mix > 1 ? 1 : mix;
+            f *= mix + (1 - mix) / c->rope_factor;
+        }
+        cos_sin[2 * i] = cos(pos * f);
+        cos_sin[2 * i + 1] = sin(pos * f);
+    }
+}
+
+/* Rotates x [T][n_heads][head_dim], the queries or keys of positions pos .. pos + T - 1. */
 static void rope(const State *s, float *x, int T, int n_heads, int head_dim, int pos) {
     int half = head_dim / 2;
 #pragma omp parallel for if (T > 1)
@@ -111,16 +167,6 @@ static void rope(const State *s, float *x, int T, int n_heads, int head_dim, int
     }
 }
 
-/* p [n] <- softmax(p) */
-static void softmax(float *p, int n) {
-    float max = p[0];
-    double sum = 0; // in float, 8000 terms of one size would lose four digits
-    for (int i = 1; i < n; i++) max = p[i] > max ? p[i] : max;
-    for (int i = 0; i < n; i++) p[i] = exponential(p[i] - max);
-    for (int i = 0; i < n; i++) sum += p[i];
-    for (int i = 0; i < n; i++) p[i] /= (float)sum;
-}
-
 /* ---- the KV cache
  *
  * A row is the key (after RoPE) or the value of one KV head at one position: head_dim floats, or
@@ -131,7 +177,7 @@ size_t kv_row_bytes(const Config *c, int kv_bits) {
     return kv_bits == 16 ? d * sizeof(float) : sizeof(float) + d;
 }
 
-/* The row of position p; layer l has n_kv_heads heads of keys, then as many of values. */
+/* The row of position p. A layer's heads 0 .. n_kv_heads - 1 are keys, as many more are values. */
 static uint8_t *cache_row(const Config *c, const State *s, int l, int head, int p) {
     size_t row = ((size_t)l * 2 * c->n_kv_heads + head) * s->context + p;
     return s->cache + row * kv_row_bytes(c, s->kv_bits);
@@ -170,121 +216,43 @@ static void write_cache(const Config *c, State *s, int l, int T, int pos) {
         }
 }
 
-/* Positions first .. first + n - 1 of a head as floats [n][head_dim]: in the cache itself, or read
- * into `buffer`. */
-static const float *cache_floats(const Config *c, const State *s, int l, int head, int first, int n,
-                                 float *buffer) {
-    int d = c->head_dim;
-    if (s->kv_bits == 16) return (const float *)(const void *)cache_row(c, s, l, head, first);
-    for (int i = 0; i < n; i++)
-        read_row(cache_row(c, s, l, head, first + i), d, s->kv_bits, buffer + (size_t)i * d);
-    return buffer;
+/* ---- attention ---- */
+
+/* p [n] <- softmax(p) */
+static void softmax(float *p, int n) {
+    float max = p[0];
+    double sum = 0; // in float, 8000 terms of one size would lose four digits
+    for (int i = 1; i < n; i++) max = p[i] > max ? p[i] : max;
+    for (int i = 0; i < n; i++) p[i] = exponential(p[i] - max);
+    for (int i = 0; i < n; i++) sum += p[i];
+    for (int i = 0; i < n; i++) p[i] /= (float)sum;
 }
 
-/* att = softmax(q k^T / sqrt(head_dim)) v, causal. Query head h reads KV head h / group. A prompt
- * is bound by arithmetic. A task is one KV head and a block of queries: their query heads are the
- * rows of two matrix products. */
-static void attend_prompt(const Config *c, State *s, int l, int T, int pos) {
-    enum { BLOCK = 32 };
-    int d = c->head_dim, group = c->n_heads / c->n_kv_heads;
-    size_t q_dim = (size_t)c->n_heads * d, width = (size_t)group * d;
-    int n_blocks = (T + BLOCK - 1) / BLOCK;
-#pragma omp parallel
-    {
-        size_t most_rows = (size_t)(T < BLOCK ? T : BLOCK) * group;
-        float *scores = allocate(most_rows * (pos + T), sizeof *scores);
-        float *in = allocate(most_rows * d, sizeof *in); // queries, later the output
-        float *read = s->kv_bits == 16 ? NULL : allocate(2 * (size_t)(pos + T) * d, sizeof *read);
-#pragma omp for schedule(dynamic)
-        for (int task = c->n_kv_heads * n_blocks - 1; task >= 0; task--) { // the long ones first
-            int h = task % c->n_kv_heads, t0 = task / c->n_kv_heads * BLOCK;
-            int n = T - t0 < BLOCK ? T - t0 : BLOCK, n_keys = pos + t0 + n, rows = n * group;
-            size_t at = t0 * q_dim + h * width;
-            for (int t = 0; t < n; t++)
-                for (size_t i = 0; i < width; i++)
-                    in[t * width + i] = s->q[at + t * q_dim + i] / sqrtf(d);
-            const float *keys = cache_floats(c, s, l, h, 0, n_keys, read);
-            const float *values = cache_floats(c, s, l, c->n_kv_heads + h, 0, n_keys,
-                                               read ? read + (size_t)n_keys * d : NULL);
-            matmul(rows, n_keys, d, in, d, (View){keys, F32, d, 1}, scores, n_keys);
-            for (int r = 0; r < rows; r++) {
-                int seen = pos + t0 + r / group + 1;
-                softmax(scores + (size_t)r * n_keys, seen);
-                memset(scores + (size_t)r * n_keys + seen, 0, (n_keys - seen) * sizeof *scores);
-            }
-            matmul(rows, d, n_keys, scores, n_keys, (View){values, F32, 1, d}, in, d);
-            for (int t = 0; t < n; t++)
-                memcpy(s->att + at + t * q_dim, in + t * width, width * sizeof *in);
+/* s->att [T][n_heads][head_dim] = softmax(q K^T / sqrt(head_dim)) V. A token attends to the
+ * positions up to its own. n_heads / n_kv_heads query heads share a KV head. */
+void attention(const Config *c, State *s, int l, int T, int pos) {
+    int d = c->head_dim, n_kv = c->n_kv_heads, group = c->n_heads / n_kv;
+#pragma omp parallel for
+    for (int i = 0; i < T * c->n_heads; i++) {
+        int h = i % c->n_heads / group, n = pos + i / c->n_heads + 1; // KV head, positions
+        const float *q = s->q + (size_t)i * d;
+        float *att = s->att + (size_t)i * d, *p = allocate(n, sizeof *p), row[d];
+        // 1. how well the query matches the key of each position
+        for (int j = 0; j < n; j++) {
+            read_row(cache_row(c, s, l, h, j), d, s->kv_bits, row);
+            for (int k = 0; k < d; k++) p[j] += q[k] * row[k];
+            p[j] /= sqrtf(d);
         }
-        free(scores);
-        free(in);
-        free(read);
-    }
-}
-
-/* What a query head makes of some positions: m = max s, l = sum e^(s - m), o = sum e^(s - m) v. */
-typedef struct {
-    float m, l;
-    float *o; // [head_dim]
-} Part;
-
-enum { PART = 64 }; // positions
-
-/* Parts [group] of keys and values [n][d] of n <= PART positions. */
-static void attend_part(const float *q, int group, int d, const float *keys, const float *values,
-                        int n, Part *parts) {
-    float s[group][PART];
-    for (int i = 0; i < n; i++)
-        for (int g = 0; g < group; g++) s[g][i] = dot(q + g * d, keys + i * d, d) / sqrtf(d);
-    for (int g = 0; g < group; g++) {
-        float m = -INFINITY, l = 0.0f;
-        for (int i = 0; i < n; i++) m = s[g][i] > m ? s[g][i] : m;
-        for (int i = 0; i < n; i++) s[g][i] = exponential(s[g][i] - m);
-        for (int i = 0; i < n; i++) l += s[g][i];
-        weighted_sum(s[g], values, n, d, parts[g].o);
-        parts[g].m = m;
-        parts[g].l = l;
-    }
-}
-
-/* One token is bound by reading the cache, which is streamed once. A task is one KV head and PART
- * positions; what its query heads make of them is joined in the order of the positions, with
- * m = max m_i:   att = sum e^(m_i - m) o_i / sum e^(m_i - m) l_i.   arXiv 2311.01282 */
-static void attend_token(const Config *c, State *s, int l, int pos) {
-    int d = c->head_dim, group = c->n_heads / c->n_kv_heads, n_parts = pos / PART + 1;
-    Part *parts = allocate((size_t)c->n_heads * n_parts, sizeof *parts); // [n_parts][n_heads]
-    float *o = allocate((size_t)c->n_heads * n_parts * d, sizeof *o);
-    for (int i = 0; i < c->n_heads * n_parts; i++) parts[i].o = o + (size_t)i * d;
-#pragma omp parallel
-    {
-        float *read = allocate(2 * PART, d * sizeof *read); // keys, values
-#pragma omp for schedule(dynamic)
-        for (int task = 0; task < n_parts * c->n_kv_heads; task++) {
-            int first = task / c->n_kv_heads * PART, h = task % c->n_kv_heads;
-            int n = pos + 1 - first < PART ? pos + 1 - first : PART;
-            const float *keys = cache_floats(c, s, l, h, first, n, read);
-            const float *values =
-                cache_floats(c, s, l, c->n_kv_heads + h, first, n, read + PART * d);
-            attend_part(s->q + (size_t)h * group * d, group, d, keys, values, n,
-                        parts + (size_t)task * group);
+        // 2. the same as probabilities
+        softmax(p, n);
+        // 3. the mean of the values under these probabilities
+        memset(att, 0, d * sizeof *att);
+        for (int j = 0; j < n; j++) {
+            read_row(cache_row(c, s, l, n_kv + h, j), d, s->kv_bits, row);
+            for (int k = 0; k < d; k++) att[k] += p[j] * row[k];
         }
-        free(read);
-#pragma omp for
-        for (int h = 0; h < c->n_heads; h++) {
-            float m = -INFINITY, sum = 0.0f, *att = s->att + (size_t)h * d;
-            for (int i = 0; i < n_parts; i++) m = fmaxf(m, parts[i * c->n_heads + h].m);
-            memset(att, 0, d * sizeof *att);
-            for (int i = 0; i < n_parts; i++) {
-                const Part *part = &parts[i * c->n_heads + h];
-                float factor = expf(part->m - m);
-                sum += factor * part->l;
-                for (int k = 0; k < d; k++) att[k] += factor * part->o[k];
-            }
-            for (int k = 0; k < d; k++) att[k] /= sum;
-        }
+        free(p);
     }
-    free(parts);
-    free(o);
 }
 
 void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
@@ -292,62 +260,55 @@ void attention_block(const Config *c, const Layer *layer, State *s, int l, int T
     rope(s, s->q, T, c->n_heads, c->head_dim, pos);
     rope(s, s->keys, T, c->n_kv_heads, c->head_dim, pos);
     write_cache(c, s, l, T, pos);
-    if (T == 1) attend_token(c, s, l, pos);
+    if (textbook) attention(c, s, l, T, pos);
+    else if (T == 1) attend_token(c, s, l, pos);
     else attend_prompt(c, s, l, T, pos);
 }
 
-/* gate <- silu(gate) * up,   silu(z) = z / (1 + exp(-z)).   SwiGLU, arXiv 2002.05202 */
-static void swiglu(float *gate, const float *up, size_t n) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
-}
+/* ---- tokens from logits, and perplexity ---- */
 
-void ffn_block(const Config *c, const Layer *layer, State *s, int T) {
-    linears(&layer->gate, 2, s->xb, T, (float *[]){s->gate, s->up});
-    swiglu(s->gate, s->up, (size_t)T * c->hidden_dim);
-}
-
-void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x) {
-    linear(w, in, T, buffer);
-    for (size_t i = 0; i < (size_t)T * w->N; i++) x[i] += buffer[i];
-}
-
-/* y_i = x_i / sqrt(mean(x^2) + eps) * weight_i.   RMSNorm, arXiv 1910.07467 */
-void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, float *y) {
-#pragma omp parallel for if (T > 1)
-    for (int t = 0; t < T; t++) {
-        const float *in = x + (size_t)t * dim;
-        float *out = y + (size_t)t * dim;
-        float scale = 1.0f / sqrtf(dot(in, in, dim) / dim + eps);
-        for (int i = 0; i < dim; i++) out[i] = in[i] * scale * weight[i];
+int argmax(const float *logits, int n) {
+    int best = 0;
+    for (int i = 0; i < n; i++) {
+        if (!isfinite(logits[i])) return -1;
+        if (logits[i] > logits[best]) best = i;
     }
+    return best;
 }
 
-/* RoPE turns the pair (x_i, x_(i + d/2)) of each head by pos * f_i, f_i = theta^(-2i/d)
- * (arXiv 2104.09864, in Hugging Face's order). LLaMA 3.1 stretches slow turns, those with a
- * wavelength 2 pi / f above original_context / low_freq_factor, by `factor`, leaves those below
- * original_context / high_freq_factor alone, and mixes in between. */
-void rope_angles(const Config *c, int pos, float *cos_sin) {
-    for (int i = 0; i < c->head_dim / 2; i++) {
-        double f = pow(c->rope_theta, -2.0 * i / c->head_dim);
-        if (c->rope_factor) {
-            double turns = c->rope_original_context * f / (2 * M_PI); // in the original context
-            double mix = (turns - c->rope_low_freq_factor) /
-                         (c->rope_high_freq_factor - c->rope_low_freq_factor);
-            mix = mix < 0 ? 0 : mix > 1 ? 1 : mix;
-            f *= mix + (1 - mix) / c->rope_factor;
-        }
-        cos_sin[2 * i] = cos(pos * f);
-        cos_sin[2 * i + 1] = sin(pos * f);
+Score score(const float *logits, int n, int token) {
+    float max = logits[0];
+    for (int i = 1; i < n; i++) max = logits[i] > max ? logits[i] : max;
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += expf(logits[i] - max);
+    return (Score){log(sum) + max - logits[token], logits[token] == max};
+}
+
+Perplexity perplexity(Engine *e, const int *tokens, int n, int length, int max_windows,
+                      void (*progress)(int done, int total)) {
+    int total = n / length;
+    if (max_windows > 0 && total > max_windows) total = max_windows;
+    e->start(e, 1, length);
+    Score *scores = allocate(length, sizeof *scores);
+    double sum = 0, squares = 0;
+    // 1. the mean loss of each window
+    for (int w = 0; w < total; w++) {
+        double loss = 0;
+        const int *window = tokens + (size_t)w * length;
+        e->score(e, 0, window, window + 1, length - 1, 0, scores);
+        for (int t = 0; t < length - 1; t++) loss += scores[t].nll;
+        loss /= length - 1;
+        sum += loss;
+        squares += loss * loss;
+        if (progress) progress(w + 1, total);
     }
+    free(scores);
+    // 2. their mean and its standard error, which exp() turns into those of the perplexity
+    double mean = sum / total, variance = (squares / total - mean * mean) * total / (total - 1);
+    return (Perplexity){exp(mean), exp(mean) * sqrt(variance / total), total};
 }
 
-const float *logits(const Model *m, State *s, int first, int n) {
-    linear(&m->lm_head, s->x + (size_t)first * m->config.dim, n, s->logits);
-    return s->logits;
-}
-
-/* ---- shapes and sizes ---- */
+/* ---- shapes, sizes and buffers ---- */
 
 const char *const linear_names[N_LINEARS] = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -391,15 +352,13 @@ size_t model_bytes(const Model *m) {
     return bytes;
 }
 
-/* ---- buffers ---- */
-
 State *state_new(const Config *c, int context, int max_T, int kv_bits) {
     State *s = allocate(1, sizeof *s);
     size_t T = max_T, q_dim = (size_t)c->n_heads * c->head_dim;
     size_t kv_dim = (size_t)c->n_kv_heads * c->head_dim;
-    s->context = context;
-    s->max_T = max_T;
-    s->kv_bits = kv_bits;
+    size_t rows = (size_t)c->n_layers * 2 * c->n_kv_heads * context;
+    *s = (State){.context = context, .max_T = max_T, .kv_bits = kv_bits};
+    // 1. the tokens at work
     s->x = allocate(T * c->dim, sizeof(float));
     s->xb = allocate(T * c->dim, sizeof(float));
     s->q = allocate(T * q_dim, sizeof(float));
@@ -408,10 +367,10 @@ State *state_new(const Config *c, int context, int max_T, int kv_bits) {
     s->att = allocate(T * q_dim, sizeof(float));
     s->gate = allocate(T * c->hidden_dim, sizeof(float));
     s->up = allocate(T * c->hidden_dim, sizeof(float));
-    s->cache =
-        allocate((size_t)c->n_layers * 2 * c->n_kv_heads * context, kv_row_bytes(c, kv_bits));
-    s->rope = allocate((size_t)context * c->head_dim, sizeof(float));
     s->logits = allocate((size_t)LOGIT_ROWS * c->vocab_size, sizeof(float));
+    // 2. the whole context
+    s->cache = allocate(rows, kv_row_bytes(c, kv_bits));
+    s->rope = allocate((size_t)context * c->head_dim, sizeof(float));
 #pragma omp parallel for
     for (int pos = 0; pos < context; pos++)
         rope_angles(c, pos, s->rope + (size_t)pos * c->head_dim);
@@ -427,54 +386,144 @@ void state_free(State *s) {
     free(s);
 }
 
-/* ---- tokens from logits, and perplexity ---- */
+/* ---- the engine on the CPU ---- */
 
-int argmax(const float *logits, int n) {
-    int best = 0;
-    for (int i = 0; i < n; i++) {
-        if (!isfinite(logits[i])) return -1;
-        if (logits[i] > logits[best]) best = i;
-    }
-    return best;
+enum { PROMPT_CHUNK = 512 }; // tokens per forward(), at most
+
+typedef struct {
+    Engine engine;
+    State *state;        // NULL before start()
+    const float *logits; // [vocab_size] after the last token fed
+    int pos, chosen;     // the position that follows it
+} CpuEngine;
+
+static bool engine_fits(Engine *engine, int n_sequences, int context) {
+    engine->state_bytes = engine->position_bytes * context;
+    return n_sequences == 1;
 }
 
-Score score(const float *logits, int n, int token) {
-    float max = logits[0];
-    for (int i = 1; i < n; i++) max = logits[i] > max ? logits[i] : max;
-    double sum = 0;
-    for (int i = 0; i < n; i++) sum += expf(logits[i] - max);
-    return (Score){log(sum) + max - logits[token], logits[token] == max};
+static void engine_start(Engine *engine, int n_sequences, int context) {
+    CpuEngine *e = (CpuEngine *)engine;
+    state_free(e->state);
+    e->state =
+        state_new(&engine->model->config, context, smaller(context, PROMPT_CHUNK), engine->kv_bits);
+    engine->n_sequences = n_sequences;
+    engine->context = context;
+    engine->state_bytes = engine->position_bytes * context;
 }
 
-Perplexity perplexity(Engine *e, const int *tokens, int n, int length, int max_windows,
-                      void (*progress)(int done, int total)) {
-    int total = n / length;
-    if (max_windows > 0 && total > max_windows) total = max_windows;
-    e->start(e, 1, length);
-    Score *scores = allocate(length, sizeof *scores);
-    double sum = 0, squares = 0;
-    for (int w = 0; w < total; w++) {
-        double loss = 0;
-        const int *window = tokens + (size_t)w * length;
-        e->score(e, 0, window, window + 1, length - 1, 0, scores);
-        for (int t = 0; t < length - 1; t++) loss += scores[t].nll;
-        loss /= length - 1;
-        sum += loss;
-        squares += loss * loss;
-        if (progress) progress(w + 1, total);
+static void engine_feed(Engine *engine, int sequence, const int *tokens, int n, int pos) {
+    CpuEngine *e = (CpuEngine *)engine;
+    (void)sequence; // there is one
+    int T = 0;
+    for (int i = 0; i < n; i += T) {
+        T = smaller(n - i, e->state->max_T);
+        forward(engine->model, e->state, tokens + i, T, pos + i);
     }
-    free(scores);
-    double mean = sum / total, variance = (squares / total - mean * mean) * total / (total - 1);
-    return (Perplexity){exp(mean), exp(mean) * sqrt(variance / total), total};
+    e->logits = logits(engine->model, e->state, T - 1, 1);
+    e->pos = pos + n;
+}
+
+static const int *engine_chosen(Engine *engine) {
+    CpuEngine *e = (CpuEngine *)engine;
+    e->chosen = argmax(e->logits, engine->model->config.vocab_size);
+    return &e->chosen;
+}
+
+static const float *engine_logits(Engine *engine) {
+    return ((CpuEngine *)engine)->logits;
+}
+
+static void engine_step(Engine *engine, const int *tokens, const int *positions) {
+    int token = tokens ? *tokens : *engine_chosen(engine);
+    engine_feed(engine, 0, &token, 1, positions ? *positions : ((CpuEngine *)engine)->pos);
+}
+
+static void engine_score(Engine *engine, int sequence, const int *tokens, const int *targets, int n,
+                         int pos, Score *scores) {
+    const Model *m = engine->model;
+    State *s = ((CpuEngine *)engine)->state;
+    size_t vocab = m->config.vocab_size;
+    (void)sequence;
+    for (int i = 0, T; i < n; i += T) {
+        T = smaller(n - i, s->max_T);
+        forward(m, s, tokens + i, T, pos + i);
+        for (int t = 0, rows; t < T; t += rows) {
+            rows = smaller(T - t, LOGIT_ROWS);
+            const float *l = logits(m, s, t, rows);
+#pragma omp parallel for
+            for (int r = 0; r < rows; r++)
+                scores[i + t + r] = score(l + r * vocab, vocab, targets[i + t + r]);
+        }
+    }
+}
+
+/* Bytes per second that all threads together read: the best of eight passes over 512 MB, more than
+ * a cache holds. */
+static double memory_bandwidth(void) {
+    const size_t n = (size_t)64 << 20;
+    uint64_t *buffer = allocate(n, sizeof *buffer), total = 0;
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i++) buffer[i] = i; // every page now exists, near its reader
+    double best = INFINITY;
+    for (int pass = 0; pass < 8; pass++) {
+        double start = seconds();
+#pragma omp parallel for schedule(static) reduction(+ : total)
+        for (size_t i = 0; i < n; i++) total += buffer[i];
+        best = fmin(best, seconds() - start);
+    }
+    if (total != 8 * (n / 2 * (n - 1))) die("the memory does not hold what was written to it");
+    free(buffer);
+    return n * sizeof *buffer / best;
+}
+
+static void engine_free(Engine *engine) {
+    state_free(((CpuEngine *)engine)->state);
+    free(engine);
+}
+
+Engine *engine_new(const Model *m, bool on_gpu, int kv_bits) {
+    if (kv_bits != 16 && kv_bits != 8) die("-k %d: the KV cache has 16 or 8 bits", kv_bits);
+    if (on_gpu) return gpu_engine(m, kv_bits);
+    const Config *c = &m->config;
+    CpuEngine *e = allocate(1, sizeof *e);
+    size_t rows = (size_t)2 * c->n_layers * c->n_kv_heads; // per position
+    e->engine = (Engine){.model = m,
+                         .kv_bits = kv_bits,
+                         .position_bytes = rows * kv_row_bytes(c, kv_bits),
+                         .weight_bytes = model_bytes(m),
+                         .step_bytes = model_bytes(m),
+                         .start = engine_start,
+                         .fits = engine_fits,
+                         .feed = engine_feed,
+                         .step = engine_step,
+                         .chosen = engine_chosen,
+                         .logits = engine_logits,
+                         .score = engine_score,
+                         .bandwidth = memory_bandwidth,
+                         .free = engine_free};
+    return &e->engine;
+}
+
+bool choose_gpu(Device device, const Config *c, bool w4a8, char *where, size_t size) {
+    char what[300] = "";
+    bool gpu = device != CPU && gpu_can_run && gpu_can_run(c, w4a8, what, sizeof what);
+    if (device == CUDA && !gpu_can_run)
+        die_usage("-d cuda: this program was built without CUDA, only -d cpu works");
+    if (device == CUDA && !gpu) die("-d cuda: %s", what);
+    snprintf(where, size, gpu ? "%s%s" : *what ? "%s: %s" : "%s", gpu ? "" : "the CPU", what);
+    return gpu;
 }
 
 /* ============================================================================================
- * 2  The W4A8 numbers
+ * 2  The numbers of W4A8
  *
  *   activations, per token:   s_a = max|x| / 127,   a = clamp(rint(x / s_a), -128, 127)
- *   weights, per channel:     w = q s_channel,                q in -7..7
- *   weights, per group:       w = (q s_group) s_channel,      q in -8..7, s_group in 1..15
- *   lm_head, in 8 bits:       w = q s_channel,                q in -127..127, as activations
+ *   weights, per channel:     w = w8 s_channel,     w8 = q,           q in -7..7
+ *   weights, per group:       w = w8 s_channel,     w8 = q s_group,   q in -8..7, s_group in 1..15
+ *   lm_head in 8 bits:        w = w8 s_channel,     w8 = q,           q in -127..127
+ *
+ *   y = x W^T:   acc[t][n] = sum_k a[t][k] w8[n][k],   y[t][n] = (acc s_a[t]) s_channel[n]
  *
  * QQQ, arXiv 2406.09904, section 3.3; integer group scales: QoQ, arXiv 2405.04532.
  * ============================================================================================ */
@@ -503,13 +552,78 @@ void unpack_row(const uint8_t *qweight, int K, int8_t *q) {
     }
 }
 
-void dequantize_row(const Linear *l, int n, float *w) {
-    size_t K = l->K;
-    for (size_t k = 0; k < K; k++) {
-        int u = l->qweight[n * (K / 2) + k / 2] >> (k % 2 * 4) & 0x0f;
-        int s_group = l->s_group ? l->s_group[n * (K / GROUP) + k / GROUP] : 1;
-        w[k] = (float)((u - 8) * s_group) * l->s_channel[n];
+/* Row n of a quantized linear: its codes [K/2], and its group scales [K/128] or NULL. */
+static uint8_t *codes_of(const Linear *l, size_t n) {
+    return l->qweight + n * l->K / 2;
+}
+
+static uint8_t *groups_of(const Linear *l, size_t n) {
+    return l->s_group ? l->s_group + n * (l->K / GROUP) : NULL;
+}
+
+static float lowest_code(const Linear *l) {
+    return l->s_group ? -8.0f : -7.0f;
+}
+
+static int smaller(int a, int b) {
+    return a < b ? a : b;
+}
+
+/* w8 [K] of row n. */
+static void integer_row(const Linear *l, int n, int8_t *w8) {
+    const uint8_t *s_group = groups_of(l, n);
+    if (l->dtype == I8) {
+        memcpy(w8, (const int8_t *)l->w + (size_t)n * l->K, l->K);
+        return;
     }
+    unpack_row(codes_of(l, n), l->K, w8);
+    for (int k = 0; s_group && k < l->K; k++) w8[k] *= s_group[k / GROUP];
+}
+
+void dequantize_row(const Linear *l, int n, float *w) {
+    int8_t w8[l->K];
+    integer_row(l, n, w8);
+    for (int k = 0; k < l->K; k++) w[k] = w8[k] * l->s_channel[n];
+}
+
+/* ---- the linear layer, y [T][N] = x [T][K] W^T, as the equations have it ---- */
+
+static void integer_linear(const Linear *w, const float *x, int T, float *y) {
+    int8_t a[w->K], w8[w->K];
+    for (int t = 0; t < T; t++, x += w->K, y += w->N) {
+        float s_a = quantize_row(x, w->K, a);
+        for (int n = 0; n < w->N; n++) {
+            int32_t acc = 0;
+            integer_row(w, n, w8);
+            for (int k = 0; k < w->K; k++) acc += a[k] * w8[k];
+            y[n] = ((float)acc * s_a) * w->s_channel[n];
+        }
+    }
+}
+
+static void float_linear(const Linear *w, const float *x, int T, float *y) {
+    float row[w->K];
+    for (int t = 0; t < T; t++, x += w->K, y += w->N)
+        for (int n = 0; n < w->N; n++) {
+            floats(w->w, w->dtype, (size_t)n * w->K, w->K, row);
+            y[n] = 0;
+            for (int k = 0; k < w->K; k++) y[n] += x[k] * row[k];
+        }
+}
+
+/* With `textbook` these two run; otherwise section 4, which does the same faster. */
+void linears(const Linear *w, int n, const float *x, int T, float *const *y) {
+    if (!textbook) {
+        fast_linears(w, n, x, T, y);
+        return;
+    }
+    for (int i = 0; i < n; i++)
+        if (w[i].s_channel) integer_linear(&w[i], x, T, y[i]);
+        else float_linear(&w[i], x, T, y[i]);
+}
+
+void linear(const Linear *w, const float *x, int T, float *y) {
+    linears(w, 1, x, T, &y);
 }
 
 Linear quantized_new(int N, int K, int group_size) {
@@ -538,176 +652,6 @@ Linear quantize_bytes(const Linear *w) {
         l.s_channel[n] = quantize_row(row, K, q + n * K);
     }
     return l;
-}
-
-/* Where row n of the codes and group scales stands. */
-static uint8_t *codes_of(const Linear *l, size_t n) {
-    return l->qweight + n * l->K / 2;
-}
-
-static uint8_t *groups_of(const Linear *l, size_t n) {
-    return l->s_group ? l->s_group + n * (l->K / GROUP) : NULL;
-}
-
-static int smaller(int a, int b) {
-    return a < b ? a : b;
-}
-
-static float lowest_code(const Linear *l) {
-    return l->s_group ? -8.0f : -7.0f;
-}
-
-/* ---- y = x W^T in W4A8
- *
- *   acc[m][n] = sum_k a[m][k] w8[n][k],   w8 = q s_group = (u - 8) s_group
- *             = sum_g s_group[g] (sum_(k in g) a_k u_k  -  8 sum_(k in g) a_k)
- *   y[m][n] = (acc s_a[m]) s_channel[n]
- *
- * The codes u are unsigned and the activations signed: what vpdpbusd and vpmaddubsw multiply. The
- * low nibbles of a row of qweight are its even columns, the high ones its odd columns, so of each
- * group the activations are kept in that order too: 64 even ones, then 64 odd ones. ---- */
-
-/* Plain C, the one to read. */
-static void dot_u4_c(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
-                     int32_t *acc) {
-    for (int k = 0; k < K; k += GROUP) {
-        int n = smaller(GROUP, K - k), s = s_group ? s_group[k / GROUP] : 1;
-        for (int t = 0; t < T; t++) {
-            const int8_t *even = a + (size_t)k * T + t * n, *odd = even + n / 2;
-            for (int j = 0; j < n / 2; j++) {
-                uint8_t codes = w[k / 2 + j];
-                acc[t] += s * ((codes & 0x0f) * even[j] + (codes >> 4) * odd[j]);
-            }
-        }
-    }
-}
-
-/* For lm_head in 8 bits. With a of 16 bits compilers find vpmaddwd: 4 times as fast as with 8. */
-static int32_t dot_bytes(const int8_t *q, const int16_t *a, int K) {
-    int32_t sum = 0;
-    for (int k = 0; k < K; k++) sum += (int16_t)q[k] * a[k];
-    return sum;
-}
-
-enum { TILE_T = 8 }; // tokens that share one unpacking of the weights
-typedef int32_t Tile
-    __attribute__((vector_size(TILE_T * sizeof(int32_t)), aligned(4), may_alias)); // one of each
-
-/* Activations as the dot product wants them, in tiles of TILE_T tokens; the last is filled up with
- * zeros. One token is a tile of its own. */
-typedef struct {
-    int8_t *a;     // [tiles][K/128][tile][2][64] even columns, odd columns; or
-    int16_t *wide; // [T][K] for weights in 8 bits
-    int32_t *sums; // [tiles][groups][TILE_T] sums over each group; one group per channel
-    int tile, groups;
-} Activations;
-
-static Activations split_activations(const Linear *w, int T) {
-    int tiles = (T + TILE_T - 1) / TILE_T, groups = w->s_group ? w->K / GROUP : 1;
-    Activations x = {.tile = T == 1 ? 1 : TILE_T, .groups = groups};
-    if (w->qweight) {
-        x.a = allocate((size_t)tiles * x.tile, w->K);
-        x.sums = allocate((size_t)tiles * groups * TILE_T, sizeof(int32_t));
-    } else x.wide = allocate(T, w->K * sizeof(int16_t));
-    return x;
-}
-
-static void free_activations(Activations *x) {
-    free(x->a);
-    free(x->wide);
-    free(x->sums);
-}
-
-static void split_row(const Linear *w, const int8_t *a, int t, Activations *to) {
-    int K = w->K;
-    for (int k = 0; !w->qweight && k < K; k++) to->wide[(size_t)t * K + k] = (int16_t)a[k];
-    if (!w->qweight) return;
-    int i = t % to->tile, first = t - i; // number i of the tile from token `first` on
-    for (int k = 0; k < K; k += GROUP) {
-        int n = smaller(GROUP, K - k);
-        int8_t *even = to->a + (size_t)first * K + k * to->tile + i * n, *odd = even + n / 2;
-        for (int j = 0; j < n / 2; j++) {
-            even[j] = a[k + 2 * j];
-            odd[j] = a[k + 2 * j + 1];
-        }
-    }
-    int32_t *sums = to->sums + (size_t)first * to->groups + i;
-    for (int g = 0, n = K / to->groups; g < to->groups; g++)
-        for (int k = g * n; k < (g + 1) * n; k++) sums[g * TILE_T] += a[k];
-}
-
-/* acc [TILE_T] of output channel n for the tile from token t on, which has T of them. */
-static void accumulate(const Linear *w, DotU4 *dot_u4, const Activations *x, int n, int t, int T,
-                       int32_t *acc) {
-    size_t K = w->K;
-    if (!w->qweight) {
-        for (int i = 0; i < T; i++)
-            acc[i] = dot_bytes((const int8_t *)w->w + n * K, x->wide + (t + i) * K, K);
-        return;
-    }
-    const uint8_t *s_group = groups_of(w, n);
-    const Tile *sums = (const Tile *)(x->sums + (size_t)t * x->groups);
-    Tile offset = {0};
-    for (int g = 0; g < x->groups; g++) offset += (s_group ? s_group[g] : 1) * sums[g];
-    *(Tile *)acc = -8 * offset;
-    dot_u4(codes_of(w, n), s_group, x->a + t * K, K, x->tile, acc);
-}
-
-/* Of the linears w [n]: y[i] [T][N_i], or the sums themselves in acc [T][N] if y is NULL. */
-static void integer_products(const Linear *w, int n_linears, DotU4 *dot_u4, const Activations *x,
-                             const float *s_a, int T, float *const *y, int32_t *acc) {
-    enum { N_BLOCK = 32 }; // rows that pass by a tile while it stays in the nearest cache
-#pragma omp parallel
-    for (int i = 0; i < n_linears; i++) {
-        const Linear *l = &w[i];
-// guided: first long stretches of rows, in which prefetch() runs ahead
-#pragma omp for schedule(guided) nowait
-        for (int n0 = 0; n0 < l->N; n0 += N_BLOCK)
-            for (int t = 0; t < T; t += TILE_T) {
-                int32_t sums[N_BLOCK][TILE_T];
-                int N = smaller(N_BLOCK, l->N - n0), n_tokens = smaller(TILE_T, T - t);
-                for (int n = 0; n < N; n++) accumulate(l, dot_u4, x, n0 + n, t, n_tokens, sums[n]);
-                for (int k = 0; k < n_tokens; k++) {
-                    size_t at = (size_t)(t + k) * l->N + n0;
-                    for (int n = 0; n < N && y; n++)
-                        y[i][at + n] = ((float)sums[n][k] * s_a[t + k]) * l->s_channel[n0 + n];
-                    for (int n = 0; n < N && acc; n++) acc[at + n] = sums[n][k];
-                }
-            }
-    }
-}
-
-static void integer_linears(const Linear *w, int n, const float *x, int T, float *const *y) {
-    int K = w->K;
-    const char *name;
-    Activations split = split_activations(w, T);
-    float *s_a = allocate(T, sizeof *s_a);
-    int8_t *a = allocate(T, K);
-#pragma omp parallel for if (T > 1)
-    for (int t = 0; t < T; t++) {
-        s_a[t] = quantize_row(x + (size_t)t * K, K, a + (size_t)t * K);
-        split_row(w, a + (size_t)t * K, t, &split);
-    }
-    integer_products(w, n, dot_u4_best(&name), &split, s_a, T, y, NULL);
-    free(a);
-    free(s_a);
-    free_activations(&split);
-}
-
-void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc) {
-    Activations split = split_activations(w, T);
-    for (int t = 0; t < T; t++) split_row(w, a + (size_t)t * w->K, t, &split);
-    integer_products(w, 1, dot_u4, &split, NULL, T, NULL, acc);
-    free_activations(&split);
-}
-
-void linears(const Linear *w, int n, const float *x, int T, float *const *y) {
-    if (w->dtype == U8 || w->dtype == I8) integer_linears(w, n, x, T, y);
-    else float_linears(w, n, x, T, y);
-}
-
-void linear(const Linear *w, const float *x, int T, float *y) {
-    linears(w, 1, x, T, &y);
 }
 
 /* ============================================================================================
@@ -1503,10 +1447,11 @@ double relative_error(const float *w, const Linear *quantized, const double *H) 
 }
 
 /* ============================================================================================
- * 4  Arithmetic beneath
+ * 4  The same, faster
+ *
+ * attend_prompt() and attend_token() compute attention(), fast_linears() integer_linear() and
+ * float_linear(). Tests hold each to the other. The rest is what the method needs beneath.
  * ============================================================================================ */
-
-/* ---- sums of products ---- */
 
 static float bits_to_float(uint32_t bits) {
     float x;
@@ -1520,6 +1465,8 @@ static uint32_t float_to_bits(float x) {
     return bits;
 }
 
+/* ---- vectors ---- */
+
 #ifdef __AVX512F__
 enum { LANES = 16 };
 #else
@@ -1527,7 +1474,7 @@ enum { LANES = 8 };
 #endif
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 
-/* sum_i x_i y_i, in a fixed order. */
+/* sum_i x_i y_i, in a fixed order: four vectors of partial sums, then these lane by lane. */
 static float dot(const float *x, const float *y, int n) {
     Vector sum[4] = {0};
     int i = 0;
@@ -1542,6 +1489,17 @@ static float dot(const float *x, const float *y, int n) {
     for (int half = LANES / 2; half > 0; half /= 2)
         for (int v = 0; v < half; v++) lane[v] += lane[v + half];
     return rest + lane[0];
+}
+
+static double dot_double(const double *x, const double *y, int n) {
+    enum { L = LANES / 2 };
+    double sum[L] = {0}, total = 0;
+    int i = 0;
+    for (; i + L <= n; i += L)
+        for (int v = 0; v < L; v++) sum[v] += x[i + v] * y[i + v];
+    for (; i < n; i++) total += x[i] * y[i];
+    for (int v = 0; v < L; v++) total += sum[v];
+    return total;
 }
 
 /* o [d] = sum_i p_i v_i over v [n][d]. */
@@ -1560,26 +1518,10 @@ static void weighted_sum(const float *p, const float *v, int n, int d, float *o)
     }
 }
 
-/* Asks the memory for the n bytes that come 4 KB after p: without, it pauses at each page's end. */
-static inline void prefetch(const void *p, size_t n) {
-    for (size_t i = 0; i < n; i += 64) __builtin_prefetch((const char *)p + 4096 + i);
-}
-
-static double dot_double(const double *x, const double *y, int n) {
-    enum { L = LANES / 2 };
-    double sum[L] = {0}, total = 0;
-    int i = 0;
-    for (; i + L <= n; i += L)
-        for (int v = 0; v < L; v++) sum[v] += x[i + v] * y[i + v];
-    for (; i < n; i++) total += x[i] * y[i];
-    for (int v = 0; v < L; v++) total += sum[v];
-    return total;
-}
-
 /* e^x to 2 units in the last place, in steps that the compiler vectorizes, as expf() is not:
- * 2^n e^r, n = rint(x / ln 2), r = x - n ln 2 in two steps; the series of e^r. */
+ * e^x = 2^n e^r with n = rint(x / ln 2), r = x - n ln 2 (in two steps), and the series of e^r. */
 static inline float exponential(float x) {
-    x = clamp(x, -87.0f, 89.0f);                            // from 88.4 on infinity
+    x = x < -87.0f ? -87.0f : x > 89.0f ? 89.0f : x;        // from 88.4 on infinity
     float magic = 0x1.8p23f, n = x * 0x1.715476p0f + magic; // n in the lowest bits
     float scale = bits_to_float((float_to_bits(n) + 127) << 23);
     n -= magic;
@@ -1590,10 +1532,16 @@ static inline float exponential(float x) {
     return y * scale;
 }
 
+/* Asks the memory for the n bytes that come 4 KB after p. The processor's own prefetching pauses
+ * at the end of each page. */
+static inline void prefetch(const void *p, size_t n) {
+    for (size_t i = 0; i < n; i += 64) __builtin_prefetch((const char *)p + 4096 + i);
+}
+
 /* ---- y = x W^T in float32
  *
- * A tile of y is TILE_ROWS x TILE_COLUMNS accumulators in registers; its part of W goes through the
- * cache as a panel of TILE_DEPTH x TILE_COLUMNS floats. ---- */
+ * Registers hold a tile of y, TILE_ROWS x TILE_COLUMNS sums. The part of W that a tile needs is
+ * copied to a panel of TILE_DEPTH x TILE_COLUMNS floats, which stays in the cache for all tiles. */
 
 enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LANES, TILE_DEPTH = 256 };
 
@@ -1636,11 +1584,11 @@ static void matmul_panel(int M, int K, const float *x, size_t ldx, View w, int n
                          float *y, size_t ldy) {
     float panel[TILE_DEPTH * TILE_COLUMNS] __attribute__((aligned(64)));
     for (int k0 = 0; k0 < K; k0 += TILE_DEPTH) {
-        int depth = K - k0 < TILE_DEPTH ? K - k0 : TILE_DEPTH;
+        int depth = smaller(TILE_DEPTH, K - k0);
         fill_panel(w, n0, n_columns, k0, depth, panel);
         for (int m = 0; m < M; m += TILE_ROWS) {
             Vector tile[TILE_ROWS][2];
-            int rows = M - m < TILE_ROWS ? M - m : TILE_ROWS;
+            int rows = smaller(TILE_ROWS, M - m);
             matmul_tile(x + m * ldx + k0, ldx, rows, panel, depth, tile);
             for (int i = 0; i < rows; i++) {
                 const float *t = (const float *)tile[i];
@@ -1654,7 +1602,7 @@ static void matmul_panel(int M, int K, const float *x, size_t ldx, View w, int n
 /* y [M][N] = x [M][K] W^T, by one thread. */
 static void matmul(int M, int N, int K, const float *x, size_t ldx, View w, float *y, size_t ldy) {
     for (int n = 0; n < N; n += TILE_COLUMNS)
-        matmul_panel(M, K, x, ldx, w, n, N - n < TILE_COLUMNS ? N - n : TILE_COLUMNS, y + n, ldy);
+        matmul_panel(M, K, x, ldx, w, n, smaller(TILE_COLUMNS, N - n), y + n, ldy);
 }
 
 /* M += a^T b, the float products of one call summed up in double. */
@@ -1668,7 +1616,7 @@ void add_moments(double *M, const float *a, int N, const float *b, int K, int T)
         float *product = allocate((size_t)N * TILE_COLUMNS, sizeof *product);
 #pragma omp for schedule(dynamic)
         for (int k0 = 0; k0 < K; k0 += TILE_COLUMNS) {
-            int columns = K - k0 < TILE_COLUMNS ? K - k0 : TILE_COLUMNS;
+            int columns = smaller(TILE_COLUMNS, K - k0);
             matmul_panel(N, T, a_t, T, (View){b, F32, 1, K}, k0, columns, product, TILE_COLUMNS);
             for (size_t n = 0; n < (size_t)N; n++)
                 for (int k = 0; k < columns; k++)
@@ -1679,50 +1627,270 @@ void add_moments(double *M, const float *a, int N, const float *b, int K, int T)
     free(a_t);
 }
 
+/* Row n of w times the one token x [K]; reading w is what this costs. */
+static float float_row(const Linear *w, size_t n, const float *x) {
+    float sum = 0.0f, line[TILE_DEPTH];
+    size_t K = w->K, element = dtype_size(w->dtype);
+    for (size_t k = 0; k < K; k += TILE_DEPTH) {
+        int depth = smaller(TILE_DEPTH, K - k);
+        prefetch((const char *)w->w + (n * K + k) * element, depth * element);
+        floats(w->w, w->dtype, n * K + k, depth, line);
+        sum += dot(x + k, line, depth);
+    }
+    return sum;
+}
+
 static void float_linears(const Linear *w, int n_linears, const float *x, int T, float *const *y) {
-    size_t K = w->K;
 #pragma omp parallel
     for (int i = 0; i < n_linears; i++) {
-        const Linear *l = &w[i];
-        size_t N = l->N;
-        if (T == 1) { // bound by reading W: row by row
+        int N = w[i].N, K = w[i].K;
+        View view = {w[i].w, w[i].dtype, K, 1};
+        if (T == 1) {
 #pragma omp for nowait
-            for (size_t n = 0; n < N; n++) {
-                float sum = 0.0f, line[TILE_DEPTH];
-                for (size_t k = 0; k < K; k += TILE_DEPTH) {
-                    int depth = K - k < TILE_DEPTH ? K - k : TILE_DEPTH;
-                    size_t element = dtype_size(l->dtype);
-                    prefetch((const char *)l->w + (n * K + k) * element, depth * element);
-                    floats(l->w, l->dtype, n * K + k, depth, line);
-                    sum += dot(x + k, line, depth);
-                }
-                y[i][n] = sum;
-            }
-            continue;
-        }
+            for (int n = 0; n < N; n++) y[i][n] = float_row(&w[i], n, x);
+        } else {
 #pragma omp for schedule(dynamic) nowait
-        for (size_t n = 0; n < N; n += TILE_COLUMNS)
-            matmul_panel(T, K, x, K, (View){l->w, l->dtype, K, 1}, n,
-                         N - n < TILE_COLUMNS ? N - n : TILE_COLUMNS, y[i] + n, N);
+            for (int n = 0; n < N; n += TILE_COLUMNS)
+                matmul_panel(T, K, x, K, view, n, smaller(TILE_COLUMNS, N - n), y[i] + n, N);
+        }
     }
 }
 
-/* ---- the versions of dot_u4_c() for processors that can do more ---- */
+/* ---- attention of a prompt
+ *
+ * A prompt is bound by arithmetic, which two matrix products do fastest. A task is one KV head and
+ * BLOCK tokens: the queries of all heads that share this KV head are the rows of the products. ----
+ */
+
+enum { BLOCK = 32 };
+
+/* Positions first .. first + n - 1 of a head as floats [n][head_dim]: in the cache itself, or read
+ * into `buffer`. */
+static const float *cache_floats(const Config *c, const State *s, int l, int head, int first, int n,
+                                 float *buffer) {
+    int d = c->head_dim;
+    if (s->kv_bits == 16) return (const float *)(const void *)cache_row(c, s, l, head, first);
+    for (int i = 0; i < n; i++)
+        read_row(cache_row(c, s, l, head, first + i), d, s->kv_bits, buffer + (size_t)i * d);
+    return buffer;
+}
+
+/* attention() of KV head h and tokens t0 .. t0 + n - 1. Buffers: rows [n * group][head_dim], scores
+ * [n * group][n_keys], keys and values [n_keys][head_dim]. */
+static void attend_block(const Config *c, State *s, int l, int pos, int h, int t0, int n,
+                         float *rows, float *scores, float *keys, float *values) {
+    int d = c->head_dim, group = c->n_heads / c->n_kv_heads, n_keys = pos + t0 + n;
+    size_t q_dim = (size_t)c->n_heads * d, width = (size_t)group * d;
+    size_t first = t0 * q_dim + h * width;
+    // 1. the queries, divided by sqrt(head_dim)
+    for (int t = 0; t < n; t++)
+        for (size_t i = 0; i < width; i++)
+            rows[t * width + i] = s->q[first + t * q_dim + i] / sqrtf(d);
+    // 2. scores of all keys, also of those that come after a token
+    View k = {cache_floats(c, s, l, h, 0, n_keys, keys), F32, d, 1};
+    matmul(n * group, n_keys, d, rows, d, k, scores, n_keys);
+    // 3. probabilities, 0 of the keys after a token
+    for (int r = 0; r < n * group; r++) {
+        int seen = pos + t0 + r / group + 1;
+        float *row = scores + (size_t)r * n_keys;
+        softmax(row, seen);
+        memset(row + seen, 0, (n_keys - seen) * sizeof *row);
+    }
+    // 4. the means of the values, which replace the queries
+    View v = {cache_floats(c, s, l, c->n_kv_heads + h, 0, n_keys, values), F32, 1, d};
+    matmul(n * group, d, n_keys, scores, n_keys, v, rows, d);
+    for (int t = 0; t < n; t++)
+        memcpy(s->att + first + t * q_dim, rows + t * width, width * sizeof *rows);
+}
+
+static void attend_prompt(const Config *c, State *s, int l, int T, int pos) {
+    int d = c->head_dim, n_blocks = (T + BLOCK - 1) / BLOCK;
+    size_t most_rows = (size_t)smaller(T, BLOCK) * (c->n_heads / c->n_kv_heads), context = pos + T;
+#pragma omp parallel
+    {
+        float *rows = allocate(most_rows * d, sizeof *rows);
+        float *scores = allocate(most_rows * context, sizeof *scores);
+        float *keys = allocate(s->kv_bits == 16 ? 1 : 2 * context * d, sizeof *keys);
+        float *values = keys + (s->kv_bits == 16 ? 0 : context * d);
+#pragma omp for schedule(dynamic)
+        for (int task = c->n_kv_heads * n_blocks - 1; task >= 0; task--) { // the long ones first
+            int h = task % c->n_kv_heads, t0 = task / c->n_kv_heads * BLOCK;
+            attend_block(c, s, l, pos, h, t0, smaller(BLOCK, T - t0), rows, scores, keys, values);
+        }
+        free(rows);
+        free(scores);
+        free(keys);
+    }
+}
+
+/* ---- attention of one token
+ *
+ * One token is bound by reading the cache. A task is one KV head and PART positions, which it reads
+ * once for all query heads. Each head gets a part of the softmax, over these positions alone:
+ *
+ *   m = max score,   l = sum e^(score - m),   o = sum e^(score - m) v
+ *
+ * and the parts are joined, in the order of the positions, with M = max m_i:
+ *
+ *   att = sum e^(m_i - M) o_i / sum e^(m_i - M) l_i          Flash-Decoding, arXiv 2311.01282 ----
+ */
+
+enum { PART = 64 };
+
+typedef struct {
+    float m, l;
+    float *o; // [head_dim]
+} Part;
+
+/* Parts [group] of keys and values [n][d], n <= PART. */
+static void attend_part(const float *q, int group, int d, const float *keys, const float *values,
+                        int n, Part *parts) {
+    float s[group][PART];
+    // the group inside: each key is read once
+    for (int i = 0; i < n; i++)
+        for (int g = 0; g < group; g++) s[g][i] = dot(q + g * d, keys + i * d, d) / sqrtf(d);
+    for (int g = 0; g < group; g++) {
+        float m = -INFINITY, l = 0.0f;
+        for (int i = 0; i < n; i++) m = s[g][i] > m ? s[g][i] : m;
+        for (int i = 0; i < n; i++) s[g][i] = exponential(s[g][i] - m);
+        for (int i = 0; i < n; i++) l += s[g][i];
+        weighted_sum(s[g], values, n, d, parts[g].o);
+        parts[g].m = m;
+        parts[g].l = l;
+    }
+}
+
+/* att [d] of one head from its n parts, which lie `stride` apart. */
+static void join_parts(const Part *parts, int n, int stride, int d, float *att) {
+    float m = -INFINITY, sum = 0.0f;
+    for (int i = 0; i < n; i++) m = fmaxf(m, parts[i * stride].m);
+    memset(att, 0, d * sizeof *att);
+    for (int i = 0; i < n; i++) {
+        const Part *part = &parts[i * stride];
+        float factor = expf(part->m - m);
+        sum += factor * part->l;
+        for (int k = 0; k < d; k++) att[k] += factor * part->o[k];
+    }
+    for (int k = 0; k < d; k++) att[k] /= sum;
+}
+
+static void attend_token(const Config *c, State *s, int l, int pos) {
+    int d = c->head_dim, n_kv = c->n_kv_heads, group = c->n_heads / n_kv, n_parts = pos / PART + 1;
+    Part *parts = allocate((size_t)c->n_heads * n_parts, sizeof *parts); // [n_parts][n_heads]
+    float *o = allocate((size_t)c->n_heads * n_parts * d, sizeof *o);
+    for (int i = 0; i < c->n_heads * n_parts; i++) parts[i].o = o + (size_t)i * d;
+#pragma omp parallel
+    {
+        // 1. all parts
+        float *buffer = allocate(2 * PART, d * sizeof *buffer);
+#pragma omp for schedule(dynamic)
+        for (int task = 0; task < n_parts * n_kv; task++) {
+            int first = task / n_kv * PART, h = task % n_kv, n = smaller(PART, pos + 1 - first);
+            const float *k = cache_floats(c, s, l, h, first, n, buffer);
+            const float *v = cache_floats(c, s, l, n_kv + h, first, n, buffer + PART * d);
+            attend_part(s->q + (size_t)h * group * d, group, d, k, v, n, parts + task * group);
+        }
+        free(buffer);
+        // 2. each head from its parts
+#pragma omp for
+        for (int h = 0; h < c->n_heads; h++)
+            join_parts(parts + h, n_parts, c->n_heads, d, s->att + (size_t)h * d);
+    }
+    free(parts);
+    free(o);
+}
+
+/* ---- y = x W^T in W4A8
+ *
+ * With unsigned codes u = q + 8, the operands of vpdpbusd and vpmaddubsw are u and a:
+ *
+ *   acc = sum_k a_k w8_k = sum_g s_group[g] (sum_(k in g) a_k u_k - 8 sum_(k in g) a_k)
+ *
+ * The last sum is made once for all rows of W. The low nibbles of a row are its even columns, the
+ * high nibbles its odd columns. So each group of the activations has its even columns first. ----
+ */
+
+enum { TILE_T = 8 }; // tokens that share one unpacking of the weights
+
+/* T quantized tokens as dot_u4 reads them, in tiles of TILE_T, the last one filled up with zeros. A
+ * single token is a tile of its own. */
+typedef struct {
+    float *s_a;       // [T]
+    int8_t *a;        // [tiles][K/128][tile][2][64] even columns, odd columns; 64-byte aligned
+    int32_t *sums;    // [tiles][groups][TILE_T] of the activations of each group
+    int tile, groups; // tokens per tile; K/128, or per channel 1
+} Activations;
+
+static Activations activations_new(const Linear *w, int T) {
+    int tiles = (T + TILE_T - 1) / TILE_T, groups = w->s_group ? w->K / GROUP : 1;
+    Activations x = {.tile = T == 1 ? 1 : TILE_T, .groups = groups};
+    size_t bytes = ((size_t)tiles * x.tile * w->K + 63) / 64 * 64;
+    x.s_a = allocate(T, sizeof *x.s_a);
+    x.sums = allocate((size_t)tiles * groups * TILE_T, sizeof *x.sums);
+    x.a = aligned_alloc(64, bytes); // otherwise each load of 64 bytes touches two cache lines
+    if (!x.a) die("no memory for %d tokens", T);
+    memset(x.a, 0, bytes);
+    return x;
+}
+
+static void activations_free(Activations *x) {
+    free(x->s_a);
+    free(x->a);
+    free(x->sums);
+}
+
+/* Token t of x becomes a [K]. */
+static void set_token(Activations *x, int t, const int8_t *a, int K) {
+    int i = t % x->tile, first = t - i; // number i of the tile from token `first` on
+    // 1. even columns before odd ones
+    for (int k = 0; k < K; k += GROUP) {
+        int n = smaller(GROUP, K - k);
+        int8_t *even = x->a + (size_t)first * K + k * x->tile + i * n, *odd = even + n / 2;
+        for (int j = 0; j < n / 2; j++) {
+            even[j] = a[k + 2 * j];
+            odd[j] = a[k + 2 * j + 1];
+        }
+    }
+    // 2. the sum of each group
+    int32_t *sums = x->sums + (size_t)first * x->groups + i;
+    for (int g = 0, n = K / x->groups; g < x->groups; g++)
+        for (int k = g * n; k < (g + 1) * n; k++) sums[g * TILE_T] += a[k];
+}
+
+/* Plain C. The compiler vectorizes the loop over j, if u has 16 bits and s comes after it. */
+static void dot_u4_c(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
+                     int32_t *acc) {
+    for (int k = 0; k < K; k += GROUP) {
+        int n = smaller(GROUP, K - k), s = s_group ? s_group[k / GROUP] : 1;
+        int16_t u[GROUP]; // even columns, odd columns
+        for (int j = 0; j < n / 2; j++) {
+            u[j] = w[k / 2 + j] & 0x0f;
+            u[n / 2 + j] = w[k / 2 + j] >> 4;
+        }
+        for (int t = 0; t < T; t++, a += n) {
+            int32_t sum = 0;
+            for (int j = 0; j < n; j++) sum += u[j] * a[j];
+            acc[t] += s * sum;
+        }
+    }
+}
 
 #ifdef __x86_64__
 
-/* sum[t] += of n = 128 or 64 columns. Sums of two products, at most 2 * 15 * 128, fit 16 bits, so
- * do eight; the step to 32 bits multiplies by s_group on its way. */
+/* sum[t] += of n = 128 or 64 columns. A sum of two products is at most 2 * 15 * 128, so eight such
+ * sums fit 16 bits. The step to 32 bits multiplies by s_group on its way. */
 __attribute__((target("avx2"), always_inline)) static inline void
 add_columns_avx2(const uint8_t *w, int s_group, const int8_t *a, int n, int T, __m256i *sum) {
     const __m256i low = _mm256_set1_epi8(0x0f), s = _mm256_set1_epi16(s_group);
     __m256i even[2], odd[2];
     prefetch(w, n / 2);
+    // 1. unpack the codes, once for all tokens
     for (int i = 0; i < n / 64; i++) {
         __m256i bytes = _mm256_loadu_si256((const __m256i *)w + i);
         even[i] = _mm256_and_si256(bytes, low);
         odd[i] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
     }
+    // 2. multiply and add: bytes to 16 bits, 16 to 32 bits
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
         const __m256i *a_even = (const __m256i *)(a + t * n);
@@ -1743,11 +1911,13 @@ dot_u4_avx2_T(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, 
               int32_t *acc) {
     __m256i sum[TILE_T];
     for (int t = 0; t < TILE_T; t++) sum[t] = _mm256_setzero_si256();
+    // 1. eight partial sums per token
     int k = 0;
     for (; k + GROUP <= K; k += GROUP)
         add_columns_avx2(w + k / 2, s_group ? s_group[k / GROUP] : 1, a + k * T, GROUP, T, sum);
     int rest = K - k; // only without groups
     if (rest == 64) add_columns_avx2(w + k / 2, 1, a + k * T, 64, T, sum);
+    // 2. their sums, four tokens at once
     for (int t = 0; t < T; t += 4) {
         __m256i pairs = _mm256_hadd_epi32(sum[t], sum[t + 1]);
         __m256i fours = _mm256_hadd_epi32(pairs, _mm256_hadd_epi32(sum[t + 2], sum[t + 3]));
@@ -1766,8 +1936,8 @@ dot_u4_avx2(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, in
     else dot_u4_avx2_T(w, s_group, a, K, TILE_T, acc);
 }
 
-/* sum[.][t] += of up to 128 columns. u * s_group is at most 225 and fits a byte, so one 16-bit
- * multiplication scales two codes at once, once for all tokens. */
+/* sum[.][t] += of up to 128 columns. u s_group is at most 225 and fits a byte, so one 16-bit
+ * multiplication scales two codes, once for all tokens. */
 __attribute__((target("avx512f,avx512bw,avx512vnni"), always_inline)) static inline void
 add_columns_vnni(const uint8_t *w, int s_group, const int8_t *a, int n, int T, __m512i (*sum)[2]) {
     const __m512i low = _mm512_set1_epi8(0x0f), s = _mm512_set1_epi16(s_group);
@@ -1821,10 +1991,106 @@ DotU4 *dot_u4_kernel(int i, const char **name) {
     return kernels[i];
 }
 
-DotU4 *dot_u4_best(const char **name) {
+static DotU4 *dot_u4_best(void) {
+    const char *name;
     int i = 2;
-    while (!dot_u4_kernel(i, name)) i--;
-    return dot_u4_kernel(i, name);
+    while (!dot_u4_kernel(i, &name)) i--;
+    return dot_u4_kernel(i, &name);
+}
+
+/* sums [N][TILE_T], zeros before: acc of output channels n0 .. n0 + N - 1 and of the tile that
+ * begins with token t. */
+static void product_block(const Linear *w, DotU4 *dot_u4, const Activations *x, int n0, int N,
+                          int t, int32_t (*sums)[TILE_T]) {
+    const int32_t *group_sums = x->sums + (size_t)t * x->groups;
+    for (int n = 0; n < N; n++) {
+        const uint8_t *s_group = groups_of(w, n0 + n);
+        int32_t offset[TILE_T] = {0};
+        for (int g = 0; g < x->groups; g++) {
+            int s = s_group ? s_group[g] : 1;
+            for (int i = 0; i < TILE_T; i++) offset[i] += s * group_sums[g * TILE_T + i];
+        }
+        for (int i = 0; i < TILE_T; i++) sums[n][i] = -8 * offset[i];
+        dot_u4(codes_of(w, n0 + n), s_group, x->a + (size_t)t * w->K, w->K, x->tile, sums[n]);
+    }
+}
+
+void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc) {
+    Activations x = activations_new(w, T);
+    for (int t = 0; t < T; t++) set_token(&x, t, a + (size_t)t * w->K, w->K);
+    for (int n = 0; n < w->N; n++)
+        for (int t = 0; t < T; t += TILE_T) {
+            int32_t sums[1][TILE_T] = {0};
+            product_block(w, dot_u4, &x, n, 1, t, sums);
+            for (int i = 0; i < smaller(TILE_T, T - t); i++)
+                acc[(size_t)(t + i) * w->N + n] = sums[0][i];
+        }
+    activations_free(&x);
+}
+
+/* y[i] [T][N_i] of the W4A8 linears w [n_linears]. */
+static void w4a8_linears(const Linear *w, int n_linears, const float *x, int T, float *const *y) {
+    enum { N_BLOCK = 32 }; // rows that pass by a tile while it stays in the nearest cache
+    int K = w->K;
+    DotU4 *dot_u4 = dot_u4_best();
+    Activations a = activations_new(w, T);
+    // 1. quantize x
+#pragma omp parallel for if (T > 1)
+    for (int t = 0; t < T; t++) {
+        int8_t row[K];
+        a.s_a[t] = quantize_row(x + (size_t)t * K, K, row);
+        set_token(&a, t, row, K);
+    }
+    // 2. multiply in integers, scale the sums
+#pragma omp parallel
+    for (int i = 0; i < n_linears; i++) {
+        const Linear *l = &w[i];
+// guided: first long stretches of rows, in which prefetch() runs ahead
+#pragma omp for schedule(guided) nowait
+        for (int n0 = 0; n0 < l->N; n0 += N_BLOCK)
+            for (int t = 0; t < T; t += TILE_T) {
+                int32_t sums[N_BLOCK][TILE_T] = {0};
+                int N = smaller(N_BLOCK, l->N - n0), n_tokens = smaller(TILE_T, T - t);
+                product_block(l, dot_u4, &a, n0, N, t, sums);
+                for (int k = 0; k < n_tokens; k++) {
+                    float *out = y[i] + (size_t)(t + k) * l->N + n0, s_a = a.s_a[t + k];
+                    for (int n = 0; n < N; n++)
+                        out[n] = ((float)sums[n][k] * s_a) * l->s_channel[n0 + n];
+                }
+            }
+    }
+    activations_free(&a);
+}
+
+/* lm_head in 8 bits. With activations of 16 bits compilers find vpmaddwd, 4 times as fast as what
+ * they make of 8 bits. */
+static void byte_linear(const Linear *w, const float *x, int T, float *y) {
+    size_t N = w->N, K = w->K;
+    int16_t *a = allocate(T, K * sizeof *a); // [T][K]
+    float *s_a = allocate(T, sizeof *s_a);
+    for (int t = 0; t < T; t++) {
+        int8_t row[K];
+        s_a[t] = quantize_row(x + t * K, K, row);
+        for (size_t k = 0; k < K; k++) a[t * K + k] = row[k];
+    }
+#pragma omp parallel for schedule(guided, 32)
+    for (size_t n = 0; n < N; n++) {
+        const int8_t *q = (const int8_t *)w->w + n * K;
+        for (int t = 0; t < T; t++) {
+            int32_t acc = 0;
+            for (size_t k = 0; k < K; k++) acc += q[k] * a[t * K + k];
+            y[t * N + n] = ((float)acc * s_a[t]) * w->s_channel[n];
+        }
+    }
+    free(a);
+    free(s_a);
+}
+
+static void fast_linears(const Linear *w, int n, const float *x, int T, float *const *y) {
+    if (w->dtype == U8) w4a8_linears(w, n, x, T, y);
+    else if (w->dtype != I8) float_linears(w, n, x, T, y);
+    else
+        for (int i = 0; i < n; i++) byte_linear(&w[i], x, T, y[i]);
 }
 
 /* ---- Cholesky ---- */
@@ -1919,138 +2185,6 @@ static float max_magnitude(const float *x, size_t n) {
 
 bool all_finite(const float *x, size_t n) {
     return max_magnitude(x, n) < INFINITY;
-}
-
-/* ============================================================================================
- *    The engine on the CPU
- * ============================================================================================ */
-
-enum { PROMPT_CHUNK = 512 }; // tokens that one forward() takes
-
-typedef struct {
-    Engine engine;
-    State *state;        // NULL before start()
-    const float *logits; // [vocab_size] after the last token fed
-    int pos, chosen;     // the position that follows it
-} CpuEngine;
-
-static bool engine_fits(Engine *engine, int n_sequences, int context) {
-    engine->state_bytes = engine->position_bytes * context;
-    return n_sequences == 1;
-}
-
-static void engine_start(Engine *engine, int n_sequences, int context) {
-    CpuEngine *e = (CpuEngine *)engine;
-    if (e->state) state_free(e->state);
-    e->state = state_new(&engine->model->config, context,
-                         context < PROMPT_CHUNK ? context : PROMPT_CHUNK, engine->kv_bits);
-    engine->n_sequences = n_sequences;
-    engine->context = context;
-    engine->state_bytes = engine->position_bytes * context;
-}
-
-static void engine_feed(Engine *engine, int sequence, const int *tokens, int n, int pos) {
-    CpuEngine *e = (CpuEngine *)engine;
-    (void)sequence; // there is one
-    int T = 0;
-    for (int i = 0; i < n; i += T) {
-        T = smaller(n - i, e->state->max_T);
-        forward(engine->model, e->state, tokens + i, T, pos + i);
-    }
-    e->logits = logits(engine->model, e->state, T - 1, 1);
-    e->pos = pos + n;
-}
-
-static const int *engine_chosen(Engine *engine) {
-    CpuEngine *e = (CpuEngine *)engine;
-    e->chosen = argmax(e->logits, engine->model->config.vocab_size);
-    return &e->chosen;
-}
-
-static const float *engine_logits(Engine *engine) {
-    return ((CpuEngine *)engine)->logits;
-}
-
-static void engine_step(Engine *engine, const int *tokens, const int *positions) {
-    int token = tokens ? *tokens : *engine_chosen(engine);
-    engine_feed(engine, 0, &token, 1, positions ? *positions : ((CpuEngine *)engine)->pos);
-}
-
-static void engine_score(Engine *engine, int sequence, const int *tokens, const int *targets, int n,
-                         int pos, Score *scores) {
-    const Model *m = engine->model;
-    State *s = ((CpuEngine *)engine)->state;
-    size_t vocab = m->config.vocab_size;
-    (void)sequence;
-    for (int i = 0, T; i < n; i += T) {
-        T = smaller(n - i, s->max_T);
-        forward(m, s, tokens + i, T, pos + i);
-        for (int t = 0, rows; t < T; t += rows) {
-            rows = smaller(T - t, LOGIT_ROWS);
-            const float *l = logits(m, s, t, rows);
-#pragma omp parallel for
-            for (int r = 0; r < rows; r++)
-                scores[i + t + r] = score(l + r * vocab, vocab, targets[i + t + r]);
-        }
-    }
-}
-
-/* Bytes a second that all threads together read: the best of some passes over 512 MB, which fit in
- * no cache. */
-static double memory_bandwidth(void) {
-    const size_t n = (size_t)64 << 20;
-    uint64_t *buffer = allocate(n, sizeof *buffer), total = 0;
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++) buffer[i] = i; // so that every page is there, near its reader
-    double best = INFINITY;
-    for (int pass = 0; pass < 8; pass++) {
-        double start = seconds();
-#pragma omp parallel for schedule(static) reduction(+ : total)
-        for (size_t i = 0; i < n; i++) total += buffer[i];
-        best = fmin(best, seconds() - start);
-    }
-    if (total != 8 * (n / 2 * (n - 1))) die("the memory does not hold what was written to it");
-    free(buffer);
-    return n * sizeof *buffer / best;
-}
-
-static void engine_free(Engine *engine) {
-    CpuEngine *e = (CpuEngine *)engine;
-    if (e->state) state_free(e->state);
-    free(e);
-}
-
-Engine *engine_new(const Model *m, bool on_gpu, int kv_bits) {
-    if (kv_bits != 16 && kv_bits != 8) die("-k %d: the KV cache has 16 or 8 bits", kv_bits);
-    if (on_gpu) return gpu_engine(m, kv_bits);
-    const Config *c = &m->config;
-    CpuEngine *e = allocate(1, sizeof *e);
-    e->engine =
-        (Engine){.model = m,
-                 .kv_bits = kv_bits,
-                 .position_bytes = kv_row_bytes(c, kv_bits) * 2 * c->n_layers * c->n_kv_heads,
-                 .weight_bytes = model_bytes(m),
-                 .step_bytes = model_bytes(m),
-                 .start = engine_start,
-                 .fits = engine_fits,
-                 .feed = engine_feed,
-                 .step = engine_step,
-                 .chosen = engine_chosen,
-                 .logits = engine_logits,
-                 .score = engine_score,
-                 .bandwidth = memory_bandwidth,
-                 .free = engine_free};
-    return &e->engine;
-}
-
-bool choose_gpu(Device device, const Config *c, bool w4a8, char *where, size_t size) {
-    char what[300] = "";
-    bool gpu = device != CPU && gpu_can_run && gpu_can_run(c, w4a8, what, sizeof what);
-    if (device == CUDA && !gpu_can_run)
-        die_usage("-d cuda: this program was built without CUDA, only -d cpu works");
-    if (device == CUDA && !gpu) die("-d cuda: %s", what);
-    snprintf(where, size, gpu ? "%s%s" : *what ? "%s: %s" : "%s", gpu ? "" : "the CPU", what);
-    return gpu;
 }
 
 /* ============================================================================================

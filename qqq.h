@@ -3,8 +3,8 @@
  * This header is the table of contents: the structs with shapes and units, then every public
  * function, grouped by the file and section that defines it. Read it first.
  *
- *   qqq.c        1 the model · 2 W4A8 numbers · 3 the method · 4 arithmetic beneath · 5 a model
- *                from its files · 6 small things
+ *   qqq.c        1 the model · 2 the numbers · 3 the method · 4 the same, faster · 5 a model from
+ *                its files · 6 small things
  *   tokenizer.c  byte-level BPE
  *   kernels.cu   on the GPU: 1 forward pass · 2 W4A8 GEMM · 3 small kernels · 4 attention ·
  *                5 quantization
@@ -31,7 +31,7 @@ extern "C" {
 
 /* ---- qqq.c 1: the model --------------------------------------------------------------------- */
 
-/* config.json, what of it a LLaMA needs. */
+/* The keys of config.json that a LLaMA needs. */
 typedef struct {
     int dim;         // hidden_size, D
     int hidden_dim;  // intermediate_size
@@ -54,12 +54,12 @@ typedef struct {
     float temperature, top_p; // generation_config.json's, -1: none
 } Config;
 
-/* A file may hold others, which dtype_name() knows; no model needs them. */
+/* Element types that a model may need. */
 typedef enum { F32, F16, BF16, U8, I8, I32, I64 } DType;
 
-/* The weights of y = x W^T, W [N][K]: 16 or 32-bit floats in w; or W4A8 in the other three; or, of
- * lm_head, int8 in w with s_channel. It owns its arrays, and linear_free() releases them; if
- * `mapped`, all but s_channel are the model file's instead, and read-only. */
+/* The weights of y = x W^T, W [N][K]. There are three kinds: floats of 16 or 32 bits in w; W4A8 in
+ * qweight, s_channel and s_group; for lm_head also int8 in w with s_channel. linear_free() releases
+ * the arrays; but if `mapped`, all except s_channel belong to the model file and are read-only. */
 typedef struct {
     int N, K;
     DType dtype;      // F32, F16, BF16 or I8: of w; U8: W4A8
@@ -138,14 +138,21 @@ void forward(const Model *m, State *s, const int *tokens, int T, int pos);
  * in s->logits until the next call. */
 const float *logits(const Model *m, State *s, int first, int n);
 
-/* One layer of forward(): s->x [T][dim] is replaced by the layer's output; `l` is its index in the
- * KV cache. Its parts: attention_block() takes s->xb to s->att, the input of o; ffn_block() s->xb
- * to s->gate, the input of down; add_linear() is x [T][N] += in [T][K] W^T by way of buffer [T][N].
- */
+/* One layer of forward(): the layer's output replaces s->x [T][dim]; `l` is its index in the KV
+ * cache. The parts of a layer: attention_block() turns s->xb into s->att, the input of o.
+ * ffn_block() turns s->xb into s->gate, the input of down. add_linear() is x [T][N] += in [T][K]
+ * W^T by way of buffer [T][N]. */
 void layer_forward(const Config *c, const Layer *layer, State *s, int l, int T, int pos);
 void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos);
 void ffn_block(const Config *c, const Layer *layer, State *s, int T);
 void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x);
+
+/* s->att [T][n_heads][head_dim] = softmax(q K^T / sqrt(head_dim)) V of layer l, over the cache. */
+void attention(const Config *c, State *s, int l, int T, int pos);
+
+/* True: attention() and the linear layers run as sections 1 and 2 of qqq.c write them. False, which
+ * is the default: section 4 computes the same, faster. */
+extern bool textbook;
 
 /* y_i = x_i / sqrt(mean(x^2) + eps) * weight_i for each row; x, y [T][dim], may be the same. */
 void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, float *y);
@@ -156,61 +163,60 @@ void rope_angles(const Config *c, int pos, float *cos_sin);
 /* The first of the largest of logits [n]; -1 if one of them is NaN or infinite. */
 int argmax(const float *logits, int n);
 
-/* What a token costs after those before it: -log p, p its softmax among logits [n]; and whether no
- * other's logit is larger. */
+/* The loss of a token, given the logits [n] after the tokens before it. */
 typedef struct {
-    double nll;
-    bool likeliest;
+    double nll;     // -log p, p the token's softmax
+    bool likeliest; // no logit is larger
 } Score;
 
 Score score(const float *logits, int n, int token);
 
 /* ---- the engine: a model at work, on the CPU (qqq.c) or the GPU (kernels.cu) ----------------- */
 
-/* A model that runs. After start() it holds n_sequences sequences side by side, each a KV cache of
- * `context` positions; the engine owns them, and the arrays that it returns until its next call.
- * A sequence that goes on at an earlier position forgets what came after that position. */
+/* A model that runs. After start() it holds n_sequences sequences side by side, each with a KV
+ * cache of `context` positions. The arrays that it returns are valid until its next call. A
+ * sequence that goes on at an earlier position forgets what came after that position. */
 typedef struct Engine Engine;
 struct Engine {
     const Model *model;
     bool on_gpu;
     int kv_bits;                     // of the KV cache
-    size_t weight_bytes, step_bytes; // memory of the weights; what a step reads of them
+    size_t weight_bytes, step_bytes; // memory of the weights; bytes of them that a step reads
     size_t position_bytes;           // KV cache of one position of one sequence
-    int n_sequences, context;        // as start() had them
+    int n_sequences, context;        // of the last start()
     size_t state_bytes;              // memory beside the weights: all on the GPU, else the cache
 
-    // The first call, and again to begin anew in other sizes; too little memory ends the program.
-    // fits() tells beforehand whether there is enough, sets state_bytes and ends what was started.
-    // The CPU takes one sequence.
+    // The first call; later calls begin anew in other sizes. Too little memory ends the program.
+    // fits() tells beforehand whether there is enough; it sets state_bytes and undoes start().
+    // The CPU runs one sequence.
     void (*start)(Engine *e, int n_sequences, int context);
     bool (*fits)(Engine *e, int n_sequences, int context);
 
     // Runs tokens [n], n >= 1, of one sequence at positions pos .. pos + n - 1.
     void (*feed)(Engine *e, int sequence, const int *tokens, int n, int pos);
 
-    // One token more for each sequence: tokens [n_sequences] at positions [n_sequences]; or, both
-    // NULL, the token chosen by the call before, at the position after its. On the GPU it returns
-    // before the work is done.
+    // Runs one more token of each sequence: tokens [n_sequences] at positions [n_sequences]. If
+    // both are NULL, it runs the token that the call before chose, at the next position. On the GPU
+    // it returns before the work is done.
     void (*step)(Engine *e, const int *tokens, const int *positions);
 
-    // After feed() or step(): the likeliest next token of each sequence [n_sequences], as argmax();
-    // and the logits, [vocab_size] after feed(), [n_sequences][vocab_size] after step().
+    // After feed() or step(): the likeliest next token of each sequence [n_sequences], by argmax();
+    // the logits, [vocab_size] after feed(), [n_sequences][vocab_size] after step().
     const int *(*chosen)(Engine *e);
     const float *(*logits)(Engine *e);
 
-    // feed() of tokens [n] that also sets scores[i], of targets[i] as the token after tokens[i].
-    // chosen() and logits() are lost.
+    // Does the same as feed() and sets scores [n]: score i is that of targets[i] as the token after
+    // tokens[i]. chosen() and logits() have no meaning afterwards.
     void (*score)(Engine *e, int sequence, const int *tokens, const int *targets, int n, int pos,
                   Score *scores);
 
-    double (*bandwidth)(void); // bytes a second of the memory that it reads from, measured
+    double (*bandwidth)(void); // bytes per second of the memory that it reads, measured
     void (*free)(Engine *e);
 };
 
-/* Where a model will run, as -d asks. ANY: on the GPU, if there is one that can run it, W4A8 or in
- * 16 bits; else, and with CPU, on the CPU. where [size] says it: "the CPU: found no GPU". CUDA that
- * cannot be had ends the program. */
+/* Chooses where a model runs, W4A8 or in 16 bits, as -d asks. ANY: on the GPU if there is one that
+ * can run the model, else on the CPU. CUDA ends the program if there is none. where [size] becomes
+ * the answer in words: "the CPU: found no GPU". */
 typedef enum { ANY, CPU, CUDA } Device;
 bool choose_gpu(Device device, const Config *c, bool w4a8, char *where, size_t size);
 
@@ -231,7 +237,7 @@ typedef struct {
 Perplexity perplexity(Engine *e, const int *tokens, int n, int length, int max_windows,
                       void (*progress)(int done, int total));
 
-/* ---- qqq.c 2: W4A8 numbers ------------------------------------------------------------------ */
+/* ---- qqq.c 2: the numbers of W4A8 ------------------------------------------------------------ */
 
 /* Quantizes one token's activations x [K] to a [K] and returns s_a: x = a s_a. A row of zeros gives
  * s_a = 0; one with NaN or infinity s_a = NaN, so that it shows in the output. */
@@ -255,20 +261,6 @@ void linear_free(Linear *l);
  * w [n] of one kind, which share their input; y[i] [T][N_i]. */
 void linear(const Linear *w, const float *x, int T, float *y);
 void linears(const Linear *w, int n, const float *x, int T, float *const *y);
-
-/* The integer dot product under it: acc[t] += sum_k s_group[k / 128] u_k a_tk for T tokens, 1 or 8;
- * w [K/2] is a row of qweight, s_group [K/128] or NULL for ones, a [K/128][T][2][64] holds of each
- * group a token's even columns, then its odd ones; the last group may be smaller. */
-typedef void DotU4(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
-                   int32_t *acc);
-
-/* The i-th of its versions (0 is plain C) and its name; NULL if there is none or the processor
- * lacks it. dot_u4_best() is what linear() uses. */
-DotU4 *dot_u4_kernel(int i, const char **name);
-DotU4 *dot_u4_best(const char **name);
-
-/* acc [T][N] = a [T][K] w8^T, the accumulators of a quantized linear, by one of those versions. */
-void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc);
 
 /* ---- qqq.c 3: the method -------------------------------------------------------------------- */
 
@@ -404,7 +396,20 @@ void corrected_target(const float *w, int N, const Inverse *inverse, const doubl
  * error of the output on the inputs that H [K][K] sums up. */
 double relative_error(const float *w, const Linear *quantized, const double *H);
 
-/* ---- qqq.c 4: arithmetic beneath ------------------------------------------------------------ */
+/* ---- qqq.c 4: the same, faster --------------------------------------------------------------- */
+
+/* The integer dot product under linear(): acc[t] += sum_k s_group[k / 128] u_k a_tk for T tokens, 1
+ * or 8. w [K/2] is a row of qweight, s_group [K/128] or NULL for ones. a [K/128][T][2][64] has the
+ * even columns of a token's group, then the odd ones; the last group may be smaller. */
+typedef void DotU4(const uint8_t *w, const uint8_t *s_group, const int8_t *a, int K, int T,
+                   int32_t *acc);
+
+/* The i-th of its versions (0 is plain C) and its name; NULL if there is none or the processor
+ * lacks it. linear() uses the last one that is there. */
+DotU4 *dot_u4_kernel(int i, const char **name);
+
+/* acc [T][N] = a [T][K] w8^T, the integer sums of a W4A8 linear, by one of those versions. */
+void accumulators(const Linear *w, const int8_t *a, int T, DotU4 *dot_u4, int32_t *acc);
 
 /* out[i] = element first + i, i < n, of an array of dtype F32, F16 or BF16 at any alignment; exact.
  */

@@ -620,11 +620,16 @@ typedef enum {
 } Kind;
 
 typedef struct {
+    char **text; // [n]
+    int n;
+} Texts;
+
+typedef struct {
     const char *where; // "FILE, line 3", for messages
     Kind kind;
-    char **contexts, **choices; // [n] either repeats its one text
-    bool *right;                // [n] by gold
-    int n;
+    Texts contexts, choices; // of one of them a single text may serve all of the other
+    bool *right;             // [n] by gold
+    int n;                   // contexts or choices, the larger
 } Item;
 
 /* The model with one sequence. */
@@ -640,28 +645,39 @@ typedef struct {
     int n, length; // the last `length` are the choice's
 } Request;
 
-/* Strings of an array, or of one string; malloc'ed [*n]. */
-static char **item_texts(const Json *json, const char *key, const char *where, int *n) {
-    int node = json_get(json, 0, key), count = 0;
+/* Strings of an array, or of one string. */
+static Texts item_texts(const Json *json, const char *key, const char *where) {
+    Texts t = {0};
+    int node = json_get(json, 0, key);
     bool array = json_type(json, node) == '[';
-    for (int i = json_first(json, node); array && i >= 0; i = json_next(json, node, i)) count++;
-    char **texts = allocate(array ? count : 1, sizeof *texts);
-    *n = 0;
-    for (int i = array ? json_first(json, node) : node; *n < (array ? count : 1);
-         i = array ? json_next(json, node, i) : i) {
+    for (int i = array ? json_first(json, node) : node; i >= 0 || !array;
+         i = json_next(json, node, i)) {
         size_t bytes;
         if (json_type(json, i) != '"')
             die("%s: \"%s\" is no string or array of strings", where, key);
-        texts[(*n)++] = json_string(json, i, &bytes);
-        if (strlen(texts[*n - 1]) < bytes) die("%s: a NUL in \"%s\"", where, key);
+        t.text = realloc(t.text, (t.n + 1) * sizeof *t.text);
+        if (!t.text) die("out of memory");
+        char *text = t.text[t.n++] = json_string(json, i, &bytes);
+        if (strlen(text) < bytes) die("%s: a NUL in \"%s\"", where, key);
+        if (!array) break;
     }
-    return texts;
+    return t;
+}
+
+static const char *text_of(const Texts *t, int k) {
+    return t->text[t->n > 1 ? k : 0];
+}
+
+static void free_texts(Texts *t) {
+    for (int i = 0; i < t->n; i++) free(t->text[i]);
+    free(t->text);
 }
 
 /* Sets item->right by gold: the index of the right one, or 0 or 1 for each. */
 static void item_gold(const Json *json, int gold, Item *item) {
     double value;
     int i = 0, n_right = 0;
+    // 1. an array of 0 and 1
     for (int node = json_first(json, gold); node >= 0; node = json_next(json, gold, node), i++) {
         bool good = json_number(json, node, &value) && (value == 0 || value == 1);
         if (!good || i >= item->n)
@@ -673,50 +689,40 @@ static void item_gold(const Json *json, int gold, Item *item) {
         if (i != item->n || n_right == 0)
             die("%s: \"gold\" has %d entries, %d of them 1, for %d choices", item->where, i,
                 n_right, item->n);
-    } else {
-        if (!json_number(json, gold, &value) || !(value >= 0 && value < item->n) ||
-            value != (int)value)
-            die("%s: \"gold\" is no integer in 0..%d", item->where, item->n - 1);
-        item->right[(int)value] = true;
+        return;
     }
+    // 2. an index
+    if (!json_number(json, gold, &value) || !(value >= 0 && value < item->n) || value != (int)value)
+        die("%s: \"gold\" is no integer in 0..%d", item->where, item->n - 1);
+    item->right[(int)value] = true;
 }
 
 static Item parse_item(const char *line, size_t bytes, const char *where) {
     Json *json = json_parse(where, line, bytes);
     if (json_type(json, 0) != '{') die("%s: not a JSON object", where);
-    int n_contexts, n_choices, gold = json_get(json, 0, "gold");
-    Item item = {.where = where};
-    item.contexts = item_texts(json, "context", where, &n_contexts);
-    item.choices = item_texts(json, "choices", where, &n_choices);
-    if (n_choices == 0 || n_contexts == 0) die("%s: there is nothing to choose from", where);
-    if (n_contexts > 1 && n_choices > 1)
+    // 1. the texts
+    Texts contexts = item_texts(json, "context", where);
+    Texts choices = item_texts(json, "choices", where);
+    if (choices.n == 0 || contexts.n == 0) die("%s: there is nothing to choose from", where);
+    if (contexts.n > 1 && choices.n > 1)
         die("%s: several contexts with several choices, expected one of either", where);
-    for (int i = 0; i < n_choices; i++)
-        if (!*item.choices[i]) die("%s: choice %d is empty", where, i);
-    item.n = n_contexts > n_choices ? n_contexts : n_choices;
-    item.contexts = realloc(item.contexts, item.n * sizeof *item.contexts);
-    item.choices = realloc(item.choices, item.n * sizeof *item.choices);
-    if (!item.contexts || !item.choices) die("out of memory");
-    for (int i = n_contexts; i < item.n; i++) item.contexts[i] = item.contexts[0];
-    for (int i = n_choices; i < item.n; i++) item.choices[i] = item.choices[0];
-    item.right = allocate(item.n, sizeof *item.right);
-    item.kind = gold < 0                       ? LAST
-                : json_type(json, gold) == '[' ? WEIGHTED
-                : n_contexts > 1               ? CONTEXT
-                                               : CHOICE;
+    for (int i = 0; i < choices.n; i++)
+        if (!*choices.text[i]) die("%s: choice %d is empty", where, i);
+    // 2. which of them are right, and so the kind
+    int gold = json_get(json, 0, "gold"), n = contexts.n > choices.n ? contexts.n : choices.n;
+    Item item = {where, CHOICE, contexts, choices, allocate(n, sizeof(bool)), n};
+    if (contexts.n > 1) item.kind = CONTEXT;
+    if (json_type(json, gold) == '[') item.kind = WEIGHTED;
+    if (gold < 0) item.kind = LAST;
     if (gold >= 0) item_gold(json, gold, &item);
-    else if (item.n > 1) die("%s: %d choices and no \"gold\"", where, item.n);
+    else if (n > 1) die("%s: %d choices and no \"gold\"", where, n);
     json_free(json);
     return item;
 }
 
 static void free_item(Item *item) {
-    for (int i = 0; i < item->n; i++) {
-        if (i == 0 || item->contexts[i] != item->contexts[0]) free(item->contexts[i]);
-        if (i == 0 || item->choices[i] != item->choices[0]) free(item->choices[i]);
-    }
-    free(item->contexts);
-    free(item->choices);
+    free_texts(&item->contexts);
+    free_texts(&item->choices);
     free(item->right);
     free((void *)item->where);
 }
@@ -730,8 +736,8 @@ static int characters(const char *text) {
 /* A context and " choice" as tokens. */
 static Request new_request(const Scorer *z, const Item *item, int k) {
     // White space at the context's end belongs to the choice: its tokens start with spaces.
-    const char *context = item->contexts[k];
-    char *text = format_text("%s %s", context, item->choices[k]);
+    const char *context = text_of(&item->contexts, k);
+    char *text = format_text("%s %s", context, text_of(&item->choices, k));
     const Config *c = &z->s->model->config;
     Tokens whole, head;
     whole.ids = encode_text(z->s->tokenizer, c, item->where, text, strlen(text), &whole.n);
@@ -784,12 +790,30 @@ static double log_likelihood(Scorer *z, const Request *r, bool *greedy) {
     return ll;
 }
 
-/* Mean and its standard error of x over n items. */
-static void print_mean(const char *name, double sum, double squares, int n) {
-    double mean = sum / n;
-    printf("%s %.4f (%d items)", name, mean, n);
-    if (n > 1) printf(", standard error %.4f", sqrt(fmax(0, squares / n - mean * mean) / (n - 1)));
+/* The sum of some numbers, and of their squares. */
+typedef struct {
+    double sum, squares;
+} Sums;
+
+static void add(Sums *s, double x) {
+    s->sum += x;
+    s->squares += x * x;
+}
+
+/* The standard error of the mean of n numbers. */
+static double standard_error(Sums s, int n) {
+    double mean = s.sum / n;
+    return sqrt(fmax(0, s.squares / n - mean * mean) / (n - 1));
+}
+
+static void print_result(const char *name, double value, double error, int n) {
+    printf("%s %.4f (%d items)", name, value, n);
+    if (n > 1) printf(", standard error %.4f", error);
     putchar('\n');
+}
+
+static void print_mean(const char *name, Sums s, int n) {
+    print_result(name, s.sum / n, standard_error(s, n), n);
 }
 
 /* Which of x [n] is largest, the first of equals, is right. */
@@ -798,6 +822,17 @@ static bool picks_right(const Item *item, const double *x) {
     for (int i = 1; i < item->n; i++)
         if (x[i] > x[best]) best = i;
     return item->right[best];
+}
+
+/* The share of the right ones in sum e^x. */
+static double right_mass(const Item *item, const double *x) {
+    double max = x[0], all = 0, right = 0;
+    for (int k = 1; k < item->n; k++) max = fmax(max, x[k]);
+    for (int k = 0; k < item->n; k++) {
+        all += exp(x[k] - max);
+        right += item->right[k] ? exp(x[k] - max) : 0;
+    }
+    return right / all;
 }
 
 /* The items of a file [*n], each a line; all of a kind. */
@@ -826,6 +861,7 @@ static Item *read_items(const char *path, int *n) {
 
 static void zero_shot(Session *s, const Options *o) {
     int n;
+    // 1. the items, and where -o writes
     Item *items = read_items(o->file, &n);
     if (o->items && same_file(o->items, o->file)) die("-o %s: it is the file of -z", o->items);
     if (o->items && checkpoint_has_file(s->checkpoint, o->items))
@@ -837,48 +873,41 @@ static void zero_shot(Session *s, const Options *o) {
     if (!out) die("out of memory");
     print_model(s);
     Scorer z = {.s = s, .max_length = o->length ? o->length : s->model->config.max_context};
-    double acc = 0, norm = 0, mass = 0, squares = 0, sum = 0, start = seconds();
+    Sums acc = {0}, norm = {0}, mass = {0}, first = {0};
+    double start = seconds();
+    // 2. the log-likelihoods of each item, and what follows from them
     for (int i = 0; i < n; i++) {
         Item *item = &items[i];
         double *ll = allocate(item->n, sizeof *ll), *ll_norm = allocate(item->n, sizeof *ll);
-        double all = 0, right = 0;
         bool greedy = false;
         for (int k = 0; k < item->n; k++) {
             Request r = new_request(&z, item, k);
             ll[k] = log_likelihood(&z, &r, &greedy);
-            free(r.ids);
-            ll_norm[k] = ll[k] / characters(item->choices[k]);
+            ll_norm[k] = ll[k] / characters(text_of(&item->choices, k));
             fprintf(out, k ? ", %.5f" : "{\"loglikelihoods\": [%.5f", ll[k]);
+            free(r.ids);
         }
-        fprintf(out, item->kind == LAST ? "], \"greedy\": %s}\n" : "]}\n",
-                greedy ? "true" : "false");
-        double most = ll[0];
-        for (int k = 1; k < item->n; k++) most = fmax(most, ll[k]);
-        for (int k = 0; k < item->n; k++) {
-            all += exp(ll[k] - most);
-            right += item->right[k] ? exp(ll[k] - most) : 0;
-        }
-        acc += item->kind == LAST ? greedy : picks_right(item, ll);
-        norm += picks_right(item, ll_norm);
-        mass += right / all;
-        sum += ll[0];
-        squares += item->kind == LAST ? ll[0] * ll[0] : right / all * (right / all);
+        bool last = item->kind == LAST;
+        fprintf(out, last ? "], \"greedy\": %s}\n" : "]}\n", greedy ? "true" : "false");
+        add(&acc, last ? greedy : picks_right(item, ll));
+        add(&norm, picks_right(item, ll_norm));
+        add(&mass, right_mass(item, ll));
+        add(&first, ll[0]);
         show_progress("items", i + 1, n, (seconds() - start) * (n - i - 1) / (i + 1));
         free(ll);
         free(ll_norm);
     }
+    // 3. the results
     if (ferror(out) || fclose(out) || !lines) die("out of memory");
     if (file) output_write(file, 0, lines, bytes, 0), output_close(file);
     free(lines);
-    if (items[0].kind == WEIGHTED) print_mean("mc2", mass, squares, n);
-    else print_mean("acc", acc, acc, n); // 0 and 1 are their own squares
-    if (items[0].kind == CHOICE) print_mean("acc_norm", norm, norm, n);
-    if (items[0].kind == LAST) {
-        double mean = sum / n, spread = sqrt(fmax(0, squares / n - mean * mean) / (n - 1));
-        printf("perplexity %.4f (%d items)", exp(-mean), n);
-        if (n > 1) printf(", standard error %.4f", exp(-mean) * spread);
-        putchar('\n');
-    }
+    Kind kind = items[0].kind;
+    if (kind == WEIGHTED) print_mean("mc2", mass, n);
+    else print_mean("acc", acc, n);
+    if (kind == CHOICE) print_mean("acc_norm", norm, n);
+    double perplexity = exp(-first.sum / n);
+    if (kind == LAST)
+        print_result("perplexity", perplexity, perplexity * standard_error(first, n), n);
     for (int i = 0; i < n; i++) free_item(&items[i]);
     free(items);
     free(z.fed.ids);
@@ -945,19 +974,10 @@ static void feed_prompt(Session *s, int b, int first, int end) {
     free(tokens);
 }
 
-/* How many tokens a prompt has: `limit`, or as many as run in 15 s. It also warms up. */
-static int affordable_prompt(Session *s, int limit) {
-    int n = !s->engine->on_gpu && limit > 32 ? 32 : limit;
-    double start = seconds();
-    feed_prompt(s, 0, 0, n);
-    s->engine->chosen(s->engine); // waits
-    double affordable = 15 * n / (seconds() - start);
-    return affordable >= limit ? limit : affordable < n ? n : (int)affordable;
-}
-
-/* Fills the contexts of all sequences from position `first` to `end`, and shows how far it is. */
-static void fill_contexts(Session *s, int batch, int first, int end) {
-    enum { PIECE = 512 };
+/* Fills the contexts of all sequences from position `first` to `end`, and shows how far it is.
+ * Returns tokens per second. */
+static double fill_contexts(Session *s, int batch, int first, int end) {
+    enum { PIECE = 1024 };
     double start = seconds();
     int total = batch * (end - first), done = 0;
     for (int b = 0; b < batch; b++)
@@ -969,6 +989,7 @@ static void fill_contexts(Session *s, int batch, int first, int end) {
             show_progress("tokens of the contexts", done, total, left);
         }
     require_chosen(s);
+    return total / (seconds() - start);
 }
 
 /* Decodes from an empty context, runs prompts of up to 1024 tokens, decodes after them, and, if the
@@ -976,29 +997,25 @@ static void fill_contexts(Session *s, int batch, int first, int end) {
 static Rates measure(Session *s, int batch, int context) {
     Engine *e = s->engine;
     int steps = context < 1154 ? context / 9 : 128, limit = context - steps - 2, decoded;
-    Rates r = {.batch = batch, .end = limit};
+    Rates r = {.batch = batch, .prompt = limit < 1024 ? limit : 1024, .end = limit};
     e->start(e, batch, context);
     r.GB = (e->weight_bytes + e->state_bytes) / 1e9;
     // 1. from an empty context
     for (int b = 0; b < batch; b++) feed_prompt(s, b, 0, 1);
     r.empty = batch * decode_rate(s, steps, &decoded);
-    // 2. prompts
-    r.prompt = affordable_prompt(s, limit < 1024 ? limit : 1024);
-    double start = seconds();
-    for (int b = 0; b < batch; b++) feed_prompt(s, b, 0, r.prompt);
+    // 2. prompts; the first on a GPU prepares it
+    if (e->on_gpu) feed_prompt(s, 0, 0, r.prompt);
     require_chosen(s);
-    r.prefill = batch * r.prompt / (seconds() - start);
+    r.prefill = fill_contexts(s, batch, 0, r.prompt);
     // 3. after them: a step reads all weights and the KV cache so far
     r.after = r.last = batch * decode_rate(s, steps, &r.decoded);
     double positions = r.prompt + 1 + (r.decoded + 1) / 2.0;
     r.read = (e->step_bytes + positions * e->position_bytes * batch) * r.after / batch;
     // 4. at the end of the context
-    if (limit <= 1024) {
-        r.end = r.prompt;
-        return r;
+    if (r.end > r.prompt) {
+        fill_contexts(s, batch, r.prompt, r.end);
+        r.last = batch * decode_rate(s, steps, &decoded);
     }
-    fill_contexts(s, batch, r.prompt, limit);
-    r.last = batch * decode_rate(s, steps, &decoded);
     return r;
 }
 
