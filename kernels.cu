@@ -1,12 +1,13 @@
 /* QQQ on the GPU. Each kernel has a plain-C twin in qqq.c.
  *
  *   1 the forward pass: a layer, a prompt, a decode step as one graph
- *   2 W4A8 GEMM with mma.sync (and wgmma), per channel and per group
- *   3 what stands around the linears: RMSNorm, SwiGLU, the activation quantizer, 16-bit linears,
- *     the choice of a token
- *   4 attention and the KV cache: of a prompt, and of one token of each sequence
+ *   2 the W4A8 GEMM with mma.sync, per channel and per group
+ *   3 the small kernels around the linears: RMSNorm, SwiGLU, the activation quantizer, 16-bit
+ *     linears, lm_head in 8 bits, the choice of a token
+ *   4 attention and the KV cache: of a prompt, and of one token per sequence
  *   5 quantization: rotation, ranges, smoothing, moments, Cholesky, GPTQ, layer by layer
- *   6 plumbing, to be skipped at first: weights and buffers in GPU memory, the engine
+ *   6 weights, buffers, the engine: a first reader may skip it
+ *   7 Hopper: the W4A8 GEMM with wgmma. It can be deleted: see gpu_gemm_choose()
  */
 #include "files.h"
 
@@ -24,17 +25,16 @@
  *     x <- x + o(attention(rope(q(h)), rope(k(h)), v(h))),   h = rmsnorm(x)
  *     x <- x + down(silu(gate(h)) * up(h)),                  h = rmsnorm(x)
  *
- * as in qqq.c, section 1, with q, k, v as one product and gate, up as one. A layer is eight
- * kernels:
+ * as in qqq.c, section 1. q, k, v are one product; so are gate and up. A layer is eight kernels:
  *
  *     rmsnorm+quantize  qkv  attention+quantize  o+add  rmsnorm+quantize  gate,up
  *     swiglu+quantize  down+add              (prompts: cache, attention, quantize one by one)
  *
- * W4A8 linears are section 2's. 16-bit ones, and lm_head always, are cuBLAS's, or gemv_kernel's for
- * a single token, which is bound by reading the weights and needs no tensor cores.
+ * W4A8 linears are section 2's. A model in 16 bits uses cuBLAS, and gemv_kernel for a single token:
+ * one token is bound by reading the weights and needs no tensor cores.
  * ============================================================================================== */
 
-/* Linears with one input, stacked. */
+/* One linear, or several that share their input, stacked. */
 struct Matrix {
     int N, K;
     GpuLinear w4a8;   // or
@@ -58,8 +58,9 @@ struct GpuModel {
     size_t bytes;
 };
 
-/* What the greedy choice of a token is kept as: larger logit, larger key; of equals the smaller
- * token. 0: none yet. All ones: a logit was not finite. */
+/* A candidate for the likeliest token as one number, so that the maximum is the choice: the logit
+ * in the upper half, ~token in the lower one, which prefers the smaller of two equal tokens.
+ * 0: none yet. All ones: a logit was not finite. */
 typedef unsigned long long Choice;
 
 /* Keys and values of one layer: rows of head_dim numbers of 16 or 8 bits, one per token and KV
@@ -79,8 +80,8 @@ struct GpuState {
     int n_sequences, context, max_T;
     cudaStream_t stream;
     cublasHandle_t cublas;
-    cudaGraphExec_t step; // decode_step(), captured at the first
-    uint8_t *memory;      // [bytes] of all that follows
+    cudaGraphExec_t step; // decode_step(), captured the first time
+    uint8_t *memory;      // [bytes] of all arrays that follow, up to cublas_workspace
     size_t bytes;
     int *tokens;        // [max_T] of a prompt
     int *positions;     // [n_sequences] of the next token
@@ -88,7 +89,7 @@ struct GpuState {
     float *x;           // [max_T][dim] the residual stream
     int8_t *a;          // [max_T][K] a linear's input, int8 or
     half *h;            // [max_T][K] 16 bits; after the last layer: normed, ready for lm_head
-    float *scale;       // [max_T] of either
+    float *scale;       // [max_T] of a or h
     half *qkv;          // [max_T][q_dim + 2 kv_dim]
     half *att;          // [max_T][q_dim]
     half *gate_up;      // [max_T][2][hidden_dim]
@@ -98,19 +99,20 @@ struct GpuState {
     float4 *rope;       // [context][head_dim / 4] cos and sin of two angles
     float *logits;      // [max(LOGIT_ROWS, n_sequences)][vocab_size]
     Score *scores;      // [LOGIT_ROWS]
-    float *partial;     // of attention_decode_kernel, for `splits` blocks a row of blocks
-    int *arrived;       // [n_sequences * rows of blocks]
-    int splits;
+    int splits;         // blocks that share the positions of a sequence: attention_decode_kernel
+    float *partial;     // [n_sequences][decode_rows()][splits][HEADS * (head_dim + 2)]
+    int *arrived;       // [n_sequences][decode_rows() + 1]
     uint8_t *cublas_workspace;
     float *host_logits; // [n_sequences][vocab_size] pinned
     int *host_chosen;   // [n_sequences]
-    int rows;           // of logits, by the last call
+    int n_logits;       // rows of logits that the last call wrote
 };
 
-/* Where T rows of x stand: one after the other in a sequence, or each the next token of its own. */
-struct Rows {
+/* The T tokens that go through the layers together: consecutive ones of a sequence from position
+ * `pos` on; or, if sequence is -1, the next token of each sequence. */
+struct Batch {
     int T;
-    int sequence, pos; // of the first; sequence -1: a decode step
+    int sequence, pos;
 };
 
 /* ---- a layer --------------------------------------------------------------------------------- */
@@ -125,19 +127,19 @@ static void embed(GpuState *s, int T);
 static void embed_chosen(GpuState *s);
 static void linear(GpuState *s, const Matrix *w, int T, half *y);
 static void add_linear(GpuState *s, const Matrix *w, int T, const half *in, const float *scale);
-static void attend(GpuState *s, int l, const Rows &rows);
+static void attend(GpuState *s, int l, const Batch &batch);
 static void lm_head(GpuState *s, int first, int n);
 static void choose(GpuState *s, int sequence, int n);
 
-static void layer(GpuState *s, int l, const Rows &rows) {
+static void layer(GpuState *s, int l, const Batch &batch) {
     const Config *c = &s->model->config;
     const GpuLayer *w = &s->model->layers[l];
     const LinearInput input = linear_input(s);
-    const int T = rows.T;
+    const int T = batch.T;
 
     gpu_rmsnorm(s->x, w->attention_norm, T, c->dim, c->norm_eps, input, s->stream);
     linear(s, &w->qkv, T, s->qkv);
-    attend(s, l, rows);
+    attend(s, l, batch);
     add_linear(s, &w->o, T, s->att, NULL);
 
     gpu_rmsnorm(s->x, w->ffn_norm, T, c->dim, c->norm_eps, input, s->stream);
@@ -147,21 +149,21 @@ static void layer(GpuState *s, int l, const Rows &rows) {
 }
 
 /* All layers and the final norm: from x to h [T][dim], in 16 bits. */
-static void layers(GpuState *s, const Rows &rows) {
+static void layers(GpuState *s, const Batch &batch) {
     const Config *c = &s->model->config;
-    for (int l = 0; l < c->n_layers; l++) layer(s, l, rows);
-    gpu_rmsnorm(s->x, s->model->norm, rows.T, c->dim, c->norm_eps, {NULL, s->h, NULL}, s->stream);
+    for (int l = 0; l < c->n_layers; l++) layer(s, l, batch);
+    gpu_rmsnorm(s->x, s->model->norm, batch.T, c->dim, c->norm_eps, {NULL, s->h, NULL}, s->stream);
 }
 
 /* ---- a prompt, a step ------------------------------------------------------------------------ */
 
 /* T <= max_T tokens of one sequence, which are in s->tokens. */
-static void prompt(GpuState *s, const Rows &rows) {
-    embed(s, rows.T);
-    layers(s, rows);
+static void prompt(GpuState *s, const Batch &batch) {
+    embed(s, batch.T);
+    layers(s, batch);
 }
 
-/* One token more for each sequence: that in s->chosen, at its position in s->positions. */
+/* One token more for each sequence: the one in s->chosen, at its position in s->positions. */
 static void decode_step(GpuState *s) {
     embed_chosen(s);
     layers(s, {s->n_sequences, -1, 0});
@@ -171,24 +173,11 @@ static void decode_step(GpuState *s) {
 
 /* ---- checks and launches --------------------------------------------------------------------- */
 
+constexpr int THREADS = 256; // of nearly every block
+constexpr int WARPS = THREADS / 32;
+
 static void cuda_check(cudaError_t status, const char *what) {
     if (status != cudaSuccess) die("%s: %s", what, cudaGetErrorString(status));
-}
-
-/* A function of cuBLAS, which is loaded only now: linked, it would cost every start 0.1 s. */
-template <typename F> static F *load_cublas(const char *name) {
-    static const std::string file = "libcublas.so." + std::to_string(CUBLAS_VER_MAJOR);
-    static void *library = dlopen(file.c_str(), RTLD_NOW);
-    F *f = library ? (F *)dlsym(library, name) : NULL;
-    if (!f) die("cuBLAS: %s", dlerror());
-    return f;
-}
-
-#define CUBLAS(f) load_cublas<decltype(f)>(#f)
-
-static void cublas_check(cublasStatus_t status) {
-    if (status == CUBLAS_STATUS_SUCCESS) return;
-    die("cuBLAS: %s", CUBLAS(cublasGetStatusString)(status));
 }
 
 static void *device_alloc(size_t bytes) {
@@ -213,7 +202,7 @@ template <typename S, typename T> static void to_host(S *s, T *to, const T *from
     cuda_check(cudaStreamSynchronize(s->stream), "work on the GPU");
 }
 
-/* An attribute of the GPU in use, which is taken to stay the same. */
+/* An attribute of the GPU in use, which must stay the same. */
 static int device_attribute(cudaDeviceAttr attribute) {
     int device, value;
     cuda_check(cudaGetDevice(&device), "cudaGetDevice");
@@ -228,8 +217,8 @@ static int multiprocessors() {
 
 __global__ void empty_kernel() {}
 
-/* What the kernels may use depends on the code that was compiled. A GPU that is newer than all of
- * it runs that of sm_80. */
+/* 80 or 90: the code that runs. A GPU that is newer than all compiled code runs the PTX of sm_80.
+ */
 static int code_version() {
     static const int version = [] {
         cudaFuncAttributes attributes;
@@ -239,15 +228,6 @@ static int code_version() {
     return version;
 }
 
-/* What came with Hopper and stayed; wgmma did not. */
-static bool hopper_code() {
-    return code_version() >= 90;
-}
-
-static bool wgmma_code() {
-    return code_version() == 90;
-}
-
 struct LaunchShape {
     dim3 grid;
     int threads;
@@ -255,14 +235,13 @@ struct LaunchShape {
     int carveout = -1; // percent of L1 that is to be shared memory; -1: as the driver likes
 };
 
-/* For kernels that read memory straight into registers: what is on its way takes room in L1. And a
- * multiprocessor that is to share its memory otherwise must finish what it has first: neighbours on
- * the stream do best with the same. */
+/* For kernels that read memory straight into registers, as data on the way needs room in L1. A
+ * multiprocessor that changes the carveout must first finish its blocks. So neighbours on the
+ * stream do best with the same value. */
 constexpr int CARVEOUT = 50;
 
-/* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel
- * launched so must wait_for_previous_kernel(), whatever it does: the one after it relies on that.
- */
+/* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel that
+ * was launched so must call wait_for_previous_kernel(), as the kernel after it relies on that. */
 template <typename... Parameters, typename... Arguments>
 static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
                    Arguments... arguments) {
@@ -275,7 +254,7 @@ static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = hopper_code();
+    config.numAttrs = code_version() >= 90; // came with Hopper
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     shape.carveout),
                "shared memory");
@@ -288,8 +267,8 @@ template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes)
                "shared memory");
 }
 
-/* The kernel that follows on the stream may start, as soon as all blocks of this one have said so
- * and there is room; it then waits below. So its launch, and its first reads, cost nothing. */
+/* The next kernel on the stream may start as soon as all blocks of this one have called this and
+ * there is room. It then waits below. So its launch and its first reads cost no time. */
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;\n");
@@ -309,10 +288,10 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
  *     y[m][n] = (sum_k a[m][k] * w8[n][k]) * s_a[m] * s_channel[n]        the sum in int32, exact
  *     w8 = q (per channel) or q * s_group (per group of 128)              q: 4 bits
  *
- * QQQ, arXiv 2406.09904, section 3.3. With few tokens the time is that of reading the weights once,
- * with many it is that of the tensor cores; one layout serves both. A kernel computes y^T = w8 a^T:
- * the *weights* are the left operand of the tensor cores' instruction mma.m16n8k32, whose right
- * side is only 8 wide, so that 8 tokens or fewer waste nothing.
+ * QQQ, arXiv 2406.09904, section 3.3. With few tokens the time is that of reading the weights once;
+ * with many tokens it is that of the tensor cores. One layout of the weights serves both. A kernel
+ * computes y^T = w8 a^T: the *weights* are the left operand of mma.m16n8k32, whose right side is
+ * only 8 wide, so that 8 tokens or fewer waste nothing.
  *
  *                        K                                  TOKENS
  *          +---------------------------+                  +--------+
@@ -331,73 +310,157 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
  *                +--------+--------+--------+--------+  strip of  +------------+
  *         warp 1 |        |        |        |        |  32        | m16 tile 1 |  16 channels
  *                +--------+--------+--------+--------+  channels  +------------+
- *           ...  |        |        |        |        |            16 bytes a lane and m16 tile
+ *           ...  |        |        |        |        |            16 bytes per lane and m16 tile
  *
- * A weight is read by one warp, once, from global memory straight into that warp's registers, four
- * units ahead of its use. It never sees shared memory: nobody would share it. The activations,
- * which all warps of a team read, go through shared memory, one chunk ahead. When tokens are few,
- * the warps do better side by side along K than along N: the 8 warps then form TEAMS teams that
- * take turns at pairs of units, each with its own pipeline, and add their sums at the end.
+ * The words for sizes:
  *
- * The idea of laying weights out in the order of the fragments, and much else, is Marlin's (arXiv
- * 2408.11743); the integer dequantization is LiquidGEMM's (arXiv
- * 2509.01229).
+ *     word    channels  tokens  k           bytes         owner
+ *     tile    CHANNELS  TOKENS  all         -             a block, one tile after the other
+ *     strip   32        TOKENS  all         -             a warp: its part of a tile
+ *     unit    32        -       64          1024 weights  a warp, in registers; 4 in flight
+ *     chunk   CHANNELS  TOKENS  256 TEAMS   -             a block: one turn of the main loop
+ *     panel   -         TOKENS  128         128 TOKENS    a team, in shared memory: [TOKENS][128]
+ *     stage   -         TOKENS  2 x 128     256 TOKENS    a team: its two panels of a chunk
+ *     team    8 / TEAMS warps side by side along N; every team has its own part of each chunk
+ *
+ * How a weight reaches the tensor cores: one warp reads it, once, from global memory straight into
+ * registers, four units before it is needed. It never enters shared memory, as no other warp would
+ * read it there. The activations are read by all warps of a team: they go through shared memory,
+ * one chunk ahead. With few tokens the warps do better side by side along K than along N. The 8
+ * warps then form TEAMS teams with a pipeline each, and add up their sums at the end.
+ *
+ * Sources: weights in the order of the fragments, and much else, is Marlin's (arXiv 2408.11743);
+ * the integer dequantization is LiquidGEMM's (arXiv 2509.01229).
  * ============================================================================================== */
 
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / 32;
-constexpr int STRIP = 32;      // channels of a warp: two m16 tiles
-constexpr int UNIT = 64;       // k of one load: two k32 steps
-constexpr int CHUNK_UNITS = 4; // units that a warp has in flight, and in a chunk
-constexpr int BAND = 8;        // tiles of tokens that are worked on together
+constexpr int STRIP = 32;               // channels
+constexpr int UNIT = 64;                // k: two k32 steps of mma
+constexpr int CHUNK_UNITS = 4;          // units of a chunk that one team has
+constexpr int CHUNK = CHUNK_UNITS * 64; // k of a chunk that one team has
 
-/* ---- the layout of the weights -------------------------------------------------------------- */
+/* ---- instructions that C++ has no name for --------------------------------------------------- */
 
-/* Where channel n stands in its strip: which m16 tile, which half of it, which row of the half.
+/* Reads 16 bytes that are needed once, so they need not stay in the L1 cache. If not `valid`, `to`
+ * keeps its value: a predicate, unlike a branch, leaves the compiler one straight run of code. */
+__device__ __forceinline__ void load_16(uint4 &to, const uint4 *from, bool valid) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+                 "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }\n"
+                 : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+                 : "l"(from), "r"((int)valid));
+}
+
+__device__ __forceinline__ void load_4(uint32_t &to, const uint32_t *from, bool valid) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0;\n"
+                 "@p ld.global.nc.u32 %0, [%1]; }\n"
+                 : "+r"(to)
+                 : "l"(from), "r"((int)valid));
+}
+
+/* Brings a line into the L2 cache, without waiting for it and without a register to hold it. */
+__device__ __forceinline__ void prefetch(const void *from, bool valid) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %1, 0;\n"
+                 "@p prefetch.global.L2 [%0]; }\n" ::"l"(from),
+                 "r"((int)valid));
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+/* Copies 16 bytes into shared memory in the background, or writes zeros. */
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void *from, bool nonzero,
+                                              bool valid) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
+                 "@p cp.async.cg.shared.global [%0], [%1], 16, %2; }\n" ::"r"(to),
+                 "l"(from), "r"(nonzero ? 16 : 0), "r"((int)valid)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_all;\n" ::: "memory");
+}
+
+/* Two or four 8 x 16-byte matrices from shared memory, in the layout of mma's right operand: lanes
+ * 8i .. 8i+7 hold the addresses of matrix i's rows; lane l gets, of each matrix, row l / 4, bytes
+ * l % 4 * 4 to + 3. */
+__device__ __forceinline__ void load_matrices(uint32_t (&b)[2], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
+                 : "=r"(b[0]), "=r"(b[1])
+                 : "r"(address));
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&b)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(address));
+}
+
+/* c [16][8] += a [16][32] . b [8][32] over a warp. Lane l holds c[0], c[1] of row l / 4, columns
+ * l % 4 * 2 and + 1; c[2], c[3] are eight rows below. */
+__device__ __forceinline__ void mma(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Waits for `threads` threads that name the same barrier; __syncthreads() is barrier 0. */
+__device__ __forceinline__ void named_barrier(int name, int threads) {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(name), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    half2 pair = __floats2half2_rn(low, high);
+    return *(uint32_t *)&pair;
+}
+
+/* ---- the layout of the weights --------------------------------------------------------------- */
+
+/* The row of a strip that channel n is: which m16 tile, which half of it, which row of the half.
  *
- * Any order is right, as long as the output is written in the same. In this one the sums that a
- * lane has of a token (row lane / 4 of both halves of both m16 tiles) are those of four consecutive
- * channels, which it writes at once: see write_tile(). */
-struct ChannelPlace {
+ * Any order is right, as long as the output is written in the same. With this one a lane's sums of
+ * one token (row lane / 4 of both halves of both m16 tiles) belong to four consecutive channels,
+ * which it writes at once: see write_rows(). */
+struct StripRow {
     int tile, half, row;
 };
 
-__device__ static ChannelPlace channel_place(int n) {
+__device__ static StripRow strip_row(int n) {
     return {n % 4 / 2, n % 2, n % STRIP / 4};
 }
 
-/* The 32-bit word that holds channel n's codes for k .. k+3 (in the low nibbles of its bytes) and
- * k+32 .. k+35 (in the high ones); k % 64 < 32, k % 4 = 0.
+/* The index of the 32-bit word that holds channel n's codes for k .. k+3 (in the low nibbles of its
+ * bytes) and k+32 .. k+35 (in the high nibbles); k % 64 < 32, k % 4 = 0.
  *
- * mma.m16n8k32 wants of its left operand, in lane l, four registers of four int8:
+ * mma.m16n8k32 wants its left operand as four registers of four int8, in lane l:
  *
  *                  k 0..15      k 16..31
  *     rows 0..7   register 0   register 2     each: row l / 4, k = l % 4 * 4 .. + 3
  *     rows 8..15  register 1   register 3
  *
- * A unit is two such steps; word r is register r of both. So a lane's 16 bytes are its left operand
- * for 16 channels and 64 k, and a warp reads 512 bytes in a row. */
+ * A unit is two such steps; word r is register r of both. So 16 bytes per lane are the left operand
+ * for 16 channels and 64 k, and a warp reads 512 consecutive bytes. */
 __device__ static size_t fragment_word(int n, int k, int K) {
-    ChannelPlace c = channel_place(n);
+    StripRow c = strip_row(n);
     size_t unit = (size_t)(n / STRIP) * (K / UNIT) + k / UNIT;
     int lane = c.row * 4 + k % 16 / 4;
     int word = k % 32 / 16 * 2 + c.half;
     return ((unit * 2 + c.tile) * 32 + lane) * 4 + word;
 }
 
-/* The byte that holds the scale of channel n and k's group: a lane's four, for the rows lane / 4 of
- * both halves of both m16 tiles, are one 32-bit word. */
+/* The index of the byte that holds the scale of channel n and k's group: the four scales that a
+ * lane needs, of rows lane / 4 of both halves of both m16 tiles, are one 32-bit word. */
 __device__ static size_t fragment_scale(int n, int k, int K) {
-    ChannelPlace c = channel_place(n);
+    StripRow c = strip_row(n);
     size_t group = (size_t)(n / STRIP) * (K / GROUP) + k / GROUP;
     return (group * 8 + c.row) * 4 + c.tile * 2 + c.half;
 }
 
 /* Per channel the codes are stored as two's complement, q = u ^ 8: in the high nibble of a byte
- * that is 16 q without further ado. With groups they stay u = q + 8. */
+ * that is 16 q without further work. With groups they stay u = q + 8. */
 constexpr uint32_t TWOS_COMPLEMENT = 0x88888888;
 
-/* qweight [N][K/2] as in the file becomes rows first .. first + N - 1 of w. One thread a word. */
+/* qweight [N][K/2] as in the file becomes rows first .. first + N - 1 of w. One thread per word. */
 __global__ void layout_weights_kernel(const uint16_t *qweight, const uint8_t *s_group, int N, int K,
                                       int first, uint32_t *w, uint8_t *scales) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -437,144 +500,601 @@ static void layout_weights(const GpuLinear *l, int first, int N, const uint16_t 
     cuda_check(cudaGetLastError(), "scale_kernel");
 }
 
-GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
-    GpuLinear l = {};
-    l.K = parts[0].K;
-    const bool groups = parts[0].s_group;
-    const int multiple = groups ? GROUP : UNIT;
-    if (l.K % multiple) die("a linear with K = %d: it must be a multiple of %d", l.K, multiple);
-    size_t largest = 0;
-    for (int i = 0; i < n_parts; i++) {
-        const Linear *part = &parts[i];
-        if (part->N % 64) die("a linear with N = %d: it must be a multiple of 64", part->N);
-        if (part->K != l.K || (part->s_group != NULL) != groups) {
-            die("linears of different K or kinds of scales cannot be stacked");
-        }
-        l.N += part->N;
-        if ((size_t)part->N > largest) largest = part->N;
+/* ---- tiles, and the way through them --------------------------------------------------------- */
+
+/* What every kernel of the GEMM needs. */
+struct GemmArgs {
+    int M, N, K;
+    const uint4 *w;          // [N/32][K/64][2][32]
+    const uint32_t *s_group; // [N/32][K/128][8], NULL per channel
+    const float *s_channel;  // [N]
+    const int8_t *a;         // [M][K]
+    const float *s_a;        // [M]
+    half *y;                 // [M][N], unless there is a residual
+    float *residual;         // [M][N] or NULL
+};
+
+/* TOKENS of a tile and TEAMS of a block decide the rest. */
+template <int TOKENS, int TEAMS> struct Shape {
+    static constexpr int TEAM_WARPS = WARPS / TEAMS;
+    static constexpr int TEAM_THREADS = TEAM_WARPS * 32;
+    static constexpr int CHANNELS = TEAM_WARPS * STRIP;
+    static constexpr int STAGE = TOKENS * CHUNK;                     // bytes
+    static constexpr int SUMS = (TEAMS - 1) * CHANNELS * TOKENS * 4; // bytes: add_teams()
+    static constexpr int SHARED = TEAMS * 2 * STAGE + SUMS;          // bytes
+    static constexpr int BLOCKS = TOKENS <= 16 ? 2 : 1;              // of a multiprocessor
+};
+
+/* How the output is cut. */
+struct Tiling {
+    int m, n;   // tiles of tokens, of channels
+    int tiles;  // m * n
+    int chunks; // of K
+};
+
+static Tiling make_tiling(const GemmArgs &p, int channels, int tokens, int chunk) {
+    const int m = ceil_div(p.M, tokens), n = ceil_div(p.N, channels);
+    return {m, n, m * n, ceil_div(p.K, chunk)};
+}
+
+/* A tile: number m of the tiles of tokens, number n of those of channels. */
+struct Tile {
+    int m, n;
+};
+
+/* Blocks work on consecutive tiles at the same time. So consecutive tiles form a square: they go
+ * along the channels in bands of 8 tiles of tokens, and share much of what they read through the L2
+ * cache. */
+__device__ __forceinline__ Tile tile_number(int i, const Tiling &tiling) {
+    constexpr int BAND = 8;
+    if (tiling.m == 1) return {0, i}; // divisions are slow
+    int band = i / (BAND * tiling.n);
+    int rows = min(BAND, tiling.m - band * BAND);
+    int in_band = i - band * BAND * tiling.n;
+    return {band * BAND + in_band % rows, in_band / rows};
+}
+
+/* The next chunk of a block. Its tiles are blockIdx.x, blockIdx.x + gridDim.x, ... */
+struct Position {
+    int i;     // number of the tile; all tiles are done if it is tiling.tiles or more
+    int chunk; // of the tile
+    Tile tile;
+    __device__ __forceinline__ Position(const Tiling &tiling)
+        : i(blockIdx.x), chunk(0), tile(tile_number(i, tiling)) {}
+    __device__ __forceinline__ void advance(const Tiling &tiling) {
+        if (++chunk < tiling.chunks) return;
+        chunk = 0;
+        i += gridDim.x;
+        tile = tile_number(i, tiling);
     }
-    l.w = (uint32_t *)device_alloc((size_t)l.N * l.K / 2);
-    l.s_channel = (float *)device_alloc(l.N * sizeof(float));
-    if (groups) l.s_group = (uint8_t *)device_alloc((size_t)l.N * (l.K / GROUP));
+};
 
-    uint16_t *qweight = (uint16_t *)device_alloc(largest * l.K / 2); // one part as in the file
-    uint8_t *s_group = groups ? (uint8_t *)device_alloc(largest * (l.K / GROUP)) : NULL;
-    for (int i = 0, first = 0; i < n_parts; first += parts[i++].N) {
-        const Linear *part = &parts[i];
-        const size_t n = (size_t)part->N * l.K;
-        cuda_check(cudaMemcpy(qweight, part->qweight, n / 2, cudaMemcpyHostToDevice), "qweight");
-        if (groups) {
-            cuda_check(cudaMemcpy(s_group, part->s_group, n / GROUP, cudaMemcpyHostToDevice),
-                       "s_group");
-        }
-        layout_weights(&l, first, part->N, qweight, s_group, part->s_channel, 0);
+/* ---- weights: from global memory to registers ------------------------------------------------ */
+
+/* A warp's units on their way. Teams get units in pairs: the 128 k of a pair share a panel of
+ * activations and a group's scale. A team's pairs are `teams` pairs apart. */
+template <int UNITS, bool GROUPS> struct UnitsInFlight {
+    uint4 w[UNITS][2] = {}; // [unit][m16 tile]
+    uint32_t s_group[UNITS / 2] = {};
+    const uint4 *from;            // the first unit's
+    const uint32_t *from_s_group; // and its scale's
+    int valid;                    // units from there to the end of K
+
+    __device__ __forceinline__ void aim(const GemmArgs &p, int strip, int unit, bool exists) {
+        const int units = p.K / UNIT, lane = threadIdx.x % 32;
+        from = p.w + ((size_t)strip * units + unit) * 64 + lane;
+        from_s_group = p.s_group;
+        if (GROUPS) from_s_group += ((size_t)strip * (units / 2) + unit / 2) * 8 + lane / 4;
+        valid = exists ? units - unit : 0;
     }
-    cuda_check(cudaDeviceSynchronize(), "layout of weights");
-    cuda_check(cudaFree(qweight), "cudaFree");
-    cuda_check(cudaFree(s_group), "cudaFree");
-    return l;
+    __device__ __forceinline__ static int offset(int u, int teams) {
+        return u / 2 * 2 * teams + u % 2;
+    }
+    __device__ __forceinline__ void load(int u, int teams) {
+        const int unit = offset(u, teams);
+        load_16(w[u][0], from + unit * 64, unit < valid);
+        load_16(w[u][1], from + unit * 64 + 32, unit < valid);
+        if (GROUPS && u % 2 == 1) load_4(s_group[u / 2], from_s_group + unit / 2 * 8, unit < valid);
+    }
+    /* To the units that follow the ones in flight. */
+    __device__ __forceinline__ void advance(int teams) {
+        from += UNITS * teams * 64;
+        from_s_group += UNITS / 2 * teams * 8;
+        valid -= UNITS * teams;
+    }
+};
+
+/* Four int8 weights from one nibble of each byte of a word, low nibbles for step 0, high ones for
+ * step 1.
+ *
+ * Per channel the result is 16 q: a high nibble is just that with the low one masked away, a low
+ * one needs a shift more. The 16 is divided out of s_channel.
+ *
+ * With groups, u = q + 8 times the scale s (1 to 15), plus 128 - 8 s, is q s + 128, in 8 .. 233: it
+ * fits its byte, so one multiply-add does four weights and nothing carries over. Flipping the top
+ * bit subtracts the 128. */
+template <bool GROUPS>
+__device__ __forceinline__ uint32_t dequantize(uint32_t word, int step, uint32_t s) {
+    if (!GROUPS) return (step ? word : word << 4) & 0xf0f0f0f0;
+    uint32_t u = (step ? word >> 4 : word) & 0x0f0f0f0f;
+    return (u * s + (0x80808080 - s * 0x08080808)) ^ 0x80808080;
 }
 
-void gpu_linear_free(GpuLinear *l) {
-    cuda_check(cudaFree(l->w), "cudaFree");
-    cuda_check(cudaFree(l->s_group), "cudaFree");
-    cuda_check(cudaFree(l->s_channel), "cudaFree");
-    *l = {};
+/* mma's left operands of one step of a unit: two m16 tiles. ORDERED: before the registers of w are
+ * loaded anew. Left to itself the compiler may dequantize afterwards, from a copy; that is faster
+ * with 128 tokens only. */
+template <bool GROUPS, bool ORDERED>
+__device__ __forceinline__ void dequantize_step(const uint4 (&w)[2], uint32_t s_group, int step,
+                                                uint32_t (&left)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t words[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * i + r % 2);
+            left[i][r] = dequantize<GROUPS>(words[r], step, s);
+            if (ORDERED) asm volatile("" : "+r"(left[i][r]));
+        }
+    }
 }
 
-/* ---- instructions that C++ has no name for --------------------------------------------------- */
+/* ---- activations: from global to shared memory ----------------------------------------------- */
 
-/* Reads 16 bytes that are needed once: they need not stay in the L1 cache. If not `valid`, `to`
- * stays as it is; a predicate, unlike a branch, leaves the compiler one straight run of code. */
-__device__ __forceinline__ void load_16(uint4 &to, const uint4 *from, bool valid) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
-                 "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }\n"
-                 : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
-                 : "l"(from), "r"((int)valid));
+/* The offset of 16 bytes in panels of 128 k, each [rows][8] 16-byte pieces: `row` is the token,
+ * `column` counts pieces along k. A piece is XORed with its row, so that 8 rows of one column,
+ * which ldmatrix reads at once, lie in different banks. */
+__device__ __forceinline__ uint32_t swizzled(int row, int column, int rows) {
+    return (column / 8 * rows + row) * 128 + (column % 8 ^ row % 8) * 16;
 }
 
-__device__ __forceinline__ void load_4(uint32_t &to, const uint32_t *from, bool valid) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0;\n"
-                 "@p ld.global.nc.u32 %0, [%1]; }\n"
-                 : "+r"(to)
-                 : "l"(from), "r"((int)valid));
+/* Starts the copy of half a stage: of half of the tokens. k past the end becomes zero, so that any
+ * weight is harmless there. Tokens past the end are left out: nobody looks at their sums. */
+template <int TOKENS, int TEAMS>
+__device__ __forceinline__ void load_activations(const GemmArgs &p, const Tiling &tiling,
+                                                 const Position &at, int team, uint32_t stage,
+                                                 int half_of_tokens) {
+    constexpr int PIECES = CHUNK / 16; // of a row
+    constexpr int ROWS = Shape<TOKENS, TEAMS>::TEAM_THREADS / PIECES;
+    const int column = threadIdx.x % PIECES, panel = column / 8 * TEAMS + team;
+    const int k = at.chunk * TEAMS * CHUNK + panel * 128 + column % 8 * 16;
+    int row = half_of_tokens * TOKENS / 2 + threadIdx.x % (ROWS * PIECES) / PIECES;
+    int rows = min((half_of_tokens + 1) * TOKENS / 2, p.M - at.tile.m * TOKENS);
+    if (at.i >= tiling.tiles) rows = 0;
+    const int8_t *from = p.a + (size_t)(at.tile.m * TOKENS + row) * p.K + k;
+#pragma unroll(TOKENS <= 16 ? 1 : 8)
+    for (int i = 0; i < ceil_div(TOKENS / 2, ROWS); i++) {
+        copy_async_16(stage + swizzled(row, column, TOKENS), from, k < p.K, row < rows);
+        row += ROWS;
+        from += ROWS * p.K;
+    }
 }
 
-/* Brings a line into the L2 cache, without waiting for it and without a register to hold it. */
-__device__ __forceinline__ void prefetch(const void *from, bool valid) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %1, 0;\n"
-                 "@p prefetch.global.L2 [%0]; }\n" ::"l"(from),
-                 "r"((int)valid));
+/* Waits for the warps of a team; the teams need not wait for each other. */
+template <int TEAM_WARPS> __device__ __forceinline__ void team_barrier(int team) {
+    if (TEAM_WARPS == 1) {
+        __syncwarp();
+    } else if (TEAM_WARPS == WARPS) {
+        __syncthreads();
+    } else {
+        named_barrier(team + 1, TEAM_WARPS * 32);
+    }
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
+/* A lane's row for ldmatrix, in bytes from the panel's start: n8 tile lane / 16 of two, token lane
+ * % 8, 16-byte column lane / 8 % 2. XORed with a step's column it is the address for that step. */
+__device__ __forceinline__ uint32_t lane_row() {
+    const int lane = threadIdx.x % 32;
+    return swizzled(lane / 16 * 8 + lane % 8, lane / 8 % 2, 0);
 }
 
-/* Copies 16 bytes into shared memory in the background, or writes zeros. */
-__device__ __forceinline__ void copy_async_16(uint32_t to, const void *from, bool nonzero,
-                                              bool valid) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0;\n"
-                 "@p cp.async.cg.shared.global [%0], [%1], 16, %2; }\n" ::"r"(to),
-                 "l"(from), "r"(nonzero ? 16 : 0), "r"((int)valid)
-                 : "memory");
+/* acc [2 m16 tiles][N_TILES n8 tiles] += weights a . activations at `from`, k32. One ldmatrix reads
+ * the right operands of two n8 tiles, four mma use them. */
+template <int N_TILES>
+__device__ __forceinline__ void multiply_step(int (&acc)[2][N_TILES][4], const uint32_t (&a)[2][4],
+                                              uint32_t from) {
+    constexpr int PAIR = N_TILES == 1 ? 1 : 2;
+#pragma unroll
+    for (int j = 0; j < N_TILES; j += PAIR) {
+        uint32_t b[2 * PAIR];
+        load_matrices(b, from + j * 8 * 128);
+#pragma unroll
+        for (int t = 0; t < PAIR; t++) {
+            mma(acc[0][j + t], a[0], b[2 * t], b[2 * t + 1]);
+            mma(acc[1][j + t], a[1], b[2 * t], b[2 * t + 1]);
+        }
+    }
 }
 
-__device__ __forceinline__ void copy_async_4(uint32_t to, const void *from, bool nonzero) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(from),
-                 "r"(nonzero ? 4 : 0)
-                 : "memory");
+/* ---- sums: of the teams, and to the output --------------------------------------------------- */
+
+__device__ __forceinline__ void add(int (&c)[4], int4 x) {
+    c[0] += x.x;
+    c[1] += x.y;
+    c[2] += x.z;
+    c[3] += x.w;
 }
 
-__device__ __forceinline__ void copy_async_wait() {
-    asm volatile("cp.async.wait_all;\n" ::: "memory");
+__device__ __forceinline__ int4 as_int4(const int (&c)[4]) {
+    return make_int4(c[0], c[1], c[2], c[3]);
 }
 
-/* Two or four 8 x 16-byte matrices from shared memory, in the layout of mma's right operand: lanes
- * 8i .. 8i+7 hold the addresses of matrix i's rows; lane l gets of each row l / 4, bytes l % 4 * 4
- * to + 3. */
-__device__ __forceinline__ void load_matrices(uint32_t (&b)[2], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
-                 : "=r"(b[0]), "=r"(b[1])
-                 : "r"(address));
+/* Team 0 gets the sums of all teams, through shared memory: sums [2 N_TILES][TEAMS - 1][threads of
+ * a team]. */
+template <int TOKENS, int TEAMS>
+__device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *sums, int team) {
+    constexpr int STRIDE = Shape<TOKENS, TEAMS>::TEAM_THREADS;
+    sums += threadIdx.x % STRIDE;
+    __syncthreads(); // team 0 has read the sums of the tile before
+    if (team > 0) {
+#pragma unroll
+        for (int i = 0; i < TOKENS / 4; i++) {
+            sums[(i * (TEAMS - 1) + team - 1) * STRIDE] = as_int4(acc[i % 2][i / 2]);
+        }
+    }
+    __syncthreads();
+    if (team > 0) return;
+    for (int t = 0; t < TEAMS - 1; t++) {
+#pragma unroll
+        for (int i = 0; i < TOKENS / 4; i++) {
+            add(acc[i % 2][i / 2], sums[(i * (TEAMS - 1) + t) * STRIDE]);
+        }
+    }
 }
 
-__device__ __forceinline__ void load_matrices(uint32_t (&b)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(address));
+/* What turns a lane's sums into outputs, for M_TILES m16 tiles and two tokens: 2 M_TILES
+ * consecutive channels of each token. */
+template <int M_TILES> struct Scales {
+    using Floats = std::conditional_t<M_TILES == 2, float4, float2>;
+    Floats s_channel;
+    float s_a[2];
+    Floats x[2]; // the residual stream so far
+};
+
+/* For the channels from n0, with s_channel, and the first 8 of the `tokens` from m0, with s_a. */
+template <int M_TILES>
+__device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_channel,
+                                            const float *s_a, int m0, int tokens, int n0,
+                                            Scales<M_TILES> &s) {
+    using Floats = typename Scales<M_TILES>::Floats;
+    const int lane = threadIdx.x % 32, channel = lane / 4 * 4, first = lane % 4 * 2;
+    s.s_channel = *(const Floats *)(s_channel + channel);
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        const float *x = p.residual + (size_t)(m0 + first + t) * p.N + n0 + channel;
+        s.s_a[t] = first + t < tokens ? s_a[first + t] : 0;
+        if (first + t < tokens && p.residual) s.x[t] = *(const Floats *)x;
+    }
 }
 
-/* c [16][8] += a [16][32] . b [8][32] over a warp. Lane l holds of c: c[0], c[1] in row l / 4,
- * columns l % 4 * 2 and + 1; c[2], c[3] eight rows below. */
-__device__ __forceinline__ void mma(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+/* Scales a lane's sums and writes them: to y (Out: half) or onto the residual stream (float). The
+ * registers hold y^T, but strip_row() has put a lane's channels side by side. `to` is the output of
+ * the lane's first token and channel; s has the scales of the tokens of the first n8 tile. */
+template <int M_TILES, int N_TILES, typename Out>
+__device__ __forceinline__ void write_rows(Out *to, int N, const int (&acc)[M_TILES][N_TILES][4],
+                                           Scales<M_TILES> s, const float *s_a, int tokens) {
+    using Floats = typename Scales<M_TILES>::Floats;
+    using Halves = std::conditional_t<M_TILES == 2, uint2, uint32_t>;
+    constexpr bool ADD = std::is_same_v<Out, float>;
+    constexpr bool AHEAD = N_TILES > 4; // scales are read one n8 tile ahead, if registers are left
+    const int first = threadIdx.x % 4 * 2;
+    auto load = [&](int i, const Out *from) {
+        const int token = first + i / 2 * 8 + i % 2;
+        if (i >= 2 * N_TILES || token >= tokens) return;
+        s.s_a[i % 2] = s_a[token];
+        if constexpr (ADD) s.x[i % 2] = *(const Floats *)from;
+    };
+#pragma unroll
+    for (int i = 0; i < 2 * N_TILES; i++) { // tokens of the lane
+        const int j = i / 2, t = i % 2;
+        float y[2 * M_TILES];
+        uint32_t halves[M_TILES];
+        if (!AHEAD && j > 0) load(i, to);
+            // 1. scale, and add to the residual stream or round to halves
+#pragma unroll
+        for (int c = 0; c < 2 * M_TILES; c++) {
+            float sum = acc[c / 2][j][c % 2 * 2 + t];
+            y[c] = __fmul_rn(__fmul_rn(sum, s.s_a[t]), (&s.s_channel.x)[c]);
+            if (ADD) y[c] = __fadd_rn((&s.x[t].x)[c], y[c]);
+            else if (c % 2) halves[c / 2] = pack(y[c - 1], y[c]);
+        }
+        // 2. write in one piece, which plain stores may not be
+        if (first + j * 8 + t < tokens) {
+            if constexpr (ADD) __stcg((Floats *)to, *(const Floats *)y);
+            else __stcg((Halves *)to, *(const Halves *)halves);
+        }
+        if (AHEAD) load(i + 2, to + 8 * (size_t)N);
+        to += (t ? 7 : 1) * (size_t)N;
+    }
 }
 
-/* c [16][8] += a [16][16] . b [8][16] over a warp, halves; the layout is that of the int8 mma
- * with pairs of halves for the four bytes. */
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+/* A warp's sums, M_TILES m16 tiles from channel n0 and `tokens` <= 8 N_TILES tokens from m0. */
+template <int M_TILES, int N_TILES>
+__device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[M_TILES][N_TILES][4],
+                                           const Scales<M_TILES> &s, const float *s_a, int m0,
+                                           int tokens, int n0) {
+    const int lane = threadIdx.x % 32;
+    const size_t at = (size_t)(m0 + lane % 4 * 2) * p.N + n0 + lane / 4 * 4;
+    if (p.residual) write_rows(p.residual + at, p.N, acc, s, s_a, tokens);
+    else write_rows(p.y + at, p.N, acc, s, s_a, tokens);
 }
 
-/* An 8x8 matrix of 16-bit numbers, two a lane, becomes its transpose. */
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
-    uint32_t y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
-    return y;
+/* ---- the kernel ------------------------------------------------------------------------------ */
+
+/* With 16 tokens two blocks fit on a multiprocessor: while one waits the other reads, and blocks of
+ * the next kernel find room before all of this one are gone. */
+template <int TOKENS, int TEAMS, bool GROUPS>
+__global__ void __launch_bounds__(THREADS, Shape<TOKENS, TEAMS>::BLOCKS)
+    gemm_w4a8_kernel(const __grid_constant__ GemmArgs p, const __grid_constant__ Tiling tiling) {
+    using S = Shape<TOKENS, TEAMS>;
+    constexpr bool ORDERED = TOKENS <= 64;
+    extern __shared__ __align__(1024) uint8_t shared[]; // [TEAMS][2][STAGE], sums of the teams
+    const int team = threadIdx.x / S::TEAM_THREADS;
+    const int warp = threadIdx.x / 32 % S::TEAM_WARPS; // of the team
+    const uint32_t stages = shared_address(shared) + team * 2 * S::STAGE;
+    const uint32_t b_row = lane_row();
+
+    UnitsInFlight<CHUNK_UNITS, GROUPS> weights;
+    auto aim_weights = [&](const Position &at) {
+        const int strip = at.tile.n * S::TEAM_WARPS + warp;
+        const bool exists = at.i < tiling.tiles && strip < p.N / STRIP;
+        weights.aim(p, strip, at.chunk * TEAMS * CHUNK_UNITS + team * 2, exists);
+    };
+    auto load_weights = [&](int u) {
+        weights.load(u, TEAMS);
+        // With 128 tokens no register is left to look farther ahead, but the L2 cache can.
+        const int unit = TEAMS * CHUNK_UNITS + weights.offset(u, TEAMS);
+        if (TOKENS == 128) prefetch(weights.from + unit * 64, unit < weights.valid);
+    };
+    auto load_half_stage = [&](const Position &at, uint32_t stage, int half) {
+        load_activations<TOKENS, TEAMS>(p, tiling, at, team, stage, half);
+    };
+
+    // 1. Start to read weights: no kernel writes them, so they need not wait for the one before.
+    Position next(tiling);
+    aim_weights(next);
+#pragma unroll
+    for (int u = 0; u < CHUNK_UNITS; u++) load_weights(u);
+    prefetch(p.s_channel + (next.tile.n * S::TEAM_WARPS + warp) * STRIP, weights.valid > 0);
+    launch_dependents();
+    // 2. Start to copy activations, which the kernel before has written.
+    wait_for_previous_kernel();
+    load_half_stage(next, stages, 0);
+    load_half_stage(next, stages, 1);
+
+    uint32_t filling = stages; // the stage that is being copied to
+    while (next.i < tiling.tiles) {
+        const int i = next.i;
+        int acc[2][TOKENS / 8][4] = {};
+        for (int chunk = 0; chunk < tiling.chunks; chunk++) {
+            // 3. This chunk has arrived in `current`; the other stage is free for the next chunk.
+            next.advance(tiling);
+            aim_weights(next);
+            copy_async_wait();
+            team_barrier<S::TEAM_WARPS>(team);
+            const uint32_t current = filling;
+            filling += S::STAGE;
+            if (filling == stages + 2 * S::STAGE) filling = stages;
+
+                // 4. Multiply this chunk and load the next. There is no branch and no barrier, so
+                // the compiler can start loads and dequantize while the products before them run.
+#pragma unroll
+            for (int u = 0; u < CHUNK_UNITS; u++) {
+                if (u < 2) load_half_stage(next, filling, u);
+#pragma unroll
+                for (int step = 0; step < 2; step++) {
+                    uint32_t left[2][4]; // [m16 tile][register]
+                    dequantize_step<GROUPS, ORDERED>(weights.w[u], weights.s_group[u / 2], step,
+                                                     left);
+                    // A dequantized unit makes room for the same one of the next chunk.
+                    if (step == 1) load_weights(u);
+                    const uint32_t panel = current + u / 2 * TOKENS * 128;
+                    const int column = (u % 2 * 2 + step) * 32; // bytes
+                    multiply_step<TOKENS / 8>(acc, left, panel + (b_row ^ column));
+                }
+            }
+        }
+
+        // 5. The scales are on their way while the teams add up their sums. The tile's position is
+        // computed again rather than kept in registers.
+        Scales<2> s;
+        auto output = [&](auto work) {
+            const Tile tile = tile_number(i, tiling);
+            const int m0 = tile.m * TOKENS, n0 = (tile.n * S::TEAM_WARPS + warp) * STRIP;
+            if (team == 0 && n0 < p.N) work(m0, p.M - m0, n0);
+        };
+        output([&](int m0, int tokens, int n0) {
+            load_scales(p, p.s_channel + n0, p.s_a + m0, m0, tokens, n0, s);
+        });
+        int4 *sums = (int4 *)(shared + TEAMS * 2 * S::STAGE);
+        if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
+        // 6. Scale and write.
+        output([&](int m0, int tokens, int n0) {
+            write_tile<2, TOKENS / 8>(p, acc, s, p.s_a + m0, m0, tokens, n0);
+        });
+    }
 }
 
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    half2 pair = __floats2half2_rn(low, high);
-    return *(uint32_t *)&pair;
+/* ---- few tokens --------------------------------------------------------------------------------
+ *
+ *     y^T [N][M] = w8 a^T,      M <= 8
+ *
+ * Up to 8 tokens the time is that of reading the weights, if memory never rests. A block has one
+ * tile: strips side by side, each shared by teams of one warp. A warp has eight units in flight
+ * before it waits for the kernel ahead; blocks of the next kernel do the same wherever there is
+ * room beside this one. All K of the activations are in shared memory, so no barrier stops a warp
+ * until the end. */
+
+constexpr int FEW = 8;                 // tokens of a tile
+constexpr int FEW_UNITS = 8;           // that a warp has in flight
+constexpr int FEW_CACHED = 4;          // units more, on their way to the L2 cache
+constexpr size_t FEW_SHARED = 1 << 16; // bytes of activations; above, gemm_w4a8_kernel is chosen
+
+template <bool GROUPS>
+__global__ void __launch_bounds__(THREADS, 2)
+    gemm_few_kernel(const __grid_constant__ GemmArgs p, int teams) {
+    extern __shared__ __align__(1024) uint8_t shared[]; // panels of a
+    __shared__ int4 sums[WARPS][2][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, strips = WARPS / teams;
+    const int team = warp / strips, strip = blockIdx.x * strips + warp % strips;
+    const int m0 = blockIdx.y * FEW, rows = min(FEW, p.M - m0);
+    const int units = p.K / UNIT, pairs = ceil_div(units, 2); // a pair: one panel
+
+    // 1. Weights are on their way before the kernel ahead has finished: into registers, and behind
+    // those into the L2 cache.
+    UnitsInFlight<FEW_UNITS, GROUPS> weights;
+    const bool exists = strip < p.N / STRIP;
+    weights.aim(p, strip, team * 2, exists);
+#pragma unroll
+    for (int u = 0; u < FEW_UNITS; u++) weights.load(u, teams);
+    prefetch(p.s_channel + strip * STRIP, exists);
+    launch_dependents();
+    const uint8_t *strip_w = (const uint8_t *)(p.w + (size_t)strip * units * 64);
+    const int first = FEW_UNITS * teams, cached = min(units, first + FEW_CACHED * teams);
+    for (int line = first * 8 + team * 32 + lane; line < cached * 8; line += teams * 32) {
+        prefetch(strip_w + line * 128, exists);
+    }
+
+    // 2. Copy the activations; past the end of K zeros, which make any weight harmless.
+    wait_for_previous_kernel();
+    for (int row = 0; row < rows; row++) {
+        const int8_t *from = p.a + (size_t)(m0 + row) * p.K;
+        for (int i = threadIdx.x; i < pairs * 8; i += THREADS) {
+            bool inside = i * 16 < p.K;
+            copy_async_16(shared_address(shared) + swizzled(row, i, rows),
+                          inside ? from + i * 16 : from, inside, true);
+        }
+    }
+    copy_async_wait();
+    __syncthreads();
+
+    // 3. Multiply, as in gemm_w4a8_kernel; past the last row lanes read copies of it.
+    const int b = min(lane / 16 * 8 + lane % 8, rows - 1);
+    const uint32_t b_row = swizzled(b, lane / 8 % 2, rows);
+    int acc[2][1][4] = {};
+    for (int pair = team; pair < pairs; pair += FEW_UNITS / 2 * teams) {
+        weights.advance(teams);
+#pragma unroll
+        for (int u = 0; u < FEW_UNITS; u++) {
+            const int now = pair + u / 2 * teams;
+            if (u % 2 == 0 && now >= pairs) break;
+#pragma unroll
+            for (int step = 0; step < 2; step++) {
+                uint32_t left[2][4]; // [m16 tile][register]
+                dequantize_step<GROUPS, true>(weights.w[u], weights.s_group[u / 2], step, left);
+                if (step == 1) weights.load(u, teams);
+                const uint32_t panel = shared_address(shared) + now * rows * 128;
+                multiply_step<1>(acc, left, panel + (b_row ^ (u % 2 * 2 + step) * 32));
+            }
+        }
+    }
+
+    // 4. One warp per strip adds up the teams' sums and writes.
+#pragma unroll
+    for (int i = 0; i < 2; i++) sums[warp][i][lane] = as_int4(acc[i][0]);
+    const int n0 = (blockIdx.x * strips + warp) * STRIP;
+    const bool writes = warp < strips && n0 < p.N;
+    Scales<2> s;
+    if (writes) load_scales(p, p.s_channel + n0, p.s_a + m0, m0, rows, n0, s);
+    __syncthreads();
+    if (!writes) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        for (int &x : acc[i][0]) x = 0;
+        for (int t = 0; t < teams; t++) add(acc[i][0], sums[t * strips + warp][i][lane]);
+    }
+    write_tile<2, 1>(p, acc, s, p.s_a + m0, m0, rows, n0);
 }
+
+/* ---- the choice of a kernel, and launches ---------------------------------------------------- */
+
+template <int TOKENS, int TEAMS, bool GROUPS>
+static void launch_gemm(const GemmArgs &p, cudaStream_t stream) {
+    using S = Shape<TOKENS, TEAMS>;
+    const Tiling tiling = make_tiling(p, S::CHANNELS, TOKENS, TEAMS * CHUNK);
+    const int rounds = ceil_div(tiling.tiles, multiprocessors() * S::BLOCKS); // tiles of a block
+    constexpr auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS>;
+    allow_shared(kernel, S::SHARED);
+    launch(kernel, {dim3(ceil_div(tiling.tiles, rounds)), THREADS, S::SHARED}, stream, p, tiling);
+}
+
+/* No more teams than keep most multiprocessors busy: each is one more sum to add. */
+template <bool GROUPS> static void launch_few(const GemmArgs &p, cudaStream_t stream) {
+    // gemm_w4a8_kernel stands in where the activations do not fit beside the sums.
+    const size_t shared = (size_t)min(FEW, p.M) * ceil_div(p.K, 128) * 128;
+    const size_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 17 * 1024;
+    if (shared > available) return launch_gemm<16, 8, GROUPS>(p, stream);
+
+    const int strips = p.N / STRIP;
+    int teams = WARPS;
+    while (teams > 1 && strips * teams / 2 * 5 >= WARPS * multiprocessors() * 7) teams /= 2;
+    constexpr auto kernel = gemm_few_kernel<GROUPS>;
+    allow_shared(kernel, shared);
+    const dim3 grid(ceil_div(strips * teams, WARPS), ceil_div(p.M, FEW));
+    launch(kernel, {grid, THREADS, shared, CARVEOUT}, stream, p, teams);
+}
+
+template <bool GROUPS>
+static void launch_mma(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream) {
+    switch (kernel) {
+    case GEMM_FEW:
+        return launch_few<GROUPS>(p, stream);
+    case GEMM_16X8:
+        return launch_gemm<16, 8, GROUPS>(p, stream);
+    case GEMM_64X2:
+        return launch_gemm<64, 2, GROUPS>(p, stream);
+    default:
+        return launch_gemm<128, 1, GROUPS>(p, stream); // and where Hopper's cannot run
+    }
+}
+
+/* Section 7. To do without it, delete the section, these two lines and the two that call them. */
+static bool choose_hopper(const GpuLinear *l, int M, GemmKernel *kernel);
+static bool launch_hopper(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream);
+
+/* The largest tile of mma.sync that leaves few multiprocessors idle; a rule of thumb, not fitted to
+ * one GPU. What Hopper takes was measured. */
+GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
+    GemmKernel kernel;
+    const int sms = multiprocessors();
+    if (M <= FEW && (size_t)M * l->K <= FEW_SHARED) return GEMM_FEW;
+    if (M <= 16) return GEMM_16X8;
+    if (!portable && choose_hopper(l, M, &kernel)) return kernel;
+    if (M > 64 && ceil_div(M, 128) * ceil_div(l->N, 256) >= sms) return GEMM_128;
+    return 2 * ceil_div(M, 64) * ceil_div(l->N, 128) >= sms ? GEMM_64X2 : GEMM_16X8;
+}
+
+void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
+                  half *y, float *residual, cudaStream_t stream) {
+    const GemmArgs p = {
+        M,   l->N, l->K,    (const uint4 *)l->w, (const uint32_t *)l->s_group, l->s_channel, a,
+        s_a, y,    residual};
+    if (launch_hopper(kernel, p, stream)) return;
+    if (l->s_group) launch_mma<true>(kernel, p, stream);
+    else launch_mma<false>(kernel, p, stream);
+}
+
+void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
+                   float *residual, cudaStream_t stream) {
+    gpu_gemm_run(gpu_gemm_choose(l, M, false), l, a, s_a, M, y, residual, stream);
+}
+
+/* ================================================================================================
+ * 3. The small kernels around the linears
+ *
+ *     h = x / sqrt(mean(x^2) + eps) * weight          RMSNorm, arXiv 1910.07467
+ *     h = silu(gate) * up                             SwiGLU, arXiv 2002.05202
+ *     s_a = max|h| / 127,  a = rint(h / s_a)          at the end of either, in the same pass
+ *
+ * What is kept in which precision, and why no value can overflow:
+ *   - the residual stream x is float32: in LLaMA 3.1 8B it reaches thousands, and grows by sums;
+ *   - q, k, v, gate and up are halves: linears of a normed row, so that |y_n| <= |w_n| |h|, far
+ *     below 65504; attention's output is a mean of v's;
+ *   - the product silu(gate) * up could pass 65504. It stays float32 until it is divided by its
+ *     row's own scale: s_a for int8; a power of two, nearly always 1, for halves;
+ *   - o and down add their float32 sums to x.
+ *
+ * A row is one block's. It stays in shared memory between the passes over it.
+ * ============================================================================================== */
 
 /* ---- activations and their int8 ----------------------------------------------------------------
  *
@@ -674,1006 +1194,6 @@ __device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
 __device__ __forceinline__ float swiglu(float gate, float up) {
     return __fmul_rn(__fdividef(gate, __fadd_rn(1, expf(-gate))), up);
 }
-
-/* ---- who does what: tiles -------------------------------------------------------------------- */
-
-/* TOKENS of a tile and TEAMS of a block decide the rest. */
-template <int TOKENS, int TEAMS> struct Shape {
-    static constexpr int TEAM_WARPS = WARPS / TEAMS;
-    static constexpr int TEAM_THREADS = TEAM_WARPS * 32;
-    static constexpr int CHANNELS = TEAM_WARPS * STRIP; // of a tile
-    static constexpr int TILE = CHANNELS * TOKENS;      // outputs of a tile
-    static constexpr int CHUNK = TEAMS * CHUNK_UNITS;   // units of a chunk
-    static constexpr int STAGE =
-        TOKENS * CHUNK_UNITS * UNIT;                         // bytes: a team's part of a chunk of a
-    static constexpr int TEAM_SUMS = (TEAMS - 1) * TILE * 4; // bytes: for adding up the teams
-};
-
-struct GemmArgs {
-    int M, N, K;
-    const uint4 *w;          // [N/32][K/64][2][32]
-    const uint32_t *s_group; // [N/32][K/128][8], NULL per channel
-    const float *s_channel;  // [N]
-    const int8_t *a;         // [M][K]
-    const float *s_a;        // [M]
-    half *y;                 // [M][N], unless there is a residual
-    float *residual;         // [M][N] or NULL
-    int tiles_m, tiles_n;    // tiles of tokens, of channels
-    int tokens;              // of a tile, for wgmma: all tiles are equally full
-    int tiles;               // tiles_m * tiles_n
-    int units;               // of K
-    int chunks;              // of K
-    int teams;               // gemm_few_kernel: warps that share the K of a strip
-};
-
-/* The next chunk of a block's list: tiles, one in gridDim.x. */
-struct Work {
-    int tile;  // tiles or more: the list is at its end
-    int chunk; // of this tile: the next
-    int m, n;  // the tile's place among the tiles of tokens and of channels
-};
-
-/* Tiles go through bands of BAND tiles of tokens, along the channels, so that those in work at the
- * same time form a square and share much of what they read through the L2 cache. */
-__device__ __forceinline__ void place_tile(Work &work, const GemmArgs &p) {
-    work.m = 0;
-    work.n = work.tile;
-    if (p.tiles_m == 1) return; // divisions are slow
-    int band = work.tile / (BAND * p.tiles_n);
-    int rows = min(BAND, p.tiles_m - band * BAND);
-    int in_band = work.tile - band * BAND * p.tiles_n;
-    work.m = band * BAND + in_band % rows;
-    work.n = in_band / rows;
-}
-
-__device__ __forceinline__ Work first_work(const GemmArgs &p) {
-    Work work = {(int)blockIdx.x, 0, 0, 0};
-    place_tile(work, p);
-    return work;
-}
-
-__device__ __forceinline__ void next_work(Work &work, const GemmArgs &p) {
-    if (++work.chunk < p.chunks) return;
-    work.chunk = 0;
-    work.tile += gridDim.x;
-    place_tile(work, p);
-}
-
-/* ---- activations: from global to shared memory ----------------------------------------------- */
-
-/* The place of 16 bytes in a team's stage: `row` is the token, `column` counts along k. Panels of
- * 128 k, each [TOKENS][8] 16-byte pieces. The piece is XORed with the row so that 8 rows of one
- * column, which ldmatrix reads at once, lie in different banks. */
-template <int TOKENS> __device__ __forceinline__ uint32_t activation_place(int row, int column) {
-    return (column / 8 * TOKENS + row) * 128 + (column % 8 ^ row % 8) * 16;
-}
-
-/* Half of a team's activations of one chunk; k past the end becomes zero, which makes whatever
- * weights it meets harmless. Tokens past the end are left out: nobody looks at their sums. */
-template <int TOKENS, int TEAMS>
-__device__ __forceinline__ void load_activations(const GemmArgs &p, const Work &work, int team,
-                                                 uint32_t stage, int half_of_rows) {
-    using S = Shape<TOKENS, TEAMS>;
-    constexpr int PIECES = CHUNK_UNITS * UNIT / 16; // of a row
-    constexpr int ROWS = S::TEAM_THREADS / PIECES;
-    int column = threadIdx.x % PIECES;
-    int k = (work.chunk * S::CHUNK + (column / 8 * TEAMS + team) * 2) * UNIT + column % 8 * 16;
-    int row = half_of_rows * TOKENS / 2 + threadIdx.x % S::TEAM_THREADS / PIECES;
-    int rows = min((half_of_rows + 1) * TOKENS / 2, p.M - work.m * TOKENS);
-    if (work.tile >= p.tiles) rows = 0;
-    const int8_t *from = p.a + (size_t)(work.m * TOKENS + row) * p.K + k;
-#pragma unroll(TOKENS <= 16 ? 1 : 8)
-    for (int i = 0; i < ceil_div(TOKENS / 2, ROWS); i++) {
-        uint32_t to = stage + activation_place<TOKENS>(row, column);
-        copy_async_16(to, from, k < p.K, row < rows);
-        row += ROWS;
-        from += ROWS * p.K;
-    }
-}
-
-/* Waits for `threads` threads that name the same barrier; __syncthreads() is barrier 0. */
-__device__ __forceinline__ void named_barrier(int name, int threads) {
-    asm volatile("bar.sync %0, %1;\n" ::"r"(name), "r"(threads) : "memory");
-}
-
-/* Waits for the warps of a team; the teams need not wait for each other. */
-template <int TEAM_WARPS> __device__ __forceinline__ void team_barrier(int team) {
-    if (TEAM_WARPS == 1) {
-        __syncwarp();
-    } else if (TEAM_WARPS == WARPS) {
-        __syncthreads();
-    } else {
-        named_barrier(team + 1, TEAM_WARPS * 32);
-    }
-}
-
-/* ---- the inner product ----------------------------------------------------------------------- */
-
-/* Four int8 weights from one nibble of each byte of a word, low nibbles for step 0, high ones for
- * step 1.
- *
- * Per channel the result is 16 q: a high nibble is just that with the low one masked away, a low
- * one needs a shift more. The 16 is divided out of s_channel.
- *
- * With groups, u = q + 8 times the scale s (1 to 15), plus 128 - 8 s, is q s + 128, in 8 .. 233: it
- * fits its byte, so one multiply-add does four weights and nothing carries over. Flipping the top
- * bit subtracts the 128. */
-template <bool GROUPS>
-__device__ __forceinline__ uint32_t dequantize(uint32_t word, int step, uint32_t s) {
-    if (!GROUPS) return (step ? word : word << 4) & 0xf0f0f0f0;
-    uint32_t u = (step ? word >> 4 : word) & 0x0f0f0f0f;
-    return (u * s + (0x80808080 - s * 0x08080808)) ^ 0x80808080;
-}
-
-/* mma's left operands of a step: two m16 tiles, from what the lane has of a unit. ORDERED: before
- * the registers of w are loaded anew. Left to itself the compiler may do it afterwards, from a
- * copy; only mma.sync with 128 tokens is faster that way. */
-template <bool GROUPS, bool ORDERED>
-__device__ __forceinline__ void dequantize_tiles(const uint4 (&w)[2], uint32_t s_group, int step,
-                                                 uint32_t (&left)[2][4]) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint32_t words[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-            uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * i + r % 2);
-            left[i][r] = dequantize<GROUPS>(words[r], step, s);
-            if (ORDERED) asm volatile("" : "+r"(left[i][r]));
-        }
-    }
-}
-
-/* acc [2 m16 tiles][N_TILES n8 tiles] += weights a . activations at `from`, k32. One ldmatrix reads
- * the right operands of two n8 tiles, four mma use them. */
-template <int N_TILES>
-__device__ __forceinline__ void multiply_step(int (&acc)[2][N_TILES][4], const uint32_t (&a)[2][4],
-                                              uint32_t from) {
-    constexpr int PAIR = N_TILES == 1 ? 1 : 2;
-#pragma unroll
-    for (int j = 0; j < N_TILES; j += PAIR) {
-        uint32_t b[2 * PAIR];
-        load_matrices(b, from + j * 8 * 128);
-#pragma unroll
-        for (int t = 0; t < PAIR; t++) {
-            mma(acc[0][j + t], a[0], b[2 * t], b[2 * t + 1]);
-            mma(acc[1][j + t], a[1], b[2 * t], b[2 * t + 1]);
-        }
-    }
-}
-
-/* ---- sums of teams, and the output ----------------------------------------------------------- */
-
-__device__ __forceinline__ void add(int (&c)[4], int4 x) {
-    c[0] += x.x;
-    c[1] += x.y;
-    c[2] += x.z;
-    c[3] += x.w;
-}
-
-__device__ __forceinline__ int4 as_int4(const int (&c)[4]) {
-    return make_int4(c[0], c[1], c[2], c[3]);
-}
-
-/* Team 0 gets the sums of all teams, through shared memory: sums [2 N_TILES][TEAMS - 1][threads of
- * a team]. */
-template <int TOKENS, int TEAMS>
-__device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *sums, int team) {
-    constexpr int STRIDE = Shape<TOKENS, TEAMS>::TEAM_THREADS;
-    sums += threadIdx.x % STRIDE;
-    __syncthreads(); // team 0 is through with the tile before
-    if (team > 0) {
-#pragma unroll
-        for (int i = 0; i < TOKENS / 4; i++) {
-            sums[(i * (TEAMS - 1) + team - 1) * STRIDE] = as_int4(acc[i % 2][i / 2]);
-        }
-    }
-    __syncthreads();
-    if (team > 0) return;
-    for (int t = 0; t < TEAMS - 1; t++) {
-#pragma unroll
-        for (int i = 0; i < TOKENS / 4; i++) {
-            add(acc[i % 2][i / 2], sums[(i * (TEAMS - 1) + t) * STRIDE]);
-        }
-    }
-}
-
-/* What a lane needs to turn its sums of M_TILES m16 tiles and 8 tokens into outputs: those of two
- * tokens, each of 2 M_TILES consecutive channels. */
-template <int M_TILES> struct Scales {
-    using Floats = std::conditional_t<M_TILES == 2, float4, float2>;
-    Floats s_channel;
-    float s_a[2];
-    Floats x[2]; // the residual stream so far
-};
-
-/* For the channels from n0, with s_channel, and the first 8 of the `tokens` from m0, with s_a. */
-template <int M_TILES>
-__device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_channel,
-                                            const float *s_a, int m0, int tokens, int n0,
-                                            Scales<M_TILES> &s) {
-    using Floats = typename Scales<M_TILES>::Floats;
-    const int lane = threadIdx.x % 32, channel = lane / 4 * 4, first = lane % 4 * 2;
-    s.s_channel = *(const Floats *)(s_channel + channel);
-#pragma unroll
-    for (int t = 0; t < 2; t++) {
-        const float *x = p.residual + (size_t)(m0 + first + t) * p.N + n0 + channel;
-        s.s_a[t] = first + t < tokens ? s_a[first + t] : 0;
-        if (first + t < tokens && p.residual) s.x[t] = *(const Floats *)x;
-    }
-}
-
-/* Scales a warp's sums, M_TILES m16 tiles from n0 and `tokens` <= 8 N_TILES tokens from m0, and
- * writes them to y or adds them to the residual stream. They are y^T in the registers, but
- * channel_place() has put a lane's channels side by side. s holds the scales of the channels and of
- * the first 8 tokens. */
-template <int M_TILES, int N_TILES>
-__device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[M_TILES][N_TILES][4],
-                                           Scales<M_TILES> s, const float *s_a, int m0, int tokens,
-                                           int n0) {
-    const int lane = threadIdx.x % 32, first = lane % 4 * 2;
-    const size_t at_first = (size_t)(m0 + first) * p.N + n0 + lane / 4 * 4;
-    auto write = [&](auto *to) {
-        using Floats = typename Scales<M_TILES>::Floats;
-        using Halves = std::conditional_t<M_TILES == 2, uint2, uint32_t>;
-        constexpr bool TO_RESIDUAL = std::is_same_v<decltype(to), float *>;
-        constexpr bool AHEAD = N_TILES > 4; // one n8 tile, where there are registers
-        to += at_first;
-        auto load = [&](int i, auto *from) {
-            const int token = first + i / 2 * 8 + i % 2;
-            if (i >= 2 * N_TILES || token >= tokens) return;
-            s.s_a[i % 2] = s_a[token];
-            if constexpr (TO_RESIDUAL) s.x[i % 2] = *(const Floats *)from;
-        };
-#pragma unroll
-        for (int i = 0; i < 2 * N_TILES; i++) {
-            const int j = i / 2, t = i % 2;
-            float y[2 * M_TILES];
-            uint32_t halves[M_TILES];
-            if (!AHEAD && j > 0) load(i, to);
-#pragma unroll
-            for (int c = 0; c < 2 * M_TILES; c++) {
-                float sum = acc[c / 2][j][c % 2 * 2 + t];
-                y[c] = __fmul_rn(__fmul_rn(sum, s.s_a[t]), (&s.s_channel.x)[c]);
-                if (TO_RESIDUAL) y[c] = __fadd_rn((&s.x[t].x)[c], y[c]);
-                else if (c % 2) halves[c / 2] = pack(y[c - 1], y[c]);
-            }
-            if (first + j * 8 + t < tokens) { // __stcg: whole, which plain stores may not be
-                if constexpr (TO_RESIDUAL) __stcg((Floats *)to, *(const Floats *)y);
-                else __stcg((Halves *)to, *(const Halves *)halves);
-            }
-            if (AHEAD) load(i + 2, to + 8 * (size_t)p.N);
-            to += (t ? 7 : 1) * (size_t)p.N;
-        }
-    };
-    if (p.residual) write(p.residual);
-    else write(p.y);
-}
-
-/* ---- the kernel ------------------------------------------------------------------------------ */
-
-/* Up to 32 tokens two blocks fit on a multiprocessor: while one waits, the other reads, and the
- * next kernel's blocks find room before this one's are gone. */
-template <int TOKENS, int TEAMS, bool GROUPS>
-__global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
-    gemm_w4a8_kernel(const __grid_constant__ GemmArgs p) {
-    using S = Shape<TOKENS, TEAMS>;
-    constexpr bool ORDERED = TOKENS <= 64;
-    extern __shared__ __align__(1024) uint8_t shared[]; // [TEAMS][2][STAGE], team sums
-
-    const int lane = threadIdx.x % 32;
-    const int team = threadIdx.x / S::TEAM_THREADS;
-    const int warp = threadIdx.x / 32 % S::TEAM_WARPS; // of the team
-    const uint32_t stages = shared_address(shared) + team * 2 * S::STAGE;
-    // A lane's row for ldmatrix: n8 tile lane / 16 of two, token lane % 8, 16-byte column lane / 8
-    // % 2. A step's column is then a matter of one XOR.
-    const uint32_t b_row = lane / 16 * 8 * 128 + activation_place<TOKENS>(lane % 8, lane / 8 % 2);
-
-    // The weights of the next four units, on their way. Pairs of units go to the teams in turn: the
-    // 128 k of a pair share a line of activations and a group's scale.
-    uint4 w[CHUNK_UNITS][2] = {};
-    uint32_t s_group[CHUNK_UNITS / 2] = {};
-    const uint4 *from_w = p.w;
-    const uint32_t *from_s_group = p.s_group;
-    int valid = 0; // units from there to the end
-    auto aim = [&](const Work &work) {
-        int strip = work.n * S::TEAM_WARPS + warp;
-        int unit = work.chunk * S::CHUNK + team * 2;
-        from_w = p.w + ((size_t)strip * p.units + unit) * 64 + lane;
-        if (GROUPS) {
-            from_s_group = p.s_group + ((size_t)strip * (p.units / 2) + unit / 2) * 8 + lane / 4;
-        }
-        valid = work.tile < p.tiles && strip < p.N / STRIP ? p.units - unit : 0;
-    };
-    auto load_weights = [&](int u) {
-        const int unit = u / 2 * TEAMS * 2 + u % 2;
-        load_16(w[u][0], from_w + unit * 64, unit < valid);
-        load_16(w[u][1], from_w + unit * 64 + 32, unit < valid);
-        if (GROUPS && u % 2 == 1) {
-            load_4(s_group[u / 2], from_s_group + u / 2 * TEAMS * 8, unit < valid);
-        }
-        // With 128 tokens no register is left to look farther ahead, but the L2 cache can.
-        if (TOKENS == 128) {
-            prefetch(from_w + (S::CHUNK + unit) * 64 + lane, S::CHUNK + unit < valid);
-        }
-    };
-
-    // Weights are nobody's output: they may be read while the kernel before is still at work.
-    Work next = first_work(p);
-    aim(next);
-#pragma unroll
-    for (int u = 0; u < CHUNK_UNITS; u++) load_weights(u);
-    prefetch(p.s_channel + (next.n * S::TEAM_WARPS + warp) * STRIP, valid > 0);
-    launch_dependents();
-    wait_for_previous_kernel();
-    load_activations<TOKENS, TEAMS>(p, next, team, stages, 0);
-    load_activations<TOKENS, TEAMS>(p, next, team, stages, 1);
-
-    uint32_t filling = stages; // the stage that is being copied to
-    while (next.tile < p.tiles) {
-        Work now = next;
-        int acc[2][TOKENS / 8][4] = {};
-        for (int chunk = 0; chunk < p.chunks; chunk++) {
-            next_work(next, p);
-            aim(next);
-            copy_async_wait();
-            team_barrier<S::TEAM_WARPS>(team); // all copies are there, and the next stage is free
-            // From here to the end of the chunk there is no branch and no barrier, so that the
-            // compiler can start loads and dequantize under the products before them.
-            const uint32_t current = filling;
-            filling += S::STAGE;
-            if (filling == stages + 2 * S::STAGE) filling = stages;
-
-#pragma unroll
-            for (int u = 0; u < CHUNK_UNITS; u++) {
-                if (u < 2) load_activations<TOKENS, TEAMS>(p, next, team, filling, u);
-#pragma unroll
-                for (int step = 0; step < 2; step++) {
-                    uint32_t left[2][4]; // [m16 tile][register]
-                    dequantize_tiles<GROUPS, ORDERED>(w[u], s_group[u / 2], step, left);
-                    // A unit that is dequantized makes room for the same one of the next chunk.
-                    if (step == 1) load_weights(u);
-                    const uint32_t panel = current + u / 2 * TOKENS * 128;
-                    const int column = (u % 2 * 2 + step) * 32; // bytes
-                    multiply_step<TOKENS / 8>(acc, left, panel + (b_row ^ column));
-                }
-            }
-        }
-
-        int4 *sums = (int4 *)(shared + TEAMS * 2 * S::STAGE);
-        Scales<2> s;
-        auto load = [&](int m0, int n0) {
-            load_scales(p, p.s_channel + n0, p.s_a + m0, m0, p.M - m0, n0, s);
-        };
-        auto output = [&](auto then) {
-            place_tile(now, p); // again, rather than keep it in registers
-            const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
-            if (team == 0 && n0 < p.N) then(m0, n0);
-        };
-        output(load); // on their way while the teams add up
-        if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
-        output([&](int m0, int n0) {
-            write_tile<2, TOKENS / 8>(p, acc, s, p.s_a + m0, m0, p.M - m0, n0);
-        });
-    }
-}
-
-/* ---- few tokens --------------------------------------------------------------------------------
- *
- *     y^T [N][M] = w8 a^T,      M <= 8
- *
- * Up to 8 tokens the time is that of reading the weights, if memory never rests. A block has one
- * tile and is gone: strips side by side, each shared by teams of one warp, as above. Its warps have
- * eight units in flight before they wait for the kernel ahead, those of the next kernel's blocks
- * wherever there is room beside them. The activations, all K of them, are in shared memory, and no
- * barrier stops a warp until the end.
- */
-
-constexpr int FEW = 8;                 // tokens of a tile
-constexpr int FEW_AHEAD = 8;           // units that a warp has in flight
-constexpr int FEW_CACHED = 4;          // and behind them on their way to the L2 cache
-constexpr size_t FEW_SHARED = 1 << 16; // bytes of activations; above, gemm_w4a8_kernel is chosen
-
-/* Where 16 bytes of a row are: as in activation_place(), panels of as many rows as there are. */
-__device__ __forceinline__ uint32_t few_place(int row, int column, int rows) {
-    return (column / 8 * rows + row) * 128 + (column % 8 ^ row % 8) * 16;
-}
-
-template <bool GROUPS>
-__global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_constant__ GemmArgs p) {
-    extern __shared__ __align__(1024) uint8_t shared[]; // a
-    __shared__ int4 sums[WARPS][2][32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, strips = WARPS / p.teams;
-    const int team = warp / strips, strip = blockIdx.x * strips + warp % strips;
-    const int m0 = blockIdx.y * FEW, rows = min(FEW, p.M - m0);
-
-    uint4 w[FEW_AHEAD][2] = {};
-    uint32_t s_group[FEW_AHEAD / 2] = {};
-    const int pairs = ceil_div(p.units, 2), step = 2 * p.teams; // units to a team's next pair
-    const uint4 *from_w = p.w + ((size_t)strip * p.units + team * 2) * 64 + lane;
-    const uint32_t *from_s_group = p.s_group;
-    if (GROUPS) from_s_group += ((size_t)strip * pairs + team) * 8 + lane / 4;
-    const bool there = strip < p.N / STRIP;
-    int valid = there ? p.units - team * 2 : 0; // units from there to the end
-    auto load_weights = [&](int u) {
-        const int unit = u / 2 * step + u % 2;
-        load_16(w[u][0], from_w + unit * 64, unit < valid);
-        load_16(w[u][1], from_w + unit * 64 + 32, unit < valid);
-        if (GROUPS && u % 2 == 1) load_4(s_group[u / 2], from_s_group + unit / 2 * 8, unit < valid);
-    };
-#pragma unroll
-    for (int u = 0; u < FEW_AHEAD; u++) load_weights(u);
-    prefetch(p.s_channel + strip * STRIP, there);
-    launch_dependents();
-    const uint8_t *strip_w = (const uint8_t *)(p.w + (size_t)strip * p.units * 64);
-    const int first = FEW_AHEAD * p.teams, cached = min(p.units, first + FEW_CACHED * p.teams);
-    for (int line = first * 8 + team * 32 + lane; line < cached * 8; line += p.teams * 32) {
-        prefetch(strip_w + line * 128, there);
-    }
-    wait_for_previous_kernel();
-    for (int row = 0; row < rows; row++) {
-        const int8_t *from = p.a + (size_t)(m0 + row) * p.K;
-        for (int i = threadIdx.x; i < pairs * 8; i += THREADS) {
-            bool inside =
-                i * 16 < p.K; // else zeros, which make whatever weights they meet harmless
-            copy_async_16(shared_address(shared) + few_place(row, i, rows),
-                          inside ? from + i * 16 : from, inside, true);
-        }
-    }
-    copy_async_wait();
-    __syncthreads();
-
-    // As in gemm_w4a8_kernel; past the last row there are copies of it.
-    const int b = min(lane / 16 * 8 + lane % 8, rows - 1);
-    const uint32_t b_row = few_place(b, lane / 8 % 2, rows);
-    int acc[2][1][4] = {};
-    for (int pair = team; pair < pairs; pair += FEW_AHEAD / 2 * p.teams) {
-        from_w += FEW_AHEAD / 2 * step * 64;
-        from_s_group += FEW_AHEAD / 2 * p.teams * 8;
-        valid -= FEW_AHEAD / 2 * step;
-#pragma unroll
-        for (int u = 0; u < FEW_AHEAD; u++) {
-            const int now = pair + u / 2 * p.teams;
-            if (u % 2 == 0 && now >= pairs) break;
-#pragma unroll
-            for (int k32 = 0; k32 < 2; k32++) {
-                uint32_t left[2][4]; // [m16 tile][register]
-                dequantize_tiles<GROUPS, true>(w[u], s_group[u / 2], k32, left);
-                if (k32 == 1) load_weights(u);
-                const uint32_t panel = shared_address(shared) + now * rows * 128;
-                multiply_step<1>(acc, left, panel + (b_row ^ (u % 2 * 2 + k32) * 32));
-            }
-        }
-    }
-
-#pragma unroll
-    for (int i = 0; i < 2; i++) sums[warp][i][lane] = as_int4(acc[i][0]);
-    const float *s_a = p.s_a + m0;
-    const int n0 = (blockIdx.x * strips + warp) * STRIP;
-    const bool writes = warp < strips && n0 < p.N;
-    Scales<2> s;
-    if (writes) load_scales(p, p.s_channel + n0, s_a, m0, rows, n0, s);
-    __syncthreads();
-    if (!writes) return;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        for (int &x : acc[i][0]) x = 0;
-        for (int t = 0; t < p.teams; t++) add(acc[i][0], sums[t * strips + warp][i][lane]);
-    }
-    write_tile<2, 1>(p, acc, s, s_a, m0, rows, n0);
-}
-
-/* ---- the same for Hopper: wgmma, fed by the TMA ------------------------------------------------
- *
- * mma.sync reaches 65% of what Hopper's tensor cores can do; wgmma reaches the rest. Four warps, a
- * warpgroup, issue it together; it runs in the background and reads its right operand from shared
- * memory by itself. Its left operand may be registers, whose layout is, warp for warp, that of
- * mma.sync; so is that of its sums. So weights are laid out and dequantized as above.
- *
- * To keep it fed everything goes through shared memory, several stages ahead. The TMA copies boxes
- * of matrices there in the background: of a third warpgroup, one thread asks for the activations,
- * one for the weights and one for the scales of groups. Two warpgroups multiply,
- *
- *     CHANNELS  256: each 128 of a tile, as two products side by side
- *               128: each  64
- *                64: both the same, teams that take turns at stages and add their sums at the end.
- */
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool HAVE_WGMMA = true;
-#else
-constexpr bool HAVE_WGMMA = false;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-#error "Hopper's own instructions are those of sm_90a, not sm_90"
-#endif
-#endif
-
-/* Registers that other instructions wrote may be read by the wgmma that follow. */
-__device__ __forceinline__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
-}
-
-/* What was issued since the last commit becomes a group. */
-__device__ __forceinline__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
-}
-
-/* Until at most PENDING groups still run. */
-template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
-}
-
-/* Rows of 128 bytes in shared memory, 8 of them (1024 bytes) a block, 16-byte pieces XORed with the
- * row as activation_place() does it: the descriptor of such a matrix. */
-__device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address) {
-    const uint64_t swizzle_128_bytes = 1, block_stride = 1024 >> 4, unused_stride = 1;
-    return swizzle_128_bytes << 62 | block_stride << 32 | unused_stride << 16 | address >> 4;
-}
-
-/* c [64][N] += a [64][32] . b [N][32] over four warps, each with 16 of the rows; N = 64, 96, 128.
- */
-#define SUMS(j) "+r"(c[j][0]), "+r"(c[j][1]), "+r"(c[j][2]), "+r"(c[j][3])
-__device__ __forceinline__ void wgmma(int (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "{%32, %33, %34, %35}, %36, add; }\n"
-                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void wgmma(int (&c)[12][4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
-                 "{%48, %49, %50, %51}, %52, add; }\n"
-                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
-                   SUMS(9), SUMS(10), SUMS(11)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void wgmma(int (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "{%64, %65, %66, %67}, %68, add; }\n"
-                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
-                   SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-#undef SUMS
-
-/* A phase of an mbarrier is over when `count` threads have arrived and as many bytes as they have
- * announced. A thread waits for the end of the phase of a parity; that before the first has 1. */
-__device__ __forceinline__ void barrier_init(uint64_t *barrier, int count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count)
-                 : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_and_expect(uint64_t *barrier, int bytes) {
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
-        "r"(bytes)
-        : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity) {
-    asm volatile("{ .reg .pred over;\n"
-                 "again_%=: mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n"
-                 "@!over bra again_%=; }\n" ::"r"(shared_address(barrier)),
-                 "r"(parity)
-                 : "memory");
-}
-
-/* Copies the map's box at (x, y), x in eight bytes, to shared memory, and counts its bytes there.
- */
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int x, int y,
-                                         uint64_t *barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(to),
-                 "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
-                 : "memory");
-}
-
-__device__ __forceinline__ void load_shared_16(uint32_t (&to)[4], uint32_t from) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from));
-}
-
-__device__ __forceinline__ uint32_t load_shared_4(uint32_t from) {
-    uint32_t x;
-    asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(from));
-    return x;
-}
-
-constexpr int WARPGROUP = 128; // threads
-
-enum GemmInput { ACTIVATIONS, WEIGHTS, GROUP_SCALES, N_GEMM_INPUTS };
-
-struct TensorMaps {
-    CUtensorMap of[N_GEMM_INPUTS];
-};
-
-struct Box {
-    int rows, row_bytes; // of a matrix
-    int at;              // in a panel
-};
-
-/* A panel is 128 k of a tile's inputs: activations [TOKENS][128], swizzled; weights
- * [strips][2 units][2 m16 tiles][32 lanes][16]; scales of groups [strips][32]. */
-template <int CHANNELS, int TOKENS, bool GROUPS> struct HopperShape {
-    static constexpr int M_TILES = CHANNELS == 256 ? 2 : 1; // m64 tiles of a warpgroup
-    static constexpr int TEAMS = CHANNELS == 64 ? 2 : 1;
-    static constexpr int STRIPS = CHANNELS / STRIP;
-    static constexpr int INPUTS = GROUPS ? N_GEMM_INPUTS : N_GEMM_INPUTS - 1;
-    static constexpr Box ACTIVATION_BOX = {TOKENS, GROUP, 0};
-    static constexpr Box WEIGHT_BOX = {STRIPS, 2 * 1024, TOKENS *GROUP};
-    static constexpr Box SCALE_BOX = {STRIPS, 32, TOKENS *GROUP + STRIPS * 2 * 1024};
-    static constexpr int PANEL = SCALE_BOX.at + (GROUPS ? 1024 : 0); // a multiple of 1024
-    static constexpr int PANELS = 2 / M_TILES;                       // of a stage
-    static constexpr int STAGE = PANELS * PANEL;
-    static constexpr int SUMS = (TEAMS - 1) * CHANNELS * TOKENS * 4; // bytes
-    static constexpr int STAGES = (224 * 1024 - SUMS) / STAGE;
-};
-
-/* Stage i of all of a block's stages, of all its tiles, is in place i % STAGES; `full` when its
- * data has come, `empty` when the warps that used it are through. */
-template <typename T> struct Stages { __align__(8) uint64_t full[T::STAGES], empty[T::STAGES]; };
-
-/* Has one input copied, stage after stage. */
-template <typename T, GemmInput INPUT>
-__device__ __forceinline__ void feed_stages(const GemmArgs &p, const TensorMaps &maps,
-                                            uint32_t shared, Stages<T> &stages) {
-    constexpr Box box = INPUT == ACTIVATIONS ? T::ACTIVATION_BOX
-                        : INPUT == WEIGHTS   ? T::WEIGHT_BOX
-                                             : T::SCALE_BOX;
-    const int rows = INPUT == ACTIVATIONS ? p.tokens : box.rows;
-    if (INPUT == ACTIVATIONS) wait_for_previous_kernel(); // weights are nobody's output
-    int i = 0;
-    for (Work work = {(int)blockIdx.x}; work.tile < p.tiles; work.tile += gridDim.x) {
-        place_tile(work, p);
-        const int row = (INPUT == ACTIVATIONS ? work.m : work.n) * rows;
-        for (int panel = 0; panel < p.chunks * T::PANELS; i++) {
-            const int stage = i % T::STAGES;
-            barrier_wait(&stages.empty[stage], i / T::STAGES % 2 ^ 1);
-            barrier_arrive_and_expect(&stages.full[stage], T::PANELS * rows * box.row_bytes);
-#pragma unroll
-            for (int j = 0; j < T::PANELS; j++, panel++) {
-                copy_box(shared + stage * T::STAGE + j * T::PANEL + box.at, &maps.of[INPUT],
-                         panel * (box.row_bytes / 8), row, &stages.full[stage]);
-            }
-        }
-    }
-}
-
-/* Each tile [CHANNELS][TOKENS] is one block's. p.chunks: stages of K. */
-template <int CHANNELS, int TOKENS, bool GROUPS>
-__global__ void __launch_bounds__(3 * WARPGROUP, 1)
-    gemm_w4a8_hopper_kernel(const __grid_constant__ GemmArgs p,
-                            const __grid_constant__ TensorMaps maps) {
-    if constexpr (HAVE_WGMMA) {
-        using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
-        extern __shared__ __align__(1024) uint8_t shared[]; // [STAGES][STAGE], sums of a team
-        __shared__ Stages<T> stages;
-        // s_a of the tile's tokens and s_channel of the warpgroup's channels, for each warpgroup.
-        constexpr int CHANNELS_EACH = 64 * T::M_TILES;
-        __shared__ __align__(16) float scales[2][TOKENS + CHANNELS_EACH];
-        const uint32_t at_shared = shared_address(shared);
-        // __shfl_sync: so that the compiler knows that they are the same for a whole warp.
-        const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
-        const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
-        const int lane = threadIdx.x % 32;
-        if (threadIdx.x == 0) {
-            for (int i = 0; i < T::STAGES; i++) {
-                barrier_init(&stages.full[i], T::INPUTS);
-                barrier_init(&stages.empty[i], 8 / T::TEAMS); // warps
-            }
-            asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-        }
-        __syncthreads();
-        launch_dependents();
-        if (warpgroup == 2) {
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n"); // registers, to the others
-            if (lane > 0) return;
-            if (warp == 0) feed_stages<T, ACTIVATIONS>(p, maps, at_shared, stages);
-            if (warp == 1) feed_stages<T, WEIGHTS>(p, maps, at_shared, stages);
-            if (warp == 2 && GROUPS) feed_stages<T, GROUP_SCALES>(p, maps, at_shared, stages);
-            return;
-        }
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
-        const int team = T::TEAMS > 1 ? warpgroup : 0;
-        // A warp's 16 channels of an m64 tile: one m16 tile of a strip, or both with two m64 tiles.
-        const int channel = T::TEAMS > 1 ? 0 : warpgroup * CHANNELS_EACH; // the warpgroup's first
-        const int first = channel / 16 + T::M_TILES * warp;
-        const int strip = first / 2, tile = first % 2;
-        constexpr int AT_WEIGHTS = T::WEIGHT_BOX.at, AT_SCALES = T::SCALE_BOX.at;
-        const uint32_t at_w = AT_WEIGHTS + strip * 2048 + tile * 512 + lane * 16;
-        const uint32_t at_s = AT_SCALES + strip * 32 + lane / 4 * 4;
-        constexpr int UNITS = 2 / T::M_TILES; // of a group of four wgmma
-
-        float *s_a = scales[warpgroup], *s_channel = s_a + TOKENS;
-
-        wait_for_previous_kernel();
-        int i0 = 0; // the tile's first stage
-        for (Work work = {(int)blockIdx.x}; work.tile < p.tiles;
-             work.tile += gridDim.x, i0 += p.chunks) {
-            place_tile(work, p);
-            const int m0 = work.m * p.tokens, tokens = min(p.tokens, p.M - m0);
-            const int n0 = work.n * CHANNELS + strip * STRIP + tile * 2;
-            named_barrier(1 + warpgroup, WARPGROUP); // the scales of the tile before are read
-            const int i_scale = threadIdx.x % WARPGROUP, n = work.n * CHANNELS + channel + i_scale;
-            if (i_scale < TOKENS) {
-                copy_async_4(shared_address(s_a + i_scale), p.s_a + m0 + i_scale, i_scale < tokens);
-            }
-            if (i_scale < CHANNELS_EACH) {
-                copy_async_4(shared_address(s_channel + i_scale), p.s_channel + n, n < p.N);
-            }
-            int acc[T::M_TILES][TOKENS / 8][4] = {};
-            uint32_t left[2][UNITS][2][T::M_TILES][4]; // one half is read by wgmma, one is made
-            int used = -1;                             // the stage before
-            for (int i = i0 + team; i < i0 + p.chunks; i += T::TEAMS) {
-                const int stage = i % T::STAGES;
-                const uint32_t panels = at_shared + stage * T::STAGE;
-                uint32_t s_group = 0;
-                barrier_wait(&stages.full[stage], i / T::STAGES % 2);
-#pragma unroll
-                for (int group = 0; group < 2; group++) {
-#pragma unroll
-                    for (int u = group * UNITS; u < (group + 1) * UNITS; u++) {
-                        const uint32_t panel = panels + u / 2 * T::PANEL;
-                        uint32_t words[T::M_TILES][4];
-#pragma unroll
-                        for (int j = 0; j < T::M_TILES; j++) {
-                            load_shared_16(words[j], panel + at_w + u % 2 * 1024 + j * 512);
-                        }
-                        if (GROUPS && u % 2 == 0) s_group = load_shared_4(panel + at_s);
-#pragma unroll
-                        for (int n = 0; n < 8 * T::M_TILES; n++) {
-                            const int step = n / (4 * T::M_TILES), j = n / 4 % T::M_TILES,
-                                      r = n % 4;
-                            uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * (tile + j) + r % 2);
-                            left[group][u % UNITS][step][j][r] =
-                                dequantize<GROUPS>(words[j][r], step, s);
-                        }
-                    }
-                    wgmma_fence();
-#pragma unroll
-                    for (int step = group * 2 * UNITS; step < (group + 1) * 2 * UNITS; step++) {
-                        const uint32_t right = panels + step / 4 * T::PANEL + step % 4 * 32;
-#pragma unroll
-                        for (int j = 0; j < T::M_TILES; j++) {
-                            wgmma(acc[j], left[group][step / 2 % UNITS][step % 2][j],
-                                  wgmma_matrix(right));
-                        }
-                    }
-                    wgmma_commit();
-                    wgmma_wait<1>(); // the four before are through
-                    if (group == 0 && used >= 0 && lane == 0) barrier_arrive(&stages.empty[used]);
-                }
-                used = stage;
-            }
-            wgmma_wait<0>();
-            if (used >= 0 && lane == 0) barrier_arrive(&stages.empty[used]);
-            copy_async_wait();
-
-            if constexpr (T::TEAMS > 1) {
-                int4 *sums = (int4 *)(shared + T::STAGES * T::STAGE) + threadIdx.x % WARPGROUP;
-                named_barrier(3, 2 * WARPGROUP); // those of the tile before are added
-                for (int j = 0; j < TOKENS / 8 && team == 1; j++) {
-                    sums[j * WARPGROUP] = as_int4(acc[0][j]);
-                }
-                named_barrier(3, 2 * WARPGROUP);
-                if (team == 1) continue;
-#pragma unroll
-                for (int j = 0; j < TOKENS / 8; j++) add(acc[0][j], sums[j * WARPGROUP]);
-            }
-            named_barrier(1 + warpgroup, WARPGROUP); // the scales are there
-            if (n0 >= p.N) continue;
-            Scales<T::M_TILES> s;
-            load_scales(p, s_channel + (n0 - work.n * CHANNELS - channel), s_a, m0, tokens, n0, s);
-            write_tile<T::M_TILES, TOKENS / 8>(p, acc, s, s_a, m0, tokens, n0);
-        }
-    }
-}
-
-/* ---- launching ------------------------------------------------------------------------------- */
-
-static void set_tiles(GemmArgs &p, int channels, int tokens, int chunk) {
-    p.tiles_m = ceil_div(p.M, tokens);
-    p.tiles_n = ceil_div(p.N, channels);
-    p.tiles = p.tiles_m * p.tiles_n;
-    p.chunks = ceil_div(p.K, chunk);
-}
-
-/* Every tile is one block's, and each block gets the same number of tiles. */
-template <int TOKENS, int TEAMS, bool GROUPS>
-static void launch_gemm(GemmArgs p, cudaStream_t stream) {
-    using S = Shape<TOKENS, TEAMS>;
-    int blocks = multiprocessors() * (TOKENS <= 32 ? 2 : 1);
-    set_tiles(p, S::CHANNELS, TOKENS, S::CHUNK * UNIT);
-    p.units = p.K / UNIT;
-    constexpr auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS>;
-    constexpr int shared = TEAMS * 2 * S::STAGE + S::TEAM_SUMS;
-    static const cudaError_t allowed =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    cuda_check(allowed, "shared memory");
-    blocks = ceil_div(p.tiles, ceil_div(p.tiles, blocks));
-    launch(kernel, {dim3(blocks), THREADS, shared}, stream, p);
-}
-
-/* Shared memory that a block of gemm_few_kernel may have, beside its sums. */
-static size_t few_shared() {
-    return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 17 * 1024;
-}
-
-static size_t few_bytes(int M, int K) {
-    return (size_t)M * ceil_div(K, 128) * 128;
-}
-
-/* No more teams than keep most multiprocessors busy: each is one more sum to add. */
-template <bool GROUPS> static void launch_few(GemmArgs p, cudaStream_t stream) {
-    const int strips = p.N / STRIP, rows = min(FEW, p.M);
-    size_t shared = few_bytes(rows, p.K);
-    if (shared > few_shared()) return launch_gemm<16, 8, GROUPS>(p, stream); // stands in for it
-    p.units = p.K / UNIT;
-    p.teams = WARPS;
-    while (p.teams > 1 && strips * p.teams / 2 * 5 >= WARPS * multiprocessors() * 7) p.teams /= 2;
-    constexpr auto kernel = gemm_few_kernel<GROUPS>;
-    allow_shared(kernel, shared);
-    const dim3 grid(ceil_div(strips * p.teams, WARPS), ceil_div(p.M, FEW));
-    launch(kernel, {grid, THREADS, shared, CARVEOUT}, stream, p);
-}
-
-/* [rows][bytes] at `at` for the TMA, to be copied in boxes. What a box has beyond the matrix is
- * zero: products with it vanish, and outputs from it are not written. */
-static CUtensorMap tensor_map(const void *at, size_t rows, size_t bytes, Box box,
-                              CUtensorMapSwizzle swizzle) {
-    static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
-        void *f = NULL;
-        cudaDriverEntryPointQueryResult found;
-        cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
-                                                    cudaEnableDefault, &found),
-                   "cuTensorMapEncodeTiled");
-        return (PFN_cuTensorMapEncodeTiled_v12000)f;
-    }();
-    const cuuint64_t size[2] = {bytes / 8, rows}, stride[1] = {bytes};
-    const cuuint32_t copied[2] = {box.row_bytes / 8u, (cuuint32_t)box.rows}, step[2] = {1, 1};
-    CUtensorMap map;
-    CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 2, (void *)at, size, stride,
-                             copied, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) die("cuTensorMapEncodeTiled: error %d", result);
-    return map;
-}
-
-template <int CHANNELS, int TOKENS, bool GROUPS>
-static void launch_hopper_gemm(GemmArgs p, cudaStream_t stream) {
-    using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
-    if (!wgmma_code()) return launch_gemm<128, 1, GROUPS>(p, stream); // stands in for it
-    set_tiles(p, CHANNELS, TOKENS, T::PANELS * GROUP);
-    const size_t strips = p.N / STRIP, K = p.K;
-    TensorMaps maps = {};
-    p.tokens = ceil_div(p.M, p.tiles_m); // the TMA is slow with rows that are not there
-    const Box activations = {p.tokens, T::ACTIVATION_BOX.row_bytes, 0};
-    maps.of[ACTIVATIONS] = tensor_map(p.a, p.M, K, activations, CU_TENSOR_MAP_SWIZZLE_128B);
-    maps.of[WEIGHTS] =
-        tensor_map(p.w, strips, K * STRIP / 2, T::WEIGHT_BOX, CU_TENSOR_MAP_SWIZZLE_NONE);
-    if (GROUPS) {
-        maps.of[GROUP_SCALES] = tensor_map(p.s_group, strips, K / GROUP * STRIP, T::SCALE_BOX,
-                                           CU_TENSOR_MAP_SWIZZLE_NONE);
-    }
-    constexpr auto kernel = gemm_w4a8_hopper_kernel<CHANNELS, TOKENS, GROUPS>;
-    constexpr int shared = T::STAGES * T::STAGE + T::SUMS;
-    static const cudaError_t allowed =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    cuda_check(allowed, "shared memory");
-    const int blocks = ceil_div(p.tiles, ceil_div(p.tiles, multiprocessors()));
-    launch(kernel, {dim3(blocks), 3 * WARPGROUP, shared}, stream, p, maps);
-}
-
-/* What a round of tiles, one on each multiprocessor, takes a wgmma kernel: microseconds, and those
- * for 1024 k, per channel and with groups. A fit to what an H100 took for 10 shapes. Of equal tiles
- * 128 x 64 reads least through the L2 cache, as a weight is half a byte; 96 tokens are for shapes
- * that leave a round of 128 half empty. */
-static const struct HopperCost {
-    GemmKernel kernel;
-    int channels, tokens;
-    float round[2], round_per_1024[2];
-} hopper_costs[] = {
-    {GEMM_HOPPER_64X64, 64, 64, {1.4f, 1.6f}, {0.98f, 1.20f}},
-    {GEMM_HOPPER_128X64, 128, 64, {1.4f, 1.7f}, {1.65f, 2.19f}},
-    {GEMM_HOPPER_128X96, 128, 96, {1.7f, 1.8f}, {2.01f, 2.51f}},
-    {GEMM_HOPPER_128X128, 128, 128, {2.4f, 2.2f}, {2.49f, 2.77f}},
-    {GEMM_HOPPER_256X96, 256, 96, {3.0f, 2.8f}, {3.42f, 4.38f}},
-    {GEMM_HOPPER_256X128, 256, 128, {3.6f, 3.3f}, {4.65f, 5.19f}},
-};
-
-/* Measured, not derived: build and run `make bench` before changing a number. */
-GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
-    const int sms = multiprocessors();
-    if (M <= FEW && (size_t)M * l->K <= FEW_SHARED) return GEMM_FEW;
-    if (M <= 16) return GEMM_16X8;
-    if (wgmma_code() && !portable) {
-        GemmKernel best = GEMM_HOPPER_64X64;
-        float least = INFINITY;
-        for (const HopperCost &c : hopper_costs) {
-            bool groups = l->s_group != NULL;
-            int rounds = ceil_div(ceil_div(l->N, c.channels) * ceil_div(M, c.tokens), sms);
-            float cost = rounds * (c.round[groups] + c.round_per_1024[groups] * l->K / 1024);
-            if (cost < least) least = cost, best = c.kernel;
-        }
-        return best;
-    }
-    // Of mma.sync the largest tile that still leaves few multiprocessors idle.
-    const int tiles_128 = ceil_div(M, 128) * ceil_div(l->N, 256);
-    const int tiles_64 = ceil_div(M, 64) * ceil_div(l->N, 128);
-    if (M > 64 && tiles_128 >= sms) return GEMM_128;
-    return 2 * tiles_64 >= sms ? GEMM_64X2 : GEMM_16X8;
-}
-
-/* In the order of GemmKernel. */
-template <bool GROUPS>
-static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
-    launch_few<GROUPS>,
-    launch_gemm<16, 8, GROUPS>,
-    launch_gemm<64, 2, GROUPS>,
-    launch_gemm<128, 1, GROUPS>,
-    launch_hopper_gemm<64, 64, GROUPS>,
-    launch_hopper_gemm<128, 64, GROUPS>,
-    launch_hopper_gemm<128, 96, GROUPS>,
-    launch_hopper_gemm<128, 128, GROUPS>,
-    launch_hopper_gemm<256, 96, GROUPS>,
-    launch_hopper_gemm<256, 128, GROUPS>,
-};
-
-void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
-                  half *y, float *residual, cudaStream_t stream) {
-    GemmArgs p = {};
-    p.M = M;
-    p.N = l->N;
-    p.K = l->K;
-    p.w = (const uint4 *)l->w;
-    p.s_group = (const uint32_t *)l->s_group;
-    p.s_channel = l->s_channel;
-    p.a = a;
-    p.s_a = s_a;
-    p.y = y;
-    p.residual = residual;
-    (l->s_group ? gemm_launchers<true> : gemm_launchers<false>)[kernel](p, stream);
-}
-
-void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
-                   float *residual, cudaStream_t stream) {
-    gpu_gemm_run(gpu_gemm_choose(l, M, false), l, a, s_a, M, y, residual, stream);
-}
-
-/* ================================================================================================
- * 3. The small kernels around the linears
- *
- *     h = x / sqrt(mean(x^2) + eps) * weight          RMSNorm, arXiv 1910.07467
- *     h = silu(gate) * up                             SwiGLU, arXiv 2002.05202
- *     s_a = max|h| / 127,  a = rint(h / s_a)          at the end of either, in the same pass
- *
- * What is kept in which precision, and why no value can overflow:
- *   - the residual stream x is float32: in LLaMA 3.1 8B it reaches thousands, and grows by sums;
- *   - q, k, v, gate and up are halves: linears of a normed row, so that |y_n| <= |w_n| |h|, far
- *     below 65504; attention's output is a mean of v's;
- *   - the product silu(gate) * up could pass 65504. It stays float32 until it is divided by its
- *     row's own scale: s_a for int8; a power of two, nearly always 1, for halves;
- *   - o and down add their float32 sums to x.
- *
- * A row is one block's. It stays in shared memory between the passes over it.
- * ============================================================================================== */
 
 /* A row of floats in shared memory, the i-th Eight in two halves so that no two threads of a
  * quarter warp meet in a bank. */
@@ -1861,6 +1381,22 @@ void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream
     launch(quantize_kernel, {dim3(M), THREADS}, stream, x, K, a, s_a);
 }
 
+/* A function of cuBLAS, which is loaded only now: linked, it would cost every start 0.1 s. */
+template <typename F> static F *load_cublas(const char *name) {
+    static const std::string file = "libcublas.so." + std::to_string(CUBLAS_VER_MAJOR);
+    static void *library = dlopen(file.c_str(), RTLD_NOW);
+    F *f = library ? (F *)dlsym(library, name) : NULL;
+    if (!f) die("cuBLAS: %s", dlerror());
+    return f;
+}
+
+#define CUBLAS(f) load_cublas<decltype(f)>(#f)
+
+static void cublas_check(cublasStatus_t status) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    die("cuBLAS: %s", CUBLAS(cublasGetStatusString)(status));
+}
+
 /* ---- 16-bit linears -------------------------------------------------------------------------- */
 
 constexpr int GEMV_ROWS = 2;  // of a warp
@@ -1956,6 +1492,16 @@ static void linear_halves(GpuState *s, const Matrix *w, const half *in, const fl
  * the file: the order of k in a sum does not matter, so that 16 consecutive bytes of a row are a
  * lane's part of four steps of mma. Bytes become halves in registers, exactly. A token is a column
  * of the product: it gets the same bits whatever stands beside it. */
+
+/* c [16][8] += a [16][16] . b [8][16] over a warp, halves; the layout is that of the int8 mma
+ * with pairs of halves for the four bytes. */
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 constexpr int LM_STRIP = 32;  // channels of a warp: two m16 tiles
 constexpr int LM_CHUNK = 128; // k between two barriers, and of the weights in flight
@@ -2079,7 +1625,7 @@ static void lm_head(GpuState *s, int first, int n) {
     const Matrix *w = &s->model->lm_head;
     if (w->bytes) linear_bytes(s, w, h, n, s->logits);
     else linear_halves(s, w, h, NULL, n, NULL, s->logits, false);
-    s->rows = n;
+    s->n_logits = n;
 }
 
 /* ---- the choice of the likeliest token ------------------------------------------------------- */
@@ -2190,6 +1736,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&b)[4], uint3
                  : "r"(address));
 }
 
+/* An 8x8 matrix of 16-bit numbers, two a lane, becomes its transpose. */
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
+    return y;
+}
+
 /* Turns the pair of halves (first, second), head_dim / 2 apart, by an angle: twice, for the two
  * dimensions that a register holds. angles: cos, sin, cos, sin. */
 __device__ __forceinline__ void rotate_pairs(uint32_t &first, uint32_t &second, float4 angles) {
@@ -2288,14 +1841,14 @@ __device__ __forceinline__ HeadVector<HEAD_DIM> store_token(const GpuCache &cach
 /* k (after RoPE) and v of tokens at pos .. pos + T - 1 into the cache, T = gridDim.x. qkv
  * [T][qkv_dim]: all query heads, then k, then v. One block per token. */
 template <int HEAD_DIM, int BITS>
-__global__ void write_cache_kernel(const half *qkv, int q_dim, Rows rows, const float4 *rope,
+__global__ void write_cache_kernel(const half *qkv, int q_dim, Batch batch, const float4 *rope,
                                    GpuCache cache) {
     launch_dependents();
     wait_for_previous_kernel();
-    const int heads = cache.n_kv_heads, pos = rows.pos + blockIdx.x;
+    const int heads = cache.n_kv_heads, pos = batch.pos + blockIdx.x;
     const half *row = qkv + (size_t)blockIdx.x * (q_dim + 2 * heads * HEAD_DIM) + q_dim;
     for (int i = threadIdx.x / 32; i < 2 * heads; i += blockDim.x / 32) {
-        store_token<HEAD_DIM, BITS>(cache, cache.row(rows.sequence, i % heads) + pos, pos,
+        store_token<HEAD_DIM, BITS>(cache, cache.row(batch.sequence, i % heads) + pos, pos,
                                     i < heads, row + i * HEAD_DIM, rope);
     }
 }
@@ -2341,18 +1894,18 @@ static __host__ __device__ int prompt_tokens(int group) {
  * the `group` query heads: row r is token r / group, head r % group. */
 template <int HEAD_DIM>
 __global__ void __launch_bounds__(THREADS, 1)
-    attention_prefill_kernel(const half *qkv, Rows rows, int group, const float4 *rope,
+    attention_prefill_kernel(const half *qkv, Batch batch, int group, const float4 *rope,
                              GpuCache cache, half *out) {
     constexpr int STEPS = HEAD_DIM / 16, PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
     extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
     const uint32_t tiles = shared_address(shared);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, T = rows.T, pos = rows.pos;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, T = batch.T, pos = batch.pos;
     const int tokens = prompt_tokens(group);              // of this block
     const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens; // the longest first
     const int kv_head = blockIdx.x, q_dim = cache.n_kv_heads * group * HEAD_DIM;
     const int qkv_dim = q_dim + 2 * cache.n_kv_heads * HEAD_DIM;
     const int n_keys = pos + min(t0 + tokens, T); // of the last token
-    const size_t cached = cache.row(rows.sequence, kv_head) * HEAD_DIM;
+    const size_t cached = cache.row(batch.sequence, kv_head) * HEAD_DIM;
     launch_dependents();
     wait_for_previous_kernel();
 
@@ -2932,9 +2485,9 @@ static int decode_rows(const Config *c) {
 
 /* The kernels for a head_dim and so many bits of the cache. */
 struct AttentionKernels {
-    void (*write)(const half *, int, Rows, const float4 *, GpuCache);
+    void (*write)(const half *, int, Batch, const float4 *, GpuCache);
     void (*read)(GpuCache, int, GpuCache); // of 8 bits
-    void (*prompt)(const half *, Rows, int, const float4 *, GpuCache, half *);
+    void (*prompt)(const half *, Batch, int, const float4 *, GpuCache, half *);
     void (*decode)(DecodeArgs);
 };
 
@@ -2950,23 +2503,23 @@ static AttentionKernels attention_kernels(int head_dim, int bits) {
 
 /* att [T][q_dim] of tokens of a sequence, by way of the cache; if that is in 8 bits it is read back
  * into `in_halves`. */
-static void attend_prompt(const Config *c, const half *qkv, Rows rows, const float4 *rope,
+static void attend_prompt(const Config *c, const half *qkv, Batch batch, const float4 *rope,
                           GpuCache cache, const GpuCache &in_halves, half *att,
                           cudaStream_t stream) {
     const AttentionKernels kernels = attention_kernels(c->head_dim, cache.bits);
     const int group = c->n_heads / c->n_kv_heads, q_dim = c->n_heads * c->head_dim;
-    launch(kernels.write, {dim3(rows.T), THREADS}, stream, qkv, q_dim, rows, rope, cache);
+    launch(kernels.write, {dim3(batch.T), THREADS}, stream, qkv, q_dim, batch, rope, cache);
     if (cache.bits < 16) {
-        launch(kernels.read, {dim3(rows.pos + rows.T), THREADS}, stream, cache, rows.sequence,
+        launch(kernels.read, {dim3(batch.pos + batch.T), THREADS}, stream, cache, batch.sequence,
                in_halves);
-        rows.sequence = 0;
+        batch.sequence = 0;
         cache = in_halves;
     }
     const size_t shared = 2 * 2 * KEYS * c->head_dim * sizeof(half);
     allow_shared(kernels.prompt, shared);
-    const int tokens = prompt_tokens(group), blocks = ceil_div(rows.T, tokens);
-    launch(kernels.prompt, {dim3(c->n_kv_heads, blocks), THREADS, shared}, stream, qkv, rows, group,
-           rope, cache, att);
+    const int tokens = prompt_tokens(group), blocks = ceil_div(batch.T, tokens);
+    launch(kernels.prompt, {dim3(c->n_kv_heads, blocks), THREADS, shared}, stream, qkv, batch,
+           group, rope, cache, att);
 }
 
 /* Layer l's cache. */
@@ -2982,22 +2535,22 @@ static GpuCache layer_cache(const GpuState *s, int l) {
 }
 
 /* Attention of layer l: from s->qkv to linear_input(), in 16 bits s->att. */
-static void attend(GpuState *s, int l, const Rows &rows) {
+static void attend(GpuState *s, int l, const Batch &batch) {
     const Config *c = &s->model->config;
     const GpuCache cache = layer_cache(s, l);
-    if (rows.sequence < 0) {
+    if (batch.sequence < 0) {
         const DecodeArgs args = {s->qkv,          c->n_heads / c->n_kv_heads,
                                  s->positions,    s->rope,
                                  cache,           s->att,
                                  linear_input(s), s->partial,
                                  s->arrived};
         launch(attention_kernels(c->head_dim, cache.bits).decode,
-               {dim3(s->splits, decode_rows(c), rows.T), THREADS, 0, CARVEOUT}, s->stream, args);
+               {dim3(s->splits, decode_rows(c), batch.T), THREADS, 0, CARVEOUT}, s->stream, args);
         return;
     }
-    attend_prompt(c, s->qkv, rows, s->rope, cache, s->in_halves, s->att, s->stream);
+    attend_prompt(c, s->qkv, batch, s->rope, cache, s->in_halves, s->att, s->stream);
     if (s->model->quantized) {
-        gpu_quantize(s->att, rows.T, c->n_heads * c->head_dim, s->a, s->scale, s->stream);
+        gpu_quantize(s->att, batch.T, c->n_heads * c->head_dim, s->a, s->scale, s->stream);
     }
 }
 
@@ -4213,6 +3766,51 @@ template <typename To> static bool upload_weights(const Linear *l, To *to, uint8
     return !found;
 }
 
+GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
+    GpuLinear l = {};
+    l.K = parts[0].K;
+    const bool groups = parts[0].s_group;
+    const int multiple = groups ? GROUP : UNIT;
+    if (l.K % multiple) die("a linear with K = %d: it must be a multiple of %d", l.K, multiple);
+    size_t largest = 0;
+    for (int i = 0; i < n_parts; i++) {
+        const Linear *part = &parts[i];
+        if (part->N % 64) die("a linear with N = %d: it must be a multiple of 64", part->N);
+        if (part->K != l.K || (part->s_group != NULL) != groups) {
+            die("linears of different K or kinds of scales cannot be stacked");
+        }
+        l.N += part->N;
+        if ((size_t)part->N > largest) largest = part->N;
+    }
+    l.w = (uint32_t *)device_alloc((size_t)l.N * l.K / 2);
+    l.s_channel = (float *)device_alloc(l.N * sizeof(float));
+    if (groups) l.s_group = (uint8_t *)device_alloc((size_t)l.N * (l.K / GROUP));
+
+    uint16_t *qweight = (uint16_t *)device_alloc(largest * l.K / 2); // one part as in the file
+    uint8_t *s_group = groups ? (uint8_t *)device_alloc(largest * (l.K / GROUP)) : NULL;
+    for (int i = 0, first = 0; i < n_parts; first += parts[i++].N) {
+        const Linear *part = &parts[i];
+        const size_t n = (size_t)part->N * l.K;
+        cuda_check(cudaMemcpy(qweight, part->qweight, n / 2, cudaMemcpyHostToDevice), "qweight");
+        if (groups) {
+            cuda_check(cudaMemcpy(s_group, part->s_group, n / GROUP, cudaMemcpyHostToDevice),
+                       "s_group");
+        }
+        layout_weights(&l, first, part->N, qweight, s_group, part->s_channel, 0);
+    }
+    cuda_check(cudaDeviceSynchronize(), "layout of weights");
+    cuda_check(cudaFree(qweight), "cudaFree");
+    cuda_check(cudaFree(s_group), "cudaFree");
+    return l;
+}
+
+void gpu_linear_free(GpuLinear *l) {
+    cuda_check(cudaFree(l->w), "cudaFree");
+    cuda_check(cudaFree(l->s_group), "cudaFree");
+    cuda_check(cudaFree(l->s_channel), "cudaFree");
+    *l = {};
+}
+
 template <typename T> static T *upload_array(const void *x, size_t n) {
     T *p = (T *)device_alloc(n * sizeof(T));
     cuda_check(cudaMemcpy(p, x, n * sizeof(T), cudaMemcpyHostToDevice), "upload of weights");
@@ -4569,7 +4167,7 @@ static void engine_step(Engine *e, const int *tokens, const int *positions) {
         cuda_check(cudaGraphDestroy(graph), "cudaGraphDestroy");
     }
     cuda_check(cudaGraphLaunch(s->step, s->stream), "cudaGraphLaunch");
-    s->rows = s->n_sequences;
+    s->n_logits = s->n_sequences;
 }
 
 static void engine_feed(Engine *e, int sequence, const int *tokens, int n, int pos) {
@@ -4595,7 +4193,7 @@ static const int *engine_chosen(Engine *e) {
 
 static const float *engine_logits(Engine *e) {
     GpuState *s = state_of(e);
-    to_host(s, s->host_logits, s->logits, (size_t)s->rows * e->model->config.vocab_size);
+    to_host(s, s->host_logits, s->logits, (size_t)s->n_logits * e->model->config.vocab_size);
     return s->host_logits;
 }
 
@@ -4837,4 +4435,535 @@ void gpu_quantizer_report(GpuQuantizer *q, FILE *out) {
     for (int i = 0; i < N_PHASES; i++) fprintf(out, " %s %.1f,", phase_names[i], q->spent[i]);
     fprintf(out, " with %.2f GB of GPU memory%s\n", q->bytes / 1e9,
             q->outside ? ", calibration in host memory" : "");
+}
+
+/* ================================================================================================
+ * 7. Hopper: the W4A8 GEMM with wgmma, fed by the TMA
+ *
+ * The equation, the layout of the weights and their dequantization are section 2's. mma.sync
+ * reaches 65% of what Hopper's tensor cores can do; wgmma reaches the rest. A warpgroup, four
+ * warps, issues it together. It runs in the background and reads its right operand, the
+ * activations, from shared memory by itself. Its left operand may be registers, whose layout is,
+ * warp for warp, that of mma.sync; so is that of its sums.
+ *
+ *      global memory               shared memory: a ring of STAGES            registers
+ *
+ *      weights      --TMA-->  |weights, scales, activations| stage 0
+ *      group scales --TMA-->  |weights, scales, activations| stage 1 --> dequantize --> left
+ *      activations  --TMA-->  |weights, scales, activations| ...                         |
+ *                                                  |                                     v
+ *       1. feed                                    +------------------------> wgmma --> acc --> y
+ *       (warpgroup 2: one thread per input)           2. dequantize  3. multiply  4. write
+ *                                                     (warpgroups 0 and 1)
+ *
+ * Each stage has two barriers. `full`: its copies have arrived. `empty`: the warps that used it are
+ * through. One part of a stage is dequantized while the tensor cores multiply the part before.
+ *
+ * How the two warpgroups share a tile of CHANNELS x TOKENS:
+ *
+ *     CHANNELS  256: each has 128 of the channels, as two m64 products side by side
+ *               128: each has  64
+ *                64: both have all: teams that take every other stage and add up their sums
+ *
+ * A panel is 128 k of a tile's inputs, one after the other in shared memory:
+ *     activations [TOKENS][128], swizzled() by the TMA
+ *     weights     [strips][2 units][2 m16 tiles][32 lanes][16]
+ *     scales      [strips][32]
+ * A stage is one panel, or two if a warpgroup has one m64 tile.
+ * ============================================================================================== */
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool HAVE_WGMMA = true;
+#else
+constexpr bool HAVE_WGMMA = false;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "Hopper's own instructions are those of sm_90a, not sm_90"
+#endif
+#endif
+
+/* ---- instructions ---------------------------------------------------------------------------- */
+
+/* The wgmma that follow may read registers that other instructions wrote before. */
+__device__ __forceinline__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+
+/* All wgmma since the last commit become a group. */
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+
+/* Until at most PENDING groups still run. */
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
+}
+
+/* The descriptor of a matrix in shared memory: rows of 128 bytes, swizzled(), in blocks of 8 rows
+ * (1024 bytes). */
+__device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address) {
+    const uint64_t swizzle_128_bytes = 1, block_stride = 1024 >> 4, unused_stride = 1;
+    return swizzle_128_bytes << 62 | block_stride << 32 | unused_stride << 16 | address >> 4;
+}
+
+/* c [64][N] += a [64][32] . b [N][32] over four warps, each with 16 of the rows; N = 64, 96, 128.
+ */
+#define SUMS(j) "+r"(c[j][0]), "+r"(c[j][1]), "+r"(c[j][2]), "+r"(c[j][3])
+__device__ __forceinline__ void wgmma(int (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, add; }\n"
+                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void wgmma(int (&c)[12][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+                 "{%48, %49, %50, %51}, %52, add; }\n"
+                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
+                   SUMS(9), SUMS(10), SUMS(11)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void wgmma(int (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, add; }\n"
+                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
+                   SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#undef SUMS
+
+/* A phase of an mbarrier is over when `count` threads have arrived, and as many bytes as they have
+ * announced. A thread waits for the end of the phase of a parity; the phase before the first has
+ * parity 1. */
+__device__ __forceinline__ void barrier_init(uint64_t *barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_and_expect(uint64_t *barrier, int bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity) {
+    asm volatile("{ .reg .pred over;\n"
+                 "again_%=: mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n"
+                 "@!over bra again_%=; }\n" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* Copies the map's box at (x, y), x in units of eight bytes, to shared memory, and counts the bytes
+ * at the barrier. */
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int x, int y,
+                                         uint64_t *barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(to),
+                 "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_async_4(uint32_t to, const void *from, bool nonzero) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(from),
+                 "r"(nonzero ? 4 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_shared_16(uint32_t (&to)[4], uint32_t from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
+}
+
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t from) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(from));
+    return x;
+}
+
+/* ---- sizes ----------------------------------------------------------------------------------- */
+
+constexpr int WARPGROUP = 128; // threads
+
+enum GemmInput { ACTIVATIONS, WEIGHTS, GROUP_SCALES, N_GEMM_INPUTS };
+
+struct TensorMaps {
+    CUtensorMap of[N_GEMM_INPUTS];
+};
+
+/* A copy of the TMA. */
+struct Box {
+    int rows, row_bytes; // of a matrix
+    int offset;          // in a panel
+};
+
+template <int CHANNELS, int TOKENS, bool GROUPS> struct HopperShape {
+    static constexpr int M_TILES = CHANNELS == 256 ? 2 : 1; // m64 tiles of a warpgroup
+    static constexpr int CHANNELS_EACH = 64 * M_TILES;      // of a warpgroup
+    static constexpr int TEAMS = CHANNELS == 64 ? 2 : 1;
+    static constexpr int STRIPS = CHANNELS / STRIP;
+    static constexpr int INPUTS = GROUPS ? N_GEMM_INPUTS : N_GEMM_INPUTS - 1;
+    static constexpr Box ACTIVATION_BOX = {TOKENS, GROUP, 0};
+    static constexpr Box WEIGHT_BOX = {STRIPS, 2 * 1024, TOKENS *GROUP};
+    static constexpr Box SCALE_BOX = {STRIPS, 32, TOKENS *GROUP + STRIPS * 2 * 1024};
+    static constexpr int PANEL = SCALE_BOX.offset + (GROUPS ? 1024 : 0); // a multiple of 1024
+    static constexpr int PANELS = 2 / M_TILES;                           // of a stage
+    static constexpr int PART_UNITS = 2 / M_TILES; // of a part, half a stage: four wgmma
+    static constexpr int STAGE = PANELS * PANEL;
+    static constexpr int SUMS = (TEAMS - 1) * CHANNELS * TOKENS * 4; // bytes
+    static constexpr int STAGES = (224 * 1024 - SUMS) / STAGE;
+    static constexpr int SHARED = STAGES * STAGE + SUMS; // bytes
+};
+
+/* The barriers of the ring. A block counts its stages through all tiles: stage i is in slot
+ * i % STAGES, for the (i / STAGES)-th time. */
+template <typename T> struct Ring { __align__(8) uint64_t full[T::STAGES], empty[T::STAGES]; };
+
+/* ---- phase 1: feed --------------------------------------------------------------------------- */
+
+/* Has one input copied, stage after stage. One thread. */
+template <typename T, GemmInput INPUT>
+__device__ __forceinline__ void feed(const Tiling &tiling, int tokens, const TensorMaps &maps,
+                                     uint32_t shared, Ring<T> &ring) {
+    constexpr Box box = INPUT == ACTIVATIONS ? T::ACTIVATION_BOX
+                        : INPUT == WEIGHTS   ? T::WEIGHT_BOX
+                                             : T::SCALE_BOX;
+    const int rows = INPUT == ACTIVATIONS ? tokens : box.rows;
+    if (INPUT == ACTIVATIONS) wait_for_previous_kernel(); // no kernel writes weights
+    int i = 0;
+    for (int t = blockIdx.x; t < tiling.tiles; t += gridDim.x) {
+        const Tile tile = tile_number(t, tiling);
+        const int row = (INPUT == ACTIVATIONS ? tile.m : tile.n) * rows;
+        for (int panel = 0; panel < tiling.chunks * T::PANELS; i++) {
+            // wait until the slot is empty, say how many bytes will come, and ask for them
+            const int slot = i % T::STAGES;
+            barrier_wait(&ring.empty[slot], i / T::STAGES % 2 ^ 1);
+            barrier_arrive_and_expect(&ring.full[slot], T::PANELS * rows * box.row_bytes);
+#pragma unroll
+            for (int j = 0; j < T::PANELS; j++, panel++) {
+                copy_box(shared + slot * T::STAGE + j * T::PANEL + box.offset, &maps.of[INPUT],
+                         panel * (box.row_bytes / 8), row, &ring.full[slot]);
+            }
+        }
+    }
+}
+
+/* ---- phases 2 and 3: dequantize, multiply ---------------------------------------------------- */
+
+/* The channels of a warp: 16 of an m64 tile. They are one m16 tile of a strip, or with two m64
+ * tiles both m16 tiles of a strip. */
+template <typename T> struct WarpChannels {
+    int channel;     // the warpgroup's first, in the tile
+    int strip, tile; // the warp's
+    __device__ __forceinline__ WarpChannels(int warpgroup, int warp) {
+        channel = T::TEAMS > 1 ? 0 : warpgroup * T::CHANNELS_EACH;
+        const int first = channel / 16 + T::M_TILES * warp;
+        strip = first / 2, tile = first % 2;
+    }
+};
+
+/* Left operands of a part of a stage: [unit][step][m64 tile][register]. */
+template <typename T> using Left = uint32_t[T::PART_UNITS][2][T::M_TILES][4];
+
+template <typename T, bool GROUPS>
+__device__ __forceinline__ void dequantize_part(uint32_t panels, int part, WarpChannels<T> at,
+                                                uint32_t &s_group, Left<T> &left) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t at_w = T::WEIGHT_BOX.offset + at.strip * 2048 + at.tile * 512 + lane * 16;
+    const uint32_t at_s = T::SCALE_BOX.offset + at.strip * 32 + lane / 4 * 4;
+#pragma unroll
+    for (int i = 0; i < T::PART_UNITS; i++) {
+        // 1. this lane's words of unit u, and the scales of the panel's group
+        const int u = part * T::PART_UNITS + i;
+        const uint32_t panel = panels + u / 2 * T::PANEL;
+        uint32_t words[T::M_TILES][4];
+#pragma unroll
+        for (int j = 0; j < T::M_TILES; j++) {
+            load_shared_16(words[j], panel + at_w + u % 2 * 1024 + j * 512);
+        }
+        if (GROUPS && u % 2 == 0) s_group = load_shared_4(panel + at_s);
+            // 2. both steps
+#pragma unroll
+        for (int n = 0; n < 8 * T::M_TILES; n++) {
+            const int step = n / (4 * T::M_TILES), j = n / 4 % T::M_TILES, r = n % 4;
+            uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * (at.tile + j) + r % 2);
+            left[i][step][j][r] = dequantize<GROUPS>(words[j][r], step, s);
+        }
+    }
+}
+
+/* Issues the wgmma of a part, as one group. */
+template <typename T, int N_TILES>
+__device__ __forceinline__ void multiply_part(uint32_t panels, int part, const Left<T> &left,
+                                              int (&acc)[T::M_TILES][N_TILES][4]) {
+    constexpr int STEPS = 2 * T::PART_UNITS;
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        const int step = part * STEPS + i; // of the stage: k32
+        const uint32_t right = panels + step / 4 * T::PANEL + step % 4 * 32;
+#pragma unroll
+        for (int j = 0; j < T::M_TILES; j++) {
+            wgmma(acc[j], left[i / 2][i % 2][j], wgmma_matrix(right));
+        }
+    }
+    wgmma_commit();
+}
+
+/* ---- phase 4: write -------------------------------------------------------------------------- */
+
+/* Starts to copy the scales of a tile: s_a of its tokens and s_channel of the warpgroup's channels.
+ */
+template <typename T, int TOKENS>
+__device__ __forceinline__ void copy_scales(const GemmArgs &p, int m0, int tokens, int n0,
+                                            float *s_a, float *s_channel) {
+    const int i = threadIdx.x % WARPGROUP;
+    if (i < TOKENS) copy_async_4(shared_address(s_a + i), p.s_a + m0 + i, i < tokens);
+    if (i < T::CHANNELS_EACH) {
+        copy_async_4(shared_address(s_channel + i), p.s_channel + n0 + i, n0 + i < p.N);
+    }
+}
+
+/* Team 0 gets the sums of both teams, through shared memory. */
+template <int N_TILES>
+__device__ __forceinline__ void add_warpgroups(int (&acc)[1][N_TILES][4], int4 *sums, int team) {
+    sums += threadIdx.x % WARPGROUP;
+    named_barrier(3, 2 * WARPGROUP); // the sums of the tile before are read
+    for (int j = 0; j < N_TILES && team == 1; j++) sums[j * WARPGROUP] = as_int4(acc[0][j]);
+    named_barrier(3, 2 * WARPGROUP);
+    if (team == 1) return;
+#pragma unroll
+    for (int j = 0; j < N_TILES; j++) add(acc[0][j], sums[j * WARPGROUP]);
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------ */
+
+/* Phases 2 to 4 of all tiles of a block, by one of the two warpgroups. scales [TOKENS +
+ * CHANNELS_EACH] is the warpgroup's own. */
+template <int CHANNELS, int TOKENS, bool GROUPS>
+__device__ __forceinline__ void multiply_tiles(const GemmArgs &p, const Tiling &tiling,
+                                               int tile_tokens, uint8_t *shared,
+                                               Ring<HopperShape<CHANNELS, TOKENS, GROUPS>> &ring,
+                                               float *scales, int warpgroup, int warp) {
+    using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
+    const int lane = threadIdx.x % 32, team = T::TEAMS > 1 ? warpgroup : 0;
+    const WarpChannels<T> at(warpgroup, warp);
+    float *s_a = scales, *s_channel = scales + TOKENS;
+    int i0 = 0; // the tile's first stage
+    wait_for_previous_kernel();
+    for (int t = blockIdx.x; t < tiling.tiles; t += gridDim.x, i0 += tiling.chunks) {
+        const Tile tile = tile_number(t, tiling);
+        const int m0 = tile.m * tile_tokens, tokens = min(tile_tokens, p.M - m0);
+        named_barrier(1 + warpgroup, WARPGROUP); // the scales of the tile before are read
+        copy_scales<T, TOKENS>(p, m0, tokens, tile.n * CHANNELS + at.channel, s_a, s_channel);
+
+        // 1. All stages, each in two parts. A part is dequantized while wgmma reads the other half
+        // of `left`. Once the first part of a stage is issued, the stage before is read.
+        int acc[T::M_TILES][TOKENS / 8][4] = {};
+        Left<T> left[2];
+        int used = -1; // slot of the stage before
+        for (int i = i0 + team; i < i0 + tiling.chunks; i += T::TEAMS) {
+            const int slot = i % T::STAGES;
+            const uint32_t panels = shared_address(shared) + slot * T::STAGE;
+            uint32_t s_group = 0;
+            barrier_wait(&ring.full[slot], i / T::STAGES % 2);
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                dequantize_part<T, GROUPS>(panels, part, at, s_group, left[part]);
+                multiply_part<T>(panels, part, left[part], acc);
+                wgmma_wait<1>(); // the part before is multiplied
+                if (part == 0 && used >= 0 && lane == 0) barrier_arrive(&ring.empty[used]);
+            }
+            used = slot;
+        }
+        wgmma_wait<0>();
+        if (used >= 0 && lane == 0) barrier_arrive(&ring.empty[used]);
+        copy_async_wait();
+
+        // 2. Add up the teams, scale and write.
+        if constexpr (T::TEAMS > 1) {
+            add_warpgroups(acc, (int4 *)(shared + T::STAGES * T::STAGE), team);
+            if (team == 1) continue;
+        }
+        named_barrier(1 + warpgroup, WARPGROUP); // the scales have arrived
+        const int n = at.strip * STRIP + at.tile * 2, n0 = tile.n * CHANNELS + n;
+        if (n0 >= p.N) continue;
+        Scales<T::M_TILES> s;
+        load_scales(p, s_channel + n - at.channel, s_a, m0, tokens, n0, s);
+        write_tile<T::M_TILES, TOKENS / 8>(p, acc, s, s_a, m0, tokens, n0);
+    }
+}
+
+/* A tile [CHANNELS][TOKENS] is one block's. tiling.chunks: stages of K. tile_tokens <= TOKENS: all
+ * tiles are equally full. */
+template <int CHANNELS, int TOKENS, bool GROUPS>
+__global__ void __launch_bounds__(3 * WARPGROUP, 1)
+    gemm_w4a8_hopper_kernel(const __grid_constant__ GemmArgs p,
+                            const __grid_constant__ Tiling tiling, int tile_tokens,
+                            const __grid_constant__ TensorMaps maps) {
+    if constexpr (HAVE_WGMMA) {
+        using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
+        extern __shared__ __align__(1024) uint8_t shared[]; // [STAGES][STAGE], sums of a team
+        __shared__ Ring<T> ring;
+        __shared__ __align__(16) float scales[2][TOKENS + T::CHANNELS_EACH]; // [warpgroup]
+        // __shfl_sync: so that the compiler knows that they are the same for a whole warp.
+        const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < T::STAGES; i++) {
+                barrier_init(&ring.full[i], T::INPUTS);
+                barrier_init(&ring.empty[i], 8 / T::TEAMS); // warps
+            }
+            asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+        }
+        __syncthreads();
+        launch_dependents();
+        if (warpgroup == 2) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n"); // registers, for the others
+            if (threadIdx.x % 32 > 0) return;
+            const uint32_t to = shared_address(shared);
+            if (warp == 0) feed<T, ACTIVATIONS>(tiling, tile_tokens, maps, to, ring);
+            if (warp == 1) feed<T, WEIGHTS>(tiling, tile_tokens, maps, to, ring);
+            if (warp == 2 && GROUPS) feed<T, GROUP_SCALES>(tiling, tile_tokens, maps, to, ring);
+        } else {
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
+            multiply_tiles<CHANNELS, TOKENS, GROUPS>(p, tiling, tile_tokens, shared, ring,
+                                                     scales[warpgroup], warpgroup, warp);
+        }
+    }
+}
+
+/* ---- the choice of a kernel, and launches ---------------------------------------------------- */
+
+/* A matrix [rows][bytes] for the TMA, to be copied in boxes. Beyond the matrix a box has zeros:
+ * products with them vanish, and outputs from them are not written. */
+static CUtensorMap tensor_map(const void *matrix, size_t rows, size_t bytes, Box box,
+                              CUtensorMapSwizzle swizzle) {
+    // 1. A function of the driver, which is not linked.
+    static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
+        void *f = NULL;
+        cudaDriverEntryPointQueryResult found;
+        cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
+                                                    cudaEnableDefault, &found),
+                   "cuTensorMapEncodeTiled");
+        return (PFN_cuTensorMapEncodeTiled_v12000)f;
+    }();
+    // 2. Elements are eight bytes, as a box may have at most 256 elements per row.
+    const cuuint64_t size[2] = {bytes / 8, rows}, stride[1] = {bytes};
+    const cuuint32_t copied[2] = {box.row_bytes / 8u, (cuuint32_t)box.rows}, step[2] = {1, 1};
+    CUtensorMap map;
+    CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 2, (void *)matrix, size, stride,
+                             copied, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) die("cuTensorMapEncodeTiled: error %d", result);
+    return map;
+}
+
+template <int CHANNELS, int TOKENS, bool GROUPS>
+static void launch_wgmma(const GemmArgs &p, cudaStream_t stream) {
+    using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
+    const Tiling tiling = make_tiling(p, CHANNELS, TOKENS, T::PANELS * GROUP);
+    const int tokens = ceil_div(p.M, tiling.m); // the TMA is slow with rows that are not there
+    // 1. the maps of the inputs
+    const size_t strips = p.N / STRIP, K = p.K;
+    const Box activations = {tokens, T::ACTIVATION_BOX.row_bytes, 0};
+    const CUtensorMapSwizzle none = CU_TENSOR_MAP_SWIZZLE_NONE;
+    TensorMaps maps = {};
+    maps.of[ACTIVATIONS] = tensor_map(p.a, p.M, K, activations, CU_TENSOR_MAP_SWIZZLE_128B);
+    maps.of[WEIGHTS] = tensor_map(p.w, strips, K * STRIP / 2, T::WEIGHT_BOX, none);
+    if (GROUPS) {
+        maps.of[GROUP_SCALES] =
+            tensor_map(p.s_group, strips, K / GROUP * STRIP, T::SCALE_BOX, none);
+    }
+    // 2. as many tiles for each block
+    const int blocks = ceil_div(tiling.tiles, ceil_div(tiling.tiles, multiprocessors()));
+    constexpr auto kernel = gemm_w4a8_hopper_kernel<CHANNELS, TOKENS, GROUPS>;
+    allow_shared(kernel, T::SHARED);
+    launch(kernel, {dim3(blocks), 3 * WARPGROUP, T::SHARED}, stream, p, tiling, tokens, maps);
+}
+
+/* The kernels, in the order of GemmKernel, each per channel and with groups. A round of tiles, one
+ * on each multiprocessor, costs so many microseconds, and so many more per 1024 k: a fit to what an
+ * H100 needed for 10 shapes. Of equal tiles 128 x 64 reads least through the L2 cache, as a weight
+ * is half a byte; 96 tokens are for shapes that leave a round of 128 half empty. */
+static const struct HopperKernel {
+    int channels, tokens;
+    float round[2], round_per_1024[2];
+    void (*launch[2])(const GemmArgs &, cudaStream_t);
+} hopper_kernels[] = {
+    {64,
+     64,
+     {1.4f, 1.6f},
+     {0.98f, 1.20f},
+     {launch_wgmma<64, 64, false>, launch_wgmma<64, 64, true>}},
+    {128,
+     64,
+     {1.4f, 1.7f},
+     {1.65f, 2.19f},
+     {launch_wgmma<128, 64, false>, launch_wgmma<128, 64, true>}},
+    {128,
+     96,
+     {1.7f, 1.8f},
+     {2.01f, 2.51f},
+     {launch_wgmma<128, 96, false>, launch_wgmma<128, 96, true>}},
+    {128,
+     128,
+     {2.4f, 2.2f},
+     {2.49f, 2.77f},
+     {launch_wgmma<128, 128, false>, launch_wgmma<128, 128, true>}},
+    {256,
+     96,
+     {3.0f, 2.8f},
+     {3.42f, 4.38f},
+     {launch_wgmma<256, 96, false>, launch_wgmma<256, 96, true>}},
+    {256,
+     128,
+     {3.6f, 3.3f},
+     {4.65f, 5.19f},
+     {launch_wgmma<256, 128, false>, launch_wgmma<256, 128, true>}},
+};
+
+/* wgmma, unlike the rest of Hopper, is in no GPU that came later. */
+static bool wgmma_code() {
+    return code_version() == 90;
+}
+
+static bool choose_hopper(const GpuLinear *l, int M, GemmKernel *kernel) {
+    if (!wgmma_code()) return false;
+    const bool groups = l->s_group != NULL;
+    float least = INFINITY;
+    for (const HopperKernel &k : hopper_kernels) {
+        const int tiles = ceil_div(l->N, k.channels) * ceil_div(M, k.tokens);
+        const int rounds = ceil_div(tiles, multiprocessors());
+        const float cost = rounds * (k.round[groups] + k.round_per_1024[groups] * l->K / 1024);
+        if (cost >= least) continue;
+        least = cost;
+        *kernel = (GemmKernel)(GEMM_HOPPER_64X64 + (&k - hopper_kernels));
+    }
+    return true;
+}
+
+/* False for kernels of section 2, and where these cannot run. */
+static bool launch_hopper(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream) {
+    if (kernel < GEMM_HOPPER_64X64 || !wgmma_code()) return false;
+    hopper_kernels[kernel - GEMM_HOPPER_64X64].launch[p.s_group != NULL](p, stream);
+    return true;
 }
