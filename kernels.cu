@@ -1089,16 +1089,14 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
  *   - the residual stream x is float32: in LLaMA 3.1 8B it reaches thousands, and grows by sums;
  *   - q, k, v, gate and up are halves: linears of a normed row, so that |y_n| <= |w_n| |h|, far
  *     below 65504; attention's output is a mean of v's;
- *   - the product silu(gate) * up could pass 65504. It stays float32 until it is divided by its
- *     row's own scale: s_a for int8; a power of two, nearly always 1, for halves;
+ *   - the product silu(gate) * up could pass 65504. It stays float32 until it is divided by the
+ *     scale of its row: s_a for int8; a power of two, nearly always 1, for halves;
  *   - o and down add their float32 sums to x.
  *
- * A row is one block's. It stays in shared memory between the passes over it.
+ * A block has one row, which stays in shared memory between the passes over it.
  * ============================================================================================== */
 
-/* ---- activations and their int8 ----------------------------------------------------------------
- *
- *     s_a = max|x| / 127      a = rint(x / s_a)      of each token, as quantize_row() in qqq.c */
+/* ---- eight numbers, and their int8 ----------------------------------------------------------- */
 
 /* Eight consecutive values, which one thread handles: 16 bytes of halves, 8 of int8. */
 struct Eight {
@@ -1130,19 +1128,20 @@ __device__ __forceinline__ Eight from_floats(const float4 *p) {
     return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
 
-/* The magnitude of a float as an integer of the same order; NaN and infinity are above all. */
+/* The largest |x| as the bits of a float: integers of the same order. NaN and infinity are above
+ * all numbers. */
 __device__ __forceinline__ uint32_t magnitude(const Eight &e) {
-    uint32_t most = 0;
+    uint32_t largest = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(e.v[i]) & 0x7fffffff);
-    return most;
+    for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(e.v[i]) & 0x7fffffff);
+    return largest;
 }
 
 constexpr uint32_t INFINITE = 0x7f800000;
 
-/* s_a of a row whose largest magnitude is `most`. */
-__device__ __forceinline__ float activation_scale(uint32_t most) {
-    return __fdiv_rn(__uint_as_float(most >= INFINITE ? 0x7fc00000 : most), 127.0f);
+/* s_a of a row whose largest magnitude() is `largest`; NaN if that is not finite. */
+__device__ __forceinline__ float activation_scale(uint32_t largest) {
+    return __fdiv_rn(__uint_as_float(largest >= INFINITE ? 0x7fc00000 : largest), 127.0f);
 }
 
 __device__ __forceinline__ int quantize_one(float x, float s_a) {
@@ -1154,40 +1153,37 @@ __device__ __forceinline__ uint32_t lowest_bytes(const uint32_t (&r)[4]) {
     return __byte_perm(__byte_perm(r[0], r[1], 0x0040), __byte_perm(r[2], r[3], 0x0040), 0x5410);
 }
 
-/* The same for fours of x that are at most 127 s_a. Products with a little less than 1 / s_a and
- * with a little more decide, if they agree: then no tie is near. The lowest byte of 1.5 * 2^23 + r
- * is r in two's complement. */
-template <int FOURS>
-__device__ __forceinline__ void quantize_fours(const float (&x)[FOURS][4], float s_a,
-                                               uint32_t (&a)[FOURS]) {
+/* quantize_one() of eight numbers that are at most 127 s_a, without a division for each. */
+__device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
+    // 1. Multiply with a little less than 1 / s_a, and with a little more. If both products round
+    // to the same integer, so does the quotient between them. The lowest byte of 1.5 * 2^23 + r is
+    // r in two's complement.
     constexpr float SHIFT = 12582912, LITTLE = 0x1p-20f;
     const float inverse = __fdiv_rn(1, s_a);
+    uint32_t a[2];
     bool sure = s_a >= 0x1p-126f; // the inverse is finite
 #pragma unroll
-    for (int i = 0; i < FOURS; i++) {
+    for (int i = 0; i < 2; i++) {
         auto rounded = [&](float by) {
             uint32_t r[4];
-            for (int j = 0; j < 4; j++) r[j] = __float_as_uint(__fmaf_rn(x[i][j], by, SHIFT));
+            for (int j = 0; j < 4; j++) {
+                r[j] = __float_as_uint(__fmaf_rn(e.v[4 * i + j], by, SHIFT));
+            }
             return lowest_bytes(r);
         };
         a[i] = rounded(__fmul_rn(inverse, 1 - LITTLE));
         sure &= a[i] == rounded(__fmul_rn(inverse, 1 + LITTLE));
     }
-    if (sure) return;
-#pragma unroll
-    for (int i = 0; i < FOURS; i++) {
+    // 2. Else a quotient is near a tie: divide.
+    for (int i = 0; i < 2 && !sure; i++) {
         uint32_t r[4];
-        for (int j = 0; j < 4; j++) r[j] = quantize_one(x[i][j], s_a);
+        for (int j = 0; j < 4; j++) r[j] = quantize_one(e.v[4 * i + j], s_a);
         a[i] = lowest_bytes(r);
     }
-}
-
-__device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
-    const float x[2][4] = {{e.v[0], e.v[1], e.v[2], e.v[3]}, {e.v[4], e.v[5], e.v[6], e.v[7]}};
-    uint32_t a[2];
-    quantize_fours(x, s_a, a);
     return make_uint2(a[0], a[1]);
 }
+
+/* ---- RMSNorm, SwiGLU, the quantizer ---------------------------------------------------------- */
 
 /* silu(gate) * up, silu(x) = x / (1 + e^-x). __fdividef() gives 0 where the divisor is above 2^126,
  * as good as right. */
@@ -1230,26 +1226,28 @@ __device__ static uint32_t block_max(uint32_t x) {
     return __reduce_max_sync(~0u, x);
 }
 
-/* The end of both kernels: row blockIdx.x, of K values whose largest magnitude is `most`. */
-__device__ static void write_row(const SharedRow &row, int K, uint32_t most,
+/* The end of both kernels: row blockIdx.x, of K values whose largest magnitude() is `largest`. */
+__device__ static void write_row(const SharedRow &row, int K, uint32_t largest,
                                  const LinearInput &out) {
+    // 1. the scale of the row
     float s = 1;
     if (out.a) {
-        s = activation_scale(most);
-    } else if (out.scale && most < INFINITE) {
-        // 2^e, the least with max|h| / 2^e < 2^15; its bits are the exponent + 127 alone.
-        int exponent = (int)(most >> 23) - 127;
+        s = activation_scale(largest);
+    } else if (out.scale && largest < INFINITE) {
+        // the least 2^e with max|h| / 2^e < 2^15; its bits are the exponent + 127 alone
+        int exponent = (int)(largest >> 23) - 127;
         if (exponent > 14) s = __int_as_float((exponent - 14 + 127) << 23);
     }
     if (out.scale && threadIdx.x == 0) out.scale[blockIdx.x] = s;
-    const size_t at = (size_t)blockIdx.x * (K / 8);
+    // 2. the row itself, as int8 or as halves
+    const size_t start = (size_t)blockIdx.x * (K / 8);
     for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
         Eight e = row.get(i);
         if (out.a) {
-            ((uint2 *)out.a)[at + i] = quantize_eight(e, s);
+            ((uint2 *)out.a)[start + i] = quantize_eight(e, s);
         } else {
             for (int j = 0; j < 8; j++) e.v[j] /= s;
-            ((uint4 *)out.h)[at + i] = to_halves(e);
+            ((uint4 *)out.h)[start + i] = to_halves(e);
         }
     }
 }
@@ -1259,11 +1257,12 @@ __global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, flo
                                LinearInput out) {
     extern __shared__ float4 shared_row[];
     SharedRow row = {shared_row, dim / 8};
+    // 1. No kernel writes the weights: they are on their way while the one before is still at work.
     launch_dependents();
-    // Nobody writes the weights: they are on their way while the kernel before is still at work.
     Eight w = {};
     if (threadIdx.x < dim / 8) w = from_floats((const float4 *)weight + 2 * threadIdx.x);
     wait_for_previous_kernel();
+    // 2. the mean square
     const float4 *x_row = (const float4 *)(x + (size_t)blockIdx.x * dim);
     float squares = 0;
     for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
@@ -1272,15 +1271,16 @@ __global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, flo
         row.put(i, e);
     }
     const float scale = rsqrtf(block_sum(squares) / dim + eps);
-    uint32_t most = 0;
+    // 3. scale the row, and find the largest magnitude
+    uint32_t largest = 0;
     for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
         Eight e = row.get(i);
         if (i >= blockDim.x) w = from_floats((const float4 *)weight + 2 * i);
-        for (int j = 0; j < 8; j++) e.v[j] = __fmul_rn(__fmul_rn(e.v[j], w.v[j]), scale);
-        most = max(most, magnitude(e));
+        for (int j = 0; j < 8; j++) e.v[j] *= w.v[j] * scale;
+        largest = max(largest, magnitude(e));
         row.put(i, e);
     }
-    write_row(row, dim, block_max(most), out);
+    write_row(row, dim, block_max(largest), out);
 }
 
 /* gate_up [T][2][hidden_dim]. Twin: swiglu(), quantize_row(). */
@@ -1291,17 +1291,17 @@ __global__ void swiglu_kernel(const half *gate_up, int hidden_dim, LinearInput o
     wait_for_previous_kernel();
     const uint4 *gate = (const uint4 *)(gate_up + (size_t)blockIdx.x * 2 * hidden_dim);
     const uint4 *up = gate + hidden_dim / 8;
-    uint32_t most = 0;
+    uint32_t largest = 0;
     for (int i = threadIdx.x; i < hidden_dim / 8; i += blockDim.x) {
         Eight e = from_halves(gate[i]), u = from_halves(up[i]);
         for (int j = 0; j < 8; j++) e.v[j] = swiglu(e.v[j], u.v[j]);
-        most = max(most, magnitude(e));
+        largest = max(largest, magnitude(e));
         row.put(i, e);
     }
-    write_row(row, hidden_dim, block_max(most), out);
+    write_row(row, hidden_dim, block_max(largest), out);
 }
 
-/* Threads of a block for a row of K: few rows are to be done soon, many side by side. */
+/* Threads of a block for a row of K: few rows should be done soon, many go side by side. */
 static int row_threads(int T, int K) {
     int threads = min(1024, (K / 8 + 31) / 32 * 32);
     return T <= 2 * multiprocessors() ? threads : min(threads, 256);
@@ -1322,42 +1322,26 @@ void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cud
            hidden_dim, out);
 }
 
-/* The block's row of x [T][dim] = the embedding [vocab_size][dim] of a token. */
-__device__ static void embed_row(const half *embedding, int token, int dim, float *x) {
-    const uint4 *from = (const uint4 *)(embedding + (size_t)token * dim);
-    float4 *to = (float4 *)(x + (size_t)blockIdx.x * dim);
-    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
-        Eight e = from_halves(from[i]);
-        to[2 * i] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
-        to[2 * i + 1] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
-    }
-}
-
-__global__ void embed_kernel(const half *embedding, const int *tokens, int dim, float *x) {
-    launch_dependents();
-    wait_for_previous_kernel();
-    embed_row(embedding, tokens[blockIdx.x], dim, x);
-}
-
-/* Quantizes a row of halves, `eights` times 8, into a and *s_a. A thread keeps KEPT of them in
- * registers between the two passes. */
+/* Quantizes a row of halves, `eights` times 8, into a and *s_a. Twin: quantize_row(). */
 __device__ __forceinline__ void quantize_halves(const uint4 *row, int eights, uint2 *a,
                                                 float *s_a) {
+    // 1. the largest magnitude; a thread keeps its first eights in registers for the second pass
     constexpr int KEPT = 4;
     uint4 kept[KEPT] = {};
-    uint32_t most = 0;
+    uint32_t largest = 0;
 #pragma unroll
     for (int j = 0; j < KEPT; j++) {
         int i = threadIdx.x + j * blockDim.x;
         if (i < eights) kept[j] = __ldcg(row + i);
     }
 #pragma unroll
-    for (int j = 0; j < KEPT; j++) most = max(most, magnitude(from_halves(kept[j])));
+    for (int j = 0; j < KEPT; j++) largest = max(largest, magnitude(from_halves(kept[j])));
     for (int i = threadIdx.x + KEPT * blockDim.x; i < eights; i += blockDim.x) {
-        most = max(most, magnitude(from_halves(__ldcg(row + i))));
+        largest = max(largest, magnitude(from_halves(__ldcg(row + i))));
     }
-    const float s = activation_scale(block_max(most));
+    const float s = activation_scale(block_max(largest));
     if (threadIdx.x == 0) *s_a = s;
+        // 2. the codes
 #pragma unroll
     for (int j = 0; j < KEPT; j++) {
         int i = threadIdx.x + j * blockDim.x;
@@ -1368,18 +1352,20 @@ __device__ __forceinline__ void quantize_halves(const uint4 *row, int eights, ui
     }
 }
 
-/* Twin: quantize_row(). One block a row. */
+/* One block per row. */
 __global__ void __launch_bounds__(THREADS)
     quantize_kernel(const half *x, int K, int8_t *a, float *s_a) {
     launch_dependents();
     wait_for_previous_kernel();
-    const size_t at = (size_t)blockIdx.x * (K / 8);
-    quantize_halves((const uint4 *)x + at, K / 8, (uint2 *)a + at, s_a + blockIdx.x);
+    const size_t start = (size_t)blockIdx.x * (K / 8);
+    quantize_halves((const uint4 *)x + start, K / 8, (uint2 *)a + start, s_a + blockIdx.x);
 }
 
 void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream_t stream) {
     launch(quantize_kernel, {dim3(M), THREADS}, stream, x, K, a, s_a);
 }
+
+/* ---- 16-bit linears -------------------------------------------------------------------------- */
 
 /* A function of cuBLAS, which is loaded only now: linked, it would cost every start 0.1 s. */
 template <typename F> static F *load_cublas(const char *name) {
@@ -1396,8 +1382,6 @@ static void cublas_check(cublasStatus_t status) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
     die("cuBLAS: %s", CUBLAS(cublasGetStatusString)(status));
 }
-
-/* ---- 16-bit linears -------------------------------------------------------------------------- */
 
 constexpr int GEMV_ROWS = 2;  // of a warp
 constexpr int GEMV_LOADS = 4; // of a row in flight
@@ -1421,6 +1405,7 @@ __global__ void __launch_bounds__(THREADS, 3)
             load_16(next[u][r], rows[r] + i, i + lane < pieces && n + r < N);
         }
     };
+    // 1. the first weights, then x, which the kernel before has written
 #pragma unroll
     for (int u = 0; u < GEMV_LOADS; u++) load(u, 32 * u);
     launch_dependents();
@@ -1428,6 +1413,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     for (int i = threadIdx.x; i < pieces; i += THREADS) shared_x[i] = ((const uint4 *)x)[i];
     __syncthreads();
 
+    // 2. multiply; a register is loaded anew as soon as it is used
     float sum[GEMV_ROWS] = {};
     for (int i = 0; i < pieces; i += 32 * GEMV_LOADS) {
 #pragma unroll
@@ -1443,6 +1429,7 @@ __global__ void __launch_bounds__(THREADS, 3)
             load(u, i + 32 * (u + GEMV_LOADS));
         }
     }
+    // 3. add up the lanes and write
 #pragma unroll
     for (int r = 0; r < GEMV_ROWS; r++) {
         for (int i = 16; i > 0; i /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], i);
@@ -1472,7 +1459,7 @@ static void linear_halves(GpuState *s, const Matrix *w, const half *in, const fl
                w->w, w->N, w->K, in, scale, y16, y32, add);
         return;
     }
-    if (scale) { // of each row apart
+    if (scale) { // one for each row: cuBLAS cannot apply them
         linear_halves(s, w, in, NULL, T, NULL, s->y, false);
         launch(add_scaled_kernel, {dim3(T), THREADS}, s->stream, s->y, scale, w->N, y32);
         return;
@@ -1488,10 +1475,10 @@ static void linear_halves(GpuState *s, const Matrix *w, const half *in, const fl
  *
  *     y[t][n] = (sum_k x[t][k] q[n][k]) * s_channel[n]      x halves, q int8, the sum in float32
  *
- * The time is that of reading q, once, from global memory straight into registers, in the order of
- * the file: the order of k in a sum does not matter, so that 16 consecutive bytes of a row are a
- * lane's part of four steps of mma. Bytes become halves in registers, exactly. A token is a column
- * of the product: it gets the same bits whatever stands beside it. */
+ * The time is that of reading q once, from global memory straight into registers, in the order of
+ * the file. The order of k in a sum does not matter: so 16 consecutive bytes of a row are a lane's
+ * part of four steps of mma, and x is read in the same order. Bytes become halves in registers,
+ * exactly. A token is a column of the product: its sums do not depend on its neighbours. */
 
 /* c [16][8] += a [16][16] . b [8][16] over a warp, halves; the layout is that of the int8 mma
  * with pairs of halves for the four bytes. */
@@ -1506,11 +1493,41 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 constexpr int LM_STRIP = 32;  // channels of a warp: two m16 tiles
 constexpr int LM_CHUNK = 128; // k between two barriers, and of the weights in flight
 
-/* What stands in two bytes of a word, q + 128, as halves: 0x6400 + u are the bits of 1024 + u. */
-__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t biased, uint32_t which) {
-    uint32_t x = __byte_perm(biased, 0x64646464, which), y = 0x64806480; // 1024 + 128
+/* Two int8 of a word as halves: bytes 0 and 1, or with `upper` 2 and 3. `biased` holds q + 128 = u;
+ * 0x6400 + u are the bits of 1024 + u. */
+__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t biased, bool upper) {
+    uint32_t x = __byte_perm(biased, 0x64646464, upper ? 0x4342 : 0x4140);
+    uint32_t y = 0x64806480; // 1024 + 128
     half2 z = __hsub2(*(half2 *)&x, *(half2 *)&y);
     return *(uint32_t *)&z;
+}
+
+/* sum [m16 tile][n8 tile] += 64 k of a warp's weights w [channel g, + 8, + 16, + 24] times x, which
+ * is in shared memory at `x`, rows of `row` bytes. */
+template <int N_TILES>
+__device__ __forceinline__ void multiply_bytes(const uint4 (&w)[4], const uint8_t *x, int row,
+                                               float (&sum)[2][N_TILES][4]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const uint32_t *words = (const uint32_t *)w; // [channel][4]
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) { // two words of each channel are two steps of mma
+        uint32_t left[2][2][4];      // [step][m16 tile]
+#pragma unroll
+        for (int j = 0; j < 16; j++) { // step, tile, half of k, half of the tile
+            const int step = j / 8, tile = j / 4 % 2, late = j / 2 % 2, lower = j % 2;
+            const uint32_t word = words[(tile * 2 + lower) * 4 + i + step];
+            left[step][tile][late * 2 + lower] = bytes_to_halves(word ^ 0x80808080, late);
+        }
+#pragma unroll
+        for (int j = 0; j < N_TILES; j++) {
+            const uint8_t *from = x + (j * 8 + g) * row + (t * 16 + i * 4) * sizeof(half);
+            const uint4 b = *(const uint4 *)from;
+            for (int tile = 0; tile < 2; tile++) {
+                mma(sum[tile][j], left[0][tile], b.x, b.y);
+                mma(sum[tile][j], left[1][tile], b.z, b.w);
+            }
+        }
+    }
 }
 
 /* y [T][N], T <= TOKENS; K a multiple of 16. A block has 256 channels. */
@@ -1534,50 +1551,33 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
     auto load_x = [&](int k, int stage) { // zeros past the end, which make any weight harmless
         constexpr int PIECES = LM_CHUNK / 8;
         for (int i = threadIdx.x; i < TOKENS * PIECES; i += THREADS) {
-            int row = i / PIECES, at = k + i % PIECES * 8;
-            bool there = row < T && at < K;
+            int row = i / PIECES, column = k + i % PIECES * 8;
+            bool exists = row < T && column < K;
             copy_async_16(shared_address(shared[stage] + row * ROW + i % PIECES * 16),
-                          there ? x + (size_t)row * K + at : x, there, true);
+                          exists ? x + (size_t)row * K + column : x, exists, true);
         }
     };
+    // 1. the first weights, then x, which the kernel before has written
 #pragma unroll
     for (int c = 0; c < 2; c++) load_weights(w[c], c * 64);
     launch_dependents();
     wait_for_previous_kernel();
     load_x(0, 0);
 
+    // 2. multiply a chunk while the next one is on its way
     float sum[2][TOKENS / 8][4] = {};
     int stage = 0;
     for (int k = 0; k < K; k += LM_CHUNK, stage = 1 - stage) {
         copy_async_wait();
-        __syncthreads(); // the chunk of x is there, and the other stage free
+        __syncthreads(); // the chunk of x has arrived, and the other stage is free
         load_x(k + LM_CHUNK, 1 - stage);
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-            const uint32_t *words = (const uint32_t *)w[c]; // [channel][4]
-#pragma unroll
-            for (int i = 0; i < 4; i += 2) { // words, and the two steps of mma they are
-                uint32_t left[2][2][4];      // [step][m16 tile]
-#pragma unroll
-                for (int j = 0; j < 16; j++) { // step, tile, k, half of the tile
-                    const int step = j / 8, tile = j / 4 % 2, late = j / 2 % 2, half = j % 2;
-                    left[step][tile][late * 2 + half] =
-                        bytes_to_halves(words[(tile * 2 + half) * 4 + i + step] ^ 0x80808080,
-                                        late ? 0x4342 : 0x4140);
-                }
-#pragma unroll
-                for (int j = 0; j < TOKENS / 8; j++) {
-                    const uint4 b = *(const uint4 *)(shared[stage] + (j * 8 + g) * ROW +
-                                                     (c * 64 + t * 16 + i * 4) * sizeof(half));
-                    for (int tile = 0; tile < 2; tile++) {
-                        mma(sum[tile][j], left[0][tile], b.x, b.y);
-                        mma(sum[tile][j], left[1][tile], b.z, b.w);
-                    }
-                }
-            }
+            multiply_bytes(w[c], shared[stage] + c * 64 * sizeof(half), ROW, sum);
             load_weights(w[c], k + LM_CHUNK + c * 64);
         }
     }
+    // 3. scale and write
 #pragma unroll
     for (int r = 0; r < 4; r++) {
         const int n = n0 + r * 8;
@@ -1607,6 +1607,8 @@ static void linear_bytes(GpuState *s, const Matrix *w, const half *x, int T, flo
     }
 }
 
+/* ---- the linears of section 1 ---------------------------------------------------------------- */
+
 /* y [T][N] = W applied to linear_input(). */
 static void linear(GpuState *s, const Matrix *w, int T, half *y) {
     if (w->w) linear_halves(s, w, s->h, NULL, T, y, NULL, false);
@@ -1628,45 +1630,23 @@ static void lm_head(GpuState *s, int first, int n) {
     s->n_logits = n;
 }
 
-/* ---- the choice of the likeliest token ------------------------------------------------------- */
+/* ---- tokens: embedding, the likeliest one, scores -------------------------------------------- */
 
-static __host__ __device__ int chosen_token(Choice choice) {
-    return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
-}
-
-__device__ __forceinline__ Choice choice(float logit, int token) {
-    if (!isfinite(logit)) return ~0ull;
-    uint32_t bits = __float_as_uint(logit); // of a float, as an integer of the same order
-    bits = bits >> 31 ? ~bits : bits | 0x80000000;
-    return (Choice)bits << 32 | (uint32_t)~token;
-}
-
-/* Row blockIdx.y of logits, shared by gridDim.x blocks, into chosen; and its position moves on.
- * Twin: argmax(). */
-__global__ void choose_kernel(const float *logits, int vocab_size, Choice *chosen, int *positions) {
-    launch_dependents();
-    wait_for_previous_kernel();
-    const float *row = logits + (size_t)blockIdx.y * vocab_size;
-    Choice best = 0;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab_size;
-         i += gridDim.x * blockDim.x) {
-        best = max(best, choice(row[i], i));
+/* The block's row of x [T][dim] = the embedding [vocab_size][dim] of a token. */
+__device__ static void embed_row(const half *embedding, int token, int dim, float *x) {
+    const uint4 *from = (const uint4 *)(embedding + (size_t)token * dim);
+    float4 *to = (float4 *)(x + (size_t)blockIdx.x * dim);
+    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
+        Eight e = from_halves(from[i]);
+        to[2 * i] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
+        to[2 * i + 1] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
     }
-    for (int i = 16; i > 0; i /= 2) best = max(best, __shfl_xor_sync(~0u, best, i));
-    if (threadIdx.x % 32 == 0) atomicMax(chosen + blockIdx.y, best);
-    if (blockIdx.x == 0 && threadIdx.x == 0) positions[blockIdx.y]++;
 }
 
-/* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
-__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
-    // In this order: no kernel of a step starts before the step before has finished. So they may
-    // read what that left, positions and cache, without waiting for each other.
-    wait_for_previous_kernel();
+__global__ void embed_kernel(const half *embedding, const int *tokens, int dim, float *x) {
     launch_dependents();
-    const int token = max(0, chosen_token(chosen[blockIdx.x])); // the host sees to what is none
-    __syncthreads();
-    if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
-    embed_row(embedding, token, dim, x);
+    wait_for_previous_kernel();
+    embed_row(embedding, tokens[blockIdx.x], dim, x);
 }
 
 static void embed(GpuState *s, int T) {
@@ -1675,10 +1655,35 @@ static void embed(GpuState *s, int T) {
            dim, s->x);
 }
 
-static void embed_chosen(GpuState *s) {
-    const int dim = s->model->config.dim, T = s->n_sequences;
-    launch(embed_chosen_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding,
-           s->chosen, dim, s->x);
+static __host__ __device__ int chosen_token(Choice choice) {
+    return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
+}
+
+/* The bits of a float as an integer of the same order, and back. */
+__device__ __forceinline__ uint32_t ordered_bits(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return bits >> 31 ? ~bits : bits | 0x80000000;
+}
+
+__device__ __forceinline__ float from_ordered_bits(uint32_t bits) {
+    return __uint_as_float(bits >> 31 ? bits & 0x7fffffff : ~bits);
+}
+
+/* Row blockIdx.y of logits, shared by gridDim.x blocks, into chosen; and the position of the
+ * sequence moves on. Twin: argmax(). */
+__global__ void choose_kernel(const float *logits, int vocab_size, Choice *chosen, int *positions) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    const float *row = logits + (size_t)blockIdx.y * vocab_size;
+    Choice best = 0;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab_size;
+         i += gridDim.x * blockDim.x) {
+        const Choice choice = (Choice)ordered_bits(row[i]) << 32 | (uint32_t)~i;
+        best = max(best, isfinite(row[i]) ? choice : ~0ull);
+    }
+    for (int i = 16; i > 0; i /= 2) best = max(best, __shfl_xor_sync(~0u, best, i));
+    if (threadIdx.x % 32 == 0) atomicMax(chosen + blockIdx.y, best);
+    if (blockIdx.x == 0 && threadIdx.x == 0) positions[blockIdx.y]++;
 }
 
 static void choose(GpuState *s, int sequence, int n) {
@@ -1686,28 +1691,47 @@ static void choose(GpuState *s, int sequence, int n) {
            s->model->config.vocab_size, s->chosen + sequence, s->positions + sequence);
 }
 
-/* What the target of each row of logits costs; one block a row. Twin: score(). */
+/* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
+__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
+    // In this order: no kernel of a step starts before the step before has finished. So they may
+    // read what that left, positions and cache, without waiting for each other.
+    wait_for_previous_kernel();
+    launch_dependents();
+    const int token = max(0, chosen_token(chosen[blockIdx.x])); // -1 is reported by the host
+    __syncthreads();
+    if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
+    embed_row(embedding, token, dim, x);
+}
+
+static void embed_chosen(GpuState *s) {
+    const int dim = s->model->config.dim, T = s->n_sequences;
+    launch(embed_chosen_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding,
+           s->chosen, dim, s->x);
+}
+
+/* The negative log-likelihood of each row's target; one block per row. Twin: score(). */
 __global__ void score_kernel(const float *logits, int vocab_size, const int *targets,
                              Score *scores) {
     __shared__ double sums[32];
     launch_dependents();
     wait_for_previous_kernel();
     const float *row = logits + (size_t)blockIdx.x * vocab_size;
-    float most = -INFINITY;
-    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) most = fmaxf(most, row[i]);
-    uint32_t bits = __float_as_uint(most); // as in choice()
-    bits = block_max(bits >> 31 ? ~bits : bits | 0x80000000);
-    most = __uint_as_float(bits >> 31 ? bits & 0x7fffffff : ~bits);
+    // 1. the largest logit
+    float largest = -INFINITY;
+    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) largest = fmaxf(largest, row[i]);
+    largest = from_ordered_bits(block_max(ordered_bits(largest)));
+    // 2. the sum of the exponentials
     double sum = 0;
-    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) sum += expf(row[i] - most);
+    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) sum += expf(row[i] - largest);
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
     if (threadIdx.x > 0) return;
     sum = 0;
     for (int i = 0; i < (int)blockDim.x / 32; i++) sum += sums[i];
+    // 3. the target
     const float target = row[targets[blockIdx.x]];
-    scores[blockIdx.x] = {log(sum) + most - target, target == most};
+    scores[blockIdx.x] = {log(sum) + largest - target, target == largest};
 }
 
 /* ================================================================================================
@@ -1721,12 +1745,30 @@ __global__ void score_kernel(const float *logits, int vocab_size, const int *tar
  *     m' = max(m, max s),   l' = l e^(m - m') + sum e^(s - m'),   o' = o e^(m - m') + e^(s - m') v
  *
  * A prompt is bound by arithmetic: many queries share a tile of keys in shared memory. A decoded
- * token is bound by reading the cache: each KV head's positions are spread over warps and blocks,
- * whose m, l, o are joined at the end by the same rule (arXiv 2311.01282), and keys and values go
- * from global memory straight into the registers in which mma wants them.
+ * token is bound by reading the cache: the positions of each KV head are spread over warps and
+ * blocks, whose m, l, o are joined at the end by the same rule (arXiv 2311.01282). Keys and values
+ * go from global memory straight into the registers in which mma wants them.
  *
  * In both the query heads of one KV head share its loads: they are rows of the same products.
  * Twin: attention() and rope() in qqq.c. head_dim is 64 or 128.
+ *
+ * What a lane holds of a product, lane = 4 g + t (c0 .. c3: its sums; mma's layout for halves):
+ *
+ *     prompt: rows are queries                   token: rows are positions, columns query heads
+ *
+ *       s [16 rows][64 keys] = q k^T               s^T [16 positions][8 heads] = k q^T
+ *
+ *            keys 2t  2t+1  .. of 8 tiles               heads 2t  2t+1
+ *          row g   c0  c1                          position g   c0  c1
+ *          row g+8 c2  c3                          position g+8 c2  c3
+ *
+ *       o [16][head_dim] += p v                    o^T [head_dim][8 heads] += v^T p^T
+ *
+ *     mma's left operand wants rows g, g + 8 and   v^T as a left operand: dimensions g, g + 8 and
+ *     keys 2t, 2t+1, 2t+8, 2t+9: exactly c0 .. c3  positions 2t, 2t+1, 2t+8, 2t+9, straight from
+ *     of two neighbouring tiles of s. So p = e^s   the cache; p^T as a right operand: c0 .. c3
+ *     moves from one product to the next within    transposed, 8 x 8 at a time.
+ *     a lane.
  * ============================================================================================== */
 
 /* As load_matrices(), each 8x8 matrix transposed. */
@@ -1736,14 +1778,14 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&b)[4], uint3
                  : "r"(address));
 }
 
-/* An 8x8 matrix of 16-bit numbers, two a lane, becomes its transpose. */
+/* An 8x8 matrix of 16-bit numbers, two per lane, becomes its transpose. */
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
     uint32_t y;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
     return y;
 }
 
-/* Turns the pair of halves (first, second), head_dim / 2 apart, by an angle: twice, for the two
+/* Rotates the pair of halves (first, second), head_dim / 2 apart, by an angle: twice, for the two
  * dimensions that a register holds. angles: cos, sin, cos, sin. */
 __device__ __forceinline__ void rotate_pairs(uint32_t &first, uint32_t &second, float4 angles) {
     float2 a = __half22float2(*(half2 *)&first), b = __half22float2(*(half2 *)&second);
@@ -1755,6 +1797,25 @@ __device__ __forceinline__ void rotate_pairs(uint32_t &first, uint32_t &second, 
 __device__ __forceinline__ float score_scale(int head_dim) {
     return 1.44269504f / sqrtf(head_dim);
 }
+
+/* m and l of one row. */
+struct Softmax {
+    float m = -INFINITY, l = 0;
+    /* For scores up to `largest`; returns the factor by which earlier sums shrink. */
+    __device__ __forceinline__ float raise(float largest) {
+        largest = fmaxf(m, largest);
+        const float shrink = exp2f(m - largest);
+        m = largest;
+        l *= shrink;
+        return shrink;
+    }
+    /* The weight of a score, counted in l. */
+    __device__ __forceinline__ float weight(float s) {
+        const float p = exp2f(s - m);
+        l += p;
+        return p;
+    }
+};
 
 /* ---- the cache ---------------------------------------------------------------------------------
  *
@@ -1804,15 +1865,12 @@ template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void store_row(const HeadVector<HEAD_DIM> &x, uint8_t *rows,
                                           half *scales, size_t row) {
     uint8_t *to = rows + row * (HEAD_DIM * BITS / 8);
-    if constexpr (BITS == 16) {
-        x.store((half *)to);
-        return;
-    }
+    if constexpr (BITS == 16) return x.store((half *)to);
     // 1. the scale, rounded to a half before it divides
     const half s = __float2half_rn(__fdiv_rn(x.largest(), 127.0f));
     const float scale = __half2float(s);
     if (threadIdx.x % 32 == 0) scales[row] = s;
-        // 2. two neighbours at a time: of the lower half of the dimensions, of the upper one
+        // 2. two neighbours at a time: of the lower half of the dimensions, of the upper half
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         uint32_t q[2];
@@ -1825,21 +1883,19 @@ __device__ __forceinline__ void store_row(const HeadVector<HEAD_DIM> &x, uint8_t
     }
 }
 
-/* The key (or value) of the token at `pos`, into a row of the cache. One warp. */
+/* The key (after RoPE) or the value of the token at `pos`, into a row of the cache. One warp. */
 template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ HeadVector<HEAD_DIM> store_token(const GpuCache &cache, size_t row,
-                                                            int pos, bool is_key, const half *qkv,
-                                                            const float4 *rope) {
+__device__ __forceinline__ void store_token(const GpuCache &cache, size_t row, int pos, bool is_key,
+                                            const half *qkv, const float4 *rope) {
     HeadVector<HEAD_DIM> x;
     x.load(qkv);
     if (is_key) x.rotate(rope + (size_t)pos * (HEAD_DIM / 4));
     store_row<HEAD_DIM, BITS>(x, is_key ? cache.keys : cache.values,
                               is_key ? cache.k_scales : cache.v_scales, row);
-    return x;
 }
 
-/* k (after RoPE) and v of tokens at pos .. pos + T - 1 into the cache, T = gridDim.x. qkv
- * [T][qkv_dim]: all query heads, then k, then v. One block per token. */
+/* Keys and values of a prompt's tokens into the cache. qkv [T][qkv_dim]: all query heads, then k,
+ * then v. One block per token. */
 template <int HEAD_DIM, int BITS>
 __global__ void write_cache_kernel(const half *qkv, int q_dim, Batch batch, const float4 *rope,
                                    GpuCache cache) {
@@ -1853,8 +1909,8 @@ __global__ void write_cache_kernel(const half *qkv, int q_dim, Batch batch, cons
     }
 }
 
-/* What the attention of a prompt reads of a cache in 8 bits: its positions 0 .. gridDim.x - 1 in
- * 16 bits, as sequence 0 of `to`. */
+/* Positions 0 .. gridDim.x - 1 of a cache in 8 bits, in 16 bits, as sequence 0 of `to`: a prompt
+ * reads them so. */
 template <int HEAD_DIM>
 __global__ void read_cache_kernel(GpuCache cache, int sequence, GpuCache to) {
     launch_dependents();
@@ -1879,232 +1935,196 @@ __global__ void read_cache_kernel(GpuCache cache, int sequence, GpuCache to) {
 
 constexpr int KEYS = 64; // of a tile
 
-/* A tile of keys or values in shared memory, [KEYS][HEAD_DIM] halves: where the 16-byte piece
- * `column` of `row` is. XORed as in activation_place(), for the same reason. */
-template <int HEAD_DIM> __device__ __forceinline__ uint32_t key_place(int row, int column) {
-    return row * HEAD_DIM * 2 + (column / 8 * 8 + (column % 8 ^ row % 8)) * 16;
-}
-
 /* Tokens of a block. */
 static __host__ __device__ int prompt_tokens(int group) {
     return 16 * WARPS / group;
 }
 
-/* One block is one KV head and up to 128 rows of queries, 16 a warp. A row is a token and one of
- * the `group` query heads: row r is token r / group, head r % group. */
-template <int HEAD_DIM>
-__global__ void __launch_bounds__(THREADS, 1)
-    attention_prefill_kernel(const half *qkv, Batch batch, int group, const float4 *rope,
-                             GpuCache cache, half *out) {
-    constexpr int STEPS = HEAD_DIM / 16, PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
-    extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
-    const uint32_t tiles = shared_address(shared);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, T = batch.T, pos = batch.pos;
-    const int tokens = prompt_tokens(group);              // of this block
-    const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens; // the longest first
-    const int kv_head = blockIdx.x, q_dim = cache.n_kv_heads * group * HEAD_DIM;
-    const int qkv_dim = q_dim + 2 * cache.n_kv_heads * HEAD_DIM;
-    const int n_keys = pos + min(t0 + tokens, T); // of the last token
-    const size_t cached = cache.row(batch.sequence, kv_head) * HEAD_DIM;
-    launch_dependents();
-    wait_for_previous_kernel();
+/* A lane's rows of queries, g and g + 8 of the warp's 16. Row r of a block is token r / group, head
+ * r % group. */
+template <int HEAD_DIM> struct QueryRows {
+    static constexpr int STEPS = HEAD_DIM / 16;
+    uint32_t q[STEPS][4] = {}; // mma's left operand
+    int position[2];           // of the two rows, in the cache; -1: there is none
+    size_t offset[2];          // of the two rows, in a [T][q_dim]
 
-    auto load_tile = [&](int first, int stage) { // 64 positions, zeros past the end
-        const half *keys = (half *)cache.keys + cached, *values = (half *)cache.values + cached;
-        for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
-            int row = i / PIECES, column = i % PIECES;
-            uint32_t to = tiles + stage * 2 * TILE + key_place<HEAD_DIM>(row, column);
-            bool there = first + row < n_keys;
-            size_t from = (size_t)(there ? first + row : 0) * HEAD_DIM + column * 8;
-            copy_async_16(to, keys + from, there, true);
-            copy_async_16(to + TILE, values + from, there, true);
-        }
-    };
-    load_tile(0, 0);
-
-    // This lane's two rows of queries, as mma's left operand, turned by RoPE: dimension i and its
-    // partner i + HEAD_DIM / 2 are STEPS / 2 steps apart in the same lane.
-    uint32_t q[STEPS][4] = {};
-    int position[2]; // of the two rows, in the cache; -1: there is none
-    size_t place[2]; // of their heads in a [T][q_dim]
-    for (int i = 0; i < 2; i++) {
-        int row = warp * 16 + lane / 4 + 8 * i, t = t0 + row / group;
-        bool there = row < tokens * group && t < T;
-        position[i] = there ? pos + t : -1;
-        place[i] = (size_t)t * q_dim + (kv_head * group + row % group) * HEAD_DIM;
-        if (!there) continue;
-        const uint32_t *from = (const uint32_t *)(qkv + place[i] + (size_t)t * (qkv_dim - q_dim));
-        const float4 *angles = rope + (size_t)(pos + t) * (HEAD_DIM / 4);
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            for (int j = 0; j < 2; j++) q[s][i + 2 * j] = from[s * 8 + j * 4 + lane % 4];
-        }
-#pragma unroll
-        for (int s = 0; s < STEPS / 2; s++) {
-            for (int j = 0; j < 2; j++) {
-                rotate_pairs(q[s][i + 2 * j], q[s + STEPS / 2][i + 2 * j],
-                             angles[s * 8 + j * 4 + lane % 4]);
-            }
-        }
-    }
-
-    float o[HEAD_DIM / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};
-    const float scale = score_scale(HEAD_DIM);
-    for (int first = 0, stage = 0; first < n_keys; first += KEYS, stage ^= 1) {
-        copy_async_wait();
-        __syncthreads(); // the tile is there, and the other one free
-        if (first + KEYS < n_keys) load_tile(first + KEYS, stage ^ 1);
-        const uint32_t k_tile = tiles + stage * 2 * TILE, v_tile = k_tile + TILE;
-
-        // s [16 rows][64 keys] = q k^T. One ldmatrix: 8 keys x 32 dimensions or two steps.
-        float s[KEYS / 8][4] = {};
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-#pragma unroll
-            for (int step = 0; step < STEPS; step += 2) {
-                uint32_t b[4];
-                load_matrices(b,
-                              k_tile + key_place<HEAD_DIM>(j * 8 + lane % 8, step * 2 + lane / 8));
-                mma(s[j], q[step], b[0], b[1]);
-                mma(s[j], q[step + 1], b[2], b[3]);
-            }
-        }
-#pragma unroll
+    /* From token t0 on. RoPE is applied: dimension i and its partner i + HEAD_DIM / 2 are STEPS / 2
+     * steps apart in the same lane. */
+    __device__ __forceinline__ void load(const half *qkv, const Batch &batch, int t0, int tokens,
+                                         int group, int n_kv_heads, const float4 *rope) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const int q_dim = n_kv_heads * group * HEAD_DIM, kv_dim = n_kv_heads * HEAD_DIM;
         for (int i = 0; i < 2; i++) {
-            float most = m[i];
+            const int row = warp * 16 + lane / 4 + 8 * i, t = t0 + row / group;
+            const bool exists = row < tokens * group && t < batch.T;
+            position[i] = exists ? batch.pos + t : -1;
+            offset[i] = (size_t)t * q_dim + (blockIdx.x * group + row % group) * HEAD_DIM;
+            if (!exists) continue;
+            const uint32_t *from = (const uint32_t *)(qkv + offset[i] + (size_t)t * 2 * kv_dim);
+            const float4 *angles = rope + (size_t)position[i] * (HEAD_DIM / 4);
 #pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) {
-                for (int e = 0; e < 2; e++) {
-                    float &x = s[j][2 * i + e];
-                    bool seen = first + j * 8 + lane % 4 * 2 + e <= position[i];
-                    x = seen ? x * scale : -INFINITY;
-                    most = fmaxf(most, x);
+            for (int s = 0; s < STEPS; s++) {
+                for (int j = 0; j < 2; j++) q[s][i + 2 * j] = from[s * 8 + j * 4 + lane % 4];
+            }
+#pragma unroll
+            for (int s = 0; s < STEPS / 2; s++) {
+                for (int j = 0; j < 2; j++) {
+                    rotate_pairs(q[s][i + 2 * j], q[s + STEPS / 2][i + 2 * j],
+                                 angles[s * 8 + j * 4 + lane % 4]);
                 }
-            }
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            float base = most == -INFINITY ? 0 : most; // a row that is not there
-            float shrink = exp2f(m[i] - base);
-            m[i] = most;
-            l[i] *= shrink;
-#pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) {
-                for (int e = 0; e < 2; e++) {
-                    float &x = s[j][2 * i + e];
-                    x = exp2f(x - base);
-                    l[i] += x;
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < HEAD_DIM / 8; j++) {
-                for (int e = 0; e < 2; e++) o[j][2 * i + e] *= shrink;
-            }
-        }
-
-        // o += p v: sums of one mma are, lane for lane, the left operand of the next.
-#pragma unroll
-        for (int j = 0; j < KEYS / 16; j++) {
-            const uint32_t p[4] = {pack(s[2 * j][0], s[2 * j][1]), pack(s[2 * j][2], s[2 * j][3]),
-                                   pack(s[2 * j + 1][0], s[2 * j + 1][1]),
-                                   pack(s[2 * j + 1][2], s[2 * j + 1][3])};
-#pragma unroll
-            for (int d = 0; d < HEAD_DIM / 8; d += 2) {
-                uint32_t b[4]; // 16 keys x 16 dimensions
-                load_matrices_transposed(
-                    b, v_tile + key_place<HEAD_DIM>(j * 16 + lane % 16, d + lane / 16));
-                mma(o[d], p, b[0], b[1]);
-                mma(o[d + 1], p, b[2], b[3]);
             }
         }
     }
+};
 
+/* s [16 rows][KEYS] += q k^T, from a tile of keys in shared memory. One ldmatrix reads 8 keys x 32
+ * dimensions, or two steps. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void score_tile(const QueryRows<HEAD_DIM> &rows, uint32_t k_tile,
+                                           float (&s)[KEYS / 8][4]) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        l[i] += __shfl_xor_sync(~0u, l[i], 1);
-        l[i] += __shfl_xor_sync(~0u, l[i], 2);
-        if (position[i] < 0) continue;
-        uint32_t *to = (uint32_t *)(out + place[i]);
+    for (int j = 0; j < KEYS / 8; j++) {
 #pragma unroll
-        for (int d = 0; d < HEAD_DIM / 8; d++) {
-            to[d * 4 + lane % 4] = pack(o[d][2 * i] / l[i], o[d][2 * i + 1] / l[i]);
+        for (int step = 0; step < rows.STEPS; step += 2) {
+            uint32_t b[4];
+            load_matrices(b, k_tile + swizzled(j * 8 + lane % 8, step * 2 + lane / 8, KEYS));
+            mma(s[j], rows.q[step], b[0], b[1]);
+            mma(s[j], rows.q[step + 1], b[2], b[3]);
         }
     }
 }
 
-/* ---- a decoded token ------------------------------------------------------------------------- */
+/* Scores of keys first .. first + KEYS - 1 become weights; what is summed up so far shrinks. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void softmax_tile(const QueryRows<HEAD_DIM> &rows, int first,
+                                             Softmax (&softmax)[2], float (&s)[KEYS / 8][4],
+                                             float (&o)[HEAD_DIM / 8][4]) {
+    const int t = threadIdx.x % 4;
+    const float scale = score_scale(HEAD_DIM);
+#pragma unroll
+    for (int i = 0; i < 2; i++) { // the lane's two rows
+        // 1. hide the future, and find the largest score of the row, which four lanes share
+        float largest = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+            for (int e = 0; e < 2; e++) {
+                float &x = s[j][2 * i + e];
+                const bool seen = first + j * 8 + t * 2 + e <= rows.position[i];
+                x = seen ? x * scale : -INFINITY;
+                largest = fmaxf(largest, x);
+            }
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+        // 2. weights, and the correction of o
+        const float shrink = softmax[i].raise(largest);
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+            for (int e = 0; e < 2; e++) s[j][2 * i + e] = softmax[i].weight(s[j][2 * i + e]);
+        }
+#pragma unroll
+        for (int j = 0; j < HEAD_DIM / 8; j++) {
+            for (int e = 0; e < 2; e++) o[j][2 * i + e] *= shrink;
+        }
+    }
+}
 
-constexpr int MAX_SPLITS = 16; // blocks that share a sequence's positions: half a warp's lanes
-constexpr int HEADS = 8;       // query heads of a block: mma's right side is 8 wide
+/* o += p v, from a tile of values in shared memory. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void add_values(const float (&p)[KEYS / 8][4], uint32_t v_tile,
+                                           float (&o)[HEAD_DIM / 8][4]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; j += 2) {
+        const uint32_t left[4] = {pack(p[j][0], p[j][1]), pack(p[j][2], p[j][3]),
+                                  pack(p[j + 1][0], p[j + 1][1]), pack(p[j + 1][2], p[j + 1][3])};
+#pragma unroll
+        for (int d = 0; d < HEAD_DIM / 8; d += 2) {
+            uint32_t b[4]; // 16 keys x 16 dimensions
+            load_matrices_transposed(b, v_tile + swizzled(j * 8 + lane % 16, d + lane / 16, KEYS));
+            mma(o[d], left, b[0], b[1]);
+            mma(o[d + 1], left, b[2], b[3]);
+        }
+    }
+}
 
-/* Attention of one new token for each sequence, its RoPE and its place in the cache included. Block
- * (split, heads, sequence): one of gridDim.x parts of the positions of a sequence, for up to 8
- * query heads of one KV head. A warp takes every eighth tile of 16 positions:
+/* One block is one KV head and up to 128 rows of queries, 16 per warp. */
+template <int HEAD_DIM>
+__global__ void __launch_bounds__(THREADS, 1)
+    attention_prompt_kernel(const half *qkv, Batch batch, int group, const float4 *rope,
+                            GpuCache cache, half *out) {
+    constexpr int PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
+    extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
+    const uint32_t tiles = shared_address(shared);
+    const int tokens = prompt_tokens(group);                  // of this block
+    const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens;     // the longest first
+    const int n_keys = batch.pos + min(t0 + tokens, batch.T); // of the last token
+    const size_t row = cache.row(batch.sequence, blockIdx.x) * HEAD_DIM;
+    const half *keys = (half *)cache.keys + row, *values = (half *)cache.values + row;
+    auto load_tile = [&](int first, int stage) { // 64 positions, zeros past the end
+        for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
+            const int row = i / PIECES, column = i % PIECES;
+            const uint32_t to = tiles + stage * 2 * TILE + swizzled(row, column, KEYS);
+            const bool exists = first + row < n_keys;
+            const size_t from = (size_t)(exists ? first + row : 0) * HEAD_DIM + column * 8;
+            copy_async_16(to, keys + from, exists, true);
+            copy_async_16(to + TILE, values + from, exists, true);
+        }
+    };
+    // 1. the first tile of keys and values, and the queries
+    launch_dependents();
+    wait_for_previous_kernel();
+    load_tile(0, 0);
+    QueryRows<HEAD_DIM> rows;
+    rows.load(qkv, batch, t0, tokens, group, cache.n_kv_heads, rope);
+
+    // 2. tile after tile, the next one on its way
+    float o[HEAD_DIM / 8][4] = {};
+    Softmax softmax[2];
+    for (int first = 0, stage = 0; first < n_keys; first += KEYS, stage ^= 1) {
+        copy_async_wait();
+        __syncthreads(); // the tile has arrived, and the other one is free
+        if (first + KEYS < n_keys) load_tile(first + KEYS, stage ^ 1);
+        const uint32_t k_tile = tiles + stage * 2 * TILE;
+        float s[KEYS / 8][4] = {};
+        score_tile(rows, k_tile, s);
+        softmax_tile(rows, first, softmax, s, o);
+        add_values<HEAD_DIM>(s, k_tile + TILE, o);
+    }
+
+    // 3. divide by the sum of the weights, of which four lanes have parts, and write
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float l = softmax[i].l;
+        l += __shfl_xor_sync(~0u, l, 1);
+        l += __shfl_xor_sync(~0u, l, 2);
+        if (rows.position[i] < 0) continue;
+        uint32_t *to = (uint32_t *)(out + rows.offset[i]);
+#pragma unroll
+        for (int d = 0; d < HEAD_DIM / 8; d++) {
+            to[d * 4 + threadIdx.x % 4] = pack(o[d][2 * i] / l, o[d][2 * i + 1] / l);
+        }
+    }
+}
+
+/* ---- a decoded token ---------------------------------------------------------------------------
  *
- *     s^T [16 positions][8 heads] = k q^T          o^T [head_dim][8 heads] += v^T p^T
+ * Attention of one new token for each sequence, with RoPE and the write to the cache. Block (split,
+ * heads, sequence): one of gridDim.x parts of the positions of a sequence, for up to 8 query heads
+ * of one KV head. A warp has every eighth tile of 16 positions of the part.
  *
- * The order of dimensions in a sum does not matter, and that of rows of o^T is ours to choose, so
- * that every operand of mma is part of a 16-byte load (lane 4g + t, j and i count eights of
- * dimensions), or in 8 bits of all that the lane has of a row: Share.
+ * The order of dimensions in a sum does not matter, and the order of rows of o^T is ours to choose.
+ * So every operand of mma is part of a 16-byte load, or in 8 bits of all that a lane has of a row.
+ * Lane 4 g + t reads
  *
  *     of k, positions g and g + 8:            in 16 bits dimensions 32 j + 8 t .. + 7, two steps
  *     of v, positions 2t, 2t+1, 2t+8, 2t+9:   dimensions 64 i + 8 g .. + 7, four tiles of o^T
  *
  * Scales are left out of the products: s_k is applied to scores, s_v to p. */
 
-/* The eights of dimensions that one of LANES lanes has of a row of the cache, in loads of 16 bytes:
- * RUN dimensions are consecutive. */
-template <int HEAD_DIM, int BITS, int LANES> struct Share {
-    static constexpr int RUN = 128 / BITS < HEAD_DIM / LANES ? 128 / BITS : HEAD_DIM / LANES;
-    static constexpr int WORDS = HEAD_DIM / LANES * BITS / 32;
-    __device__ static constexpr int dimension(int i, int lane) {
-        return i * 8 / RUN * LANES * RUN + lane * RUN + i * 8 % RUN;
-    }
-};
-
-/* The part of a row that lane number `lane` of LANES has, into words of 32 bits, those of the i-th
- * eight dimensions from i * BITS / 4 on. */
-template <int HEAD_DIM, int BITS, int LANES, bool SHARED = false>
-__device__ __forceinline__ void load_share(const uint8_t *row, int lane,
-                                           uint32_t (&words)[Share<HEAD_DIM, BITS, LANES>::WORDS]) {
-    using S = Share<HEAD_DIM, BITS, LANES>;
-    auto load = [](auto *from) { return SHARED ? *from : __ldcg(from); };
-    constexpr int LOAD = S::RUN * BITS / 32;
-#pragma unroll
-    for (int i = 0; i < S::WORDS; i += LOAD) {
-        const uint8_t *from = row + S::dimension(i * 4 / BITS, lane) * BITS / 8;
-        if constexpr (LOAD == 4) {
-            uint4 v = load((const uint4 *)from);
-            words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
-        } else {
-            uint2 v = load((const uint2 *)from);
-            words[i] = v.x, words[i + 1] = v.y;
-        }
-    }
-}
-
-/* Eight dimensions of one row, two to a register. */
-template <int BITS>
-__device__ __forceinline__ void row_to_halves(const uint32_t *words, uint32_t (&h)[4]) {
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        if (BITS == 16) h[e] = words[e];
-        else h[e] = bytes_to_halves(words[e / 2] ^ 0x80808080, e % 2 ? 0x4342 : 0x4140);
-    }
-}
-
-/* Dimensions 2e and 2e + 1 of eight, of two rows: two rows to a register. */
-template <int BITS>
-__device__ __forceinline__ void rows_to_halves(const uint32_t *a, const uint32_t *b, int e,
-                                               uint32_t (&h)[2]) {
-    if (BITS == 16) {
-        h[0] = __byte_perm(a[e], b[e], 0x5410);
-        h[1] = __byte_perm(a[e], b[e], 0x7632);
-    } else {
-        uint32_t bytes = __byte_perm(a[e / 2], b[e / 2], e % 2 ? 0x7362 : 0x5140) ^ 0x80808080;
-        h[0] = bytes_to_halves(bytes, 0x4140);
-        h[1] = bytes_to_halves(bytes, 0x4342);
-    }
-}
+constexpr int MAX_SPLITS = 16; // blocks that share a sequence's positions: half a warp's lanes
+constexpr int HEADS = 8;       // query heads of a block: mma's right side is 8 wide
 
 struct DecodeArgs {
     const half *qkv;      // [sequences][q_dim + 2 kv_dim]
@@ -2118,7 +2138,7 @@ struct DecodeArgs {
     int *arrived;          // [sequences][rows of blocks + 1] blocks that are through
 };
 
-/* What one block does, and where. */
+/* What one block does. */
 struct DecodeBlock {
     int kv_head, head0, n_heads; // of the query heads the first, and how many: at most HEADS
     int q_dim, kv_dim, pos;
@@ -2144,108 +2164,117 @@ template <int HEAD_DIM> __device__ __forceinline__ DecodeBlock decode_block(cons
     return b;
 }
 
-/* The new token's key and value, as they go into the cache, for the warp whose tile they belong to:
- * that was loaded before they were there. */
-template <int HEAD_DIM, int BITS> struct NewToken {
-    __align__(16) uint8_t rows[2][HEAD_DIM * BITS / 8];
-    half scales[2];
+/* The part of a cached row that one of LANES lanes reads: eights of dimensions, in loads of 16
+ * bytes if the part is that large. RUN dimensions are consecutive. */
+template <int HEAD_DIM, int BITS, int LANES> struct RowPart {
+    static constexpr int RUN = 128 / BITS < HEAD_DIM / LANES ? 128 / BITS : HEAD_DIM / LANES;
+    static constexpr int WORDS = HEAD_DIM / LANES * BITS / 32, LOAD = RUN * BITS / 32;
+    uint32_t words[WORDS]; // the i-th eight dimensions from i * BITS / 4 on
+    /* The first of the i-th eight dimensions. */
+    __device__ static constexpr int dimension(int i, int lane) {
+        return i * 8 / RUN * LANES * RUN + lane * RUN + i * 8 % RUN;
+    }
+    __device__ __forceinline__ void load(const uint8_t *row, int lane) {
+#pragma unroll
+        for (int i = 0; i < WORDS; i += LOAD) {
+            const uint8_t *from = row + dimension(i * 4 / BITS, lane) * BITS / 8;
+            if constexpr (LOAD == 4) *(uint4 *)(words + i) = __ldcg((const uint4 *)from);
+            else *(uint2 *)(words + i) = __ldcg((const uint2 *)from);
+        }
+    }
 };
 
-/* A warp's tile of the cache in registers. */
-template <int HEAD_DIM, int BITS> struct CacheTile {
-    uint32_t k[2][Share<HEAD_DIM, BITS, 4>::WORDS], v[4][Share<HEAD_DIM, BITS, 8>::WORDS];
-    half k_scale[2], v_scale[2]; // of positions g and g + 8, if not in 16 bits
+/* Eight dimensions of one row, two to a register. */
+template <int BITS>
+__device__ __forceinline__ void row_to_halves(const uint32_t *words, uint32_t (&h)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        if (BITS == 16) h[e] = words[e];
+        else h[e] = bytes_to_halves(words[e / 2] ^ 0x80808080, e % 2);
+    }
+}
 
-    // The cache has room for whole tiles, and past the end old numbers, whose weight will be 0.
+/* Dimensions 2e and 2e + 1 of eight, of two rows: two rows to a register. */
+template <int BITS>
+__device__ __forceinline__ void rows_to_halves(const uint32_t *a, const uint32_t *b, int e,
+                                               uint32_t (&h)[2]) {
+    if (BITS == 16) {
+        h[0] = __byte_perm(a[e], b[e], 0x5410);
+        h[1] = __byte_perm(a[e], b[e], 0x7632);
+    } else {
+        uint32_t bytes = __byte_perm(a[e / 2], b[e / 2], e % 2 ? 0x7362 : 0x5140) ^ 0x80808080;
+        h[0] = bytes_to_halves(bytes, false);
+        h[1] = bytes_to_halves(bytes, true);
+    }
+}
+
+/* A warp's tile of the cache in registers. The cache has room for whole tiles, and past the end old
+ * numbers, whose weight will be 0. */
+template <int HEAD_DIM, int BITS> struct CacheTile {
+    static constexpr int ROW = HEAD_DIM * BITS / 8; // bytes
+    RowPart<HEAD_DIM, BITS, 4> k[2];                // positions g, g + 8
+    RowPart<HEAD_DIM, BITS, 8> v[4];                // positions 2t, 2t + 1, 2t + 8, 2t + 9
+    half k_scale[2], v_scale[2];                    // of positions g and g + 8, in 8 bits
+
     __device__ __forceinline__ void load_keys(const GpuCache &cache, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const size_t at = row + g + 8 * i;
-            load_share<HEAD_DIM, BITS, 4>(cache.keys + at * (HEAD_DIM * BITS / 8), t, k[i]);
-            if (BITS < 16) k_scale[i] = __ldcg(cache.k_scales + at);
+            k[i].load(cache.keys + (row + g + 8 * i) * ROW, t);
+            if (BITS < 16) k_scale[i] = __ldcg(cache.k_scales + row + g + 8 * i);
         }
     }
     __device__ __forceinline__ void load_values(const GpuCache &cache, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const size_t at = row + 2 * t + i / 2 * 8 + i % 2;
-            load_share<HEAD_DIM, BITS, 8>(cache.values + at * (HEAD_DIM * BITS / 8), g, v[i]);
+            v[i].load(cache.values + (row + 2 * t + i / 2 * 8 + i % 2) * ROW, g);
             if (BITS < 16 && i < 2) v_scale[i] = __ldcg(cache.v_scales + row + g + 8 * i);
         }
     }
-    /* Row `at` of the tile becomes the new token's. */
-    __device__ __forceinline__ void replace(const NewToken<HEAD_DIM, BITS> &by, int at) {
-        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (at != g + 8 * i) continue;
-            load_share<HEAD_DIM, BITS, 4, true>(by.rows[0], t, k[i]);
-            if (BITS < 16) k_scale[i] = by.scales[0], v_scale[i] = by.scales[1];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (at != 2 * t + i / 2 * 8 + i % 2) continue;
-            load_share<HEAD_DIM, BITS, 8, true>(by.rows[1], g, v[i]);
-        }
-    }
 };
 
-/* The new token's k and v, into the cache, by the last two warps: queries are the first ones'. */
-template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ void append_kv(const DecodeArgs &p, const DecodeBlock &b,
-                                          NewToken<HEAD_DIM, BITS> &token) {
-    const int i = threadIdx.x / 32 - (WARPS - 2); // 0: its key, 1: its value
-    if (i < 0) return;
-    const HeadVector<HEAD_DIM> x =
-        store_token<HEAD_DIM, BITS>(p.cache, b.cache_row + b.pos, b.pos, i == 0,
-                                    b.row + b.q_dim + i * b.kv_dim + b.kv_head * HEAD_DIM, p.rope);
-    store_row<HEAD_DIM, BITS>(x, token.rows[0], token.scales, i);
-}
-
-/* The queries of a block as mma's right operand: [eight dimensions of a lane's keys][4 head + t],
- * the same for every warp. */
+/* The queries of a block as mma's right operand, the same for every warp: [eight dimensions of a
+ * lane's keys][4 head + t]. */
 template <int HEAD_DIM> struct Queries { uint4 q[HEAD_DIM / 32][32]; };
 
-/* RoPE applied. One warp per head. */
+/* One warp per head. RoPE is applied. */
 template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ void load_query(const DecodeArgs &p, const DecodeBlock &b,
-                                           Queries<HEAD_DIM> &queries) {
-    typedef Share<HEAD_DIM, BITS, 4> Keys;
-    for (int head = threadIdx.x / 32; head < HEADS; head += blockDim.x / 32) {
-        HeadVector<HEAD_DIM> x = {};
-        if (head < b.n_heads) {
-            x.load(b.row + (size_t)(b.head0 + head) * HEAD_DIM);
-            x.rotate(p.rope + (size_t)b.pos * (HEAD_DIM / 4));
-        }
-        const uint2 h = x.halves();
+__device__ __forceinline__ void load_queries(const DecodeArgs &p, const DecodeBlock &b,
+                                             Queries<HEAD_DIM> &queries) {
+    constexpr int RUN = RowPart<HEAD_DIM, BITS, 4>::RUN;
+    const int head = threadIdx.x / 32;
+    HeadVector<HEAD_DIM> x = {};
+    if (head < b.n_heads) {
+        x.load(b.row + (size_t)(b.head0 + head) * HEAD_DIM);
+        x.rotate(p.rope + (size_t)b.pos * (HEAD_DIM / 4));
+    }
+    const uint2 h = x.halves();
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int d = 2 * x.j() + i * HEAD_DIM / 2; // the dimension, and where it is
-            const int t = d % (4 * Keys::RUN) / Keys::RUN;
-            const int eight = d / (4 * Keys::RUN) * (Keys::RUN / 8) + d % Keys::RUN / 8;
-            ((uint32_t *)&queries.q[eight][head * 4 + t])[d % 8 / 2] = i ? h.y : h.x;
-        }
+    for (int i = 0; i < 2; i++) {
+        const int d = 2 * x.j() + i * HEAD_DIM / 2; // the dimension, and the t that has it
+        const int t = d % (4 * RUN) / RUN, eight = d / (4 * RUN) * (RUN / 8) + d % RUN / 8;
+        ((uint32_t *)&queries.q[eight][head * 4 + t])[d % 8 / 2] = i ? h.y : h.x;
     }
 }
 
-/* o, m and l of a warp's part of the positions. */
+/* m, l and o of a warp's part of the positions, for heads 2t, 2t + 1. */
 template <int HEAD_DIM> struct Attended {
+    Softmax softmax[2];
     float o[HEAD_DIM / 64][4][4] = {}; // [eight dimensions of a lane's values][two of them]
-    float m[2] = {-INFINITY, -INFINITY}, l[2] = {}; // of heads 2 t, 2 t + 1
 };
 
-/* s = q k for position g (s[0], s[1]: heads 2t, 2t + 1) and g + 8 (s[2], s[3]), if k holds in
- * halves the eights of dimensions of the two. */
-template <int HEAD_DIM, typename Eights>
-__device__ __forceinline__ void attention_scores(const Queries<HEAD_DIM> &queries, float (&s)[4],
-                                                 Eights eights) {
+/* s^T = k q^T of a tile. */
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void score_positions(const Queries<HEAD_DIM> &queries,
+                                                const CacheTile<HEAD_DIM, BITS> &kv,
+                                                float (&s)[4]) {
     float odd[4] = {}; // two chains of mma, half the wait
 #pragma unroll
     for (int j = 0; j < HEAD_DIM / 32; j++) {
         uint32_t a[4], b[4]; // positions g, g + 8
-        eights(j, a, b);
+        row_to_halves<BITS>(kv.k[0].words + j * BITS / 4, a);
+        row_to_halves<BITS>(kv.k[1].words + j * BITS / 4, b);
         const uint32_t even_k[4] = {a[0], b[0], a[1], b[1]}, odd_k[4] = {a[2], b[2], a[3], b[3]};
         const uint4 q = queries.q[j][threadIdx.x % 32];
         mma(s, even_k, q.x, q.y);
@@ -2254,134 +2283,139 @@ __device__ __forceinline__ void attention_scores(const Queries<HEAD_DIM> &querie
     for (int i = 0; i < 4; i++) s[i] += odd[i];
 }
 
-/* A warp's tiles from `tile` on, which is in `kv`, every eighth of the block's. */
+/* Scores of the tile at position `first` become weights, times s_v; what is summed up so far
+ * shrinks. */
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void softmax_positions(int pos, int first, const half (&k_scale)[2],
+                                                  const half (&v_scale)[2], float (&s)[4],
+                                                  Attended<HEAD_DIM> &a) {
+    const int g = threadIdx.x % 32 / 4;
+    const float scale = score_scale(HEAD_DIM);
+    float shrink[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) { // the lane's two heads
+        float largest = -INFINITY;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float &x = s[2 * i + h];
+            if (BITS < 16) x *= __half2float(k_scale[i]);
+            x = first + g + 8 * i <= pos ? x * scale : -INFINITY;
+            largest = fmaxf(largest, x);
+        }
+        for (int i = 4; i < 32; i *= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
+        }
+        shrink[h] = a.softmax[h].raise(largest);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float &x = s[2 * i + h];
+            x = a.softmax[h].weight(x);
+            if (BITS < 16) x *= __half2float(v_scale[i]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 16 * 4; i++) a.o[i / 16][i / 4 % 4][i % 4] *= shrink[i % 2];
+}
+
+/* o^T += v^T p^T of a tile. */
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void
+add_positions(const float (&p)[4], const CacheTile<HEAD_DIM, BITS> &kv, Attended<HEAD_DIM> &a) {
+    const uint32_t b0 = transpose_8x8(pack(p[0], p[1]));
+    const uint32_t b1 = transpose_8x8(pack(p[2], p[3]));
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 64; i++) {
+        const int at = i * BITS / 4;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            uint32_t low[2], high[2]; // of positions 2t, 2t + 1; of those 8 on
+            rows_to_halves<BITS>(kv.v[0].words + at, kv.v[1].words + at, e, low);
+            rows_to_halves<BITS>(kv.v[2].words + at, kv.v[3].words + at, e, high);
+            const uint32_t v[4] = {low[0], low[1], high[0], high[1]};
+            mma(a.o[i][e], v, b0, b1);
+        }
+    }
+}
+
+/* A warp's tiles: `tile`, which is in `kv`, and every eighth after it. */
 template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void
 attend_tiles(const DecodeBlock &b, const GpuCache &cache, CacheTile<HEAD_DIM, BITS> &kv, int tile,
              const Queries<HEAD_DIM> &queries, Attended<HEAD_DIM> &a) {
-    const int g = threadIdx.x % 32 / 4;
-    const float scale = score_scale(HEAD_DIM);
     for (; tile < b.tile1; tile += WARPS) {
-        const int next = tile + WARPS;
+        const size_t next = b.cache_row + (tile + WARPS) * 16;
+        const bool more = tile + WARPS < b.tile1;
         float s[4] = {};
-        attention_scores(queries, s, [&](int j, uint32_t(&x)[4], uint32_t(&y)[4]) {
-            row_to_halves<BITS>(kv.k[0] + j * BITS / 4, x);
-            row_to_halves<BITS>(kv.k[1] + j * BITS / 4, y);
-        });
+        score_positions(queries, kv, s);
         const half k_scale[2] = {kv.k_scale[0], kv.k_scale[1]};
-        // What is used up makes room for the next tile.
-        if (next < b.tile1) kv.load_keys(cache, b.cache_row + next * 16);
-        float w[4], shrink[2]; // p, and p s_v
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float most = a.m[h];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int pos = tile * 16 + g + 8 * i;
-                float &x = s[2 * i + h];
-                if (BITS < 16) x *= __half2float(k_scale[i]);
-                x = pos <= b.pos ? x * scale : -INFINITY;
-                most = fmaxf(most, x);
-            }
-            for (int i = 4; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-            shrink[h] = exp2f(a.m[h] - most);
-            a.m[h] = most;
-            a.l[h] *= shrink[h];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float x = exp2f(s[2 * i + h] - most);
-                a.l[h] += x;
-                w[2 * i + h] = BITS < 16 ? x * __half2float(kv.v_scale[i]) : x;
-            }
-        }
-        const uint32_t b0 = transpose_8x8(pack(w[0], w[1]));
-        const uint32_t b1 = transpose_8x8(pack(w[2], w[3]));
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 64; i++) {
-            const uint32_t *rows[4] = {kv.v[0] + i * BITS / 4, kv.v[1] + i * BITS / 4,
-                                       kv.v[2] + i * BITS / 4, kv.v[3] + i * BITS / 4};
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                for (int c = 0; c < 4; c++) a.o[i][e][c] *= shrink[c % 2];
-                uint32_t low[2], high[2]; // of positions 2t, 2t + 1; of those 8 on
-                rows_to_halves<BITS>(rows[0], rows[1], e, low);
-                rows_to_halves<BITS>(rows[2], rows[3], e, high);
-                const uint32_t v[4] = {low[0], low[1], high[0], high[1]};
-                mma(a.o[i][e], v, b0, b1);
-            }
-        }
+        if (more) kv.load_keys(cache, next); // used keys make room for the next tile
+        softmax_positions<HEAD_DIM, BITS>(b.pos, tile * 16, k_scale, kv.v_scale, s, a);
+        add_positions(s, kv, a);
         __syncwarp(); // loaded any earlier, values would find no register free: spills
-        if (next < b.tile1) kv.load_values(cache, b.cache_row + next * 16);
+        if (more) kv.load_values(cache, next);
     }
 }
 
-/* Where the warps of a block put their shares together. */
+/* Where the warps of a block put their parts together. */
 template <int HEAD_DIM> struct Joined {
     float o[WARPS][HEADS][HEAD_DIM + 1]; // + 1: other banks
     float m[WARPS][HEADS], l[WARPS][HEADS];
+    float factor[WARPS][HEADS]; // e^(m - block_m), by which a warp's part is scaled
     float block_m[HEADS], block_l[HEADS];
 };
 
-/* Joins the warps: a warp's share is scaled by e^(m - maximum of all), which then stands in m. */
 template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_DIM> &a,
                                            Joined<HEAD_DIM> &all) {
+    // 1. each warp's m, l and o; lanes of one t have parts of l
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        for (int i = 4; i < 32; i *= 2) {
-            a.l[h] += __shfl_xor_sync(~0u, a.l[h], i);
-        }
+        float l = a.softmax[h].l;
+        for (int i = 4; i < 32; i *= 2) l += __shfl_xor_sync(~0u, l, i);
         const int head = 2 * t + h;
         if (head >= b.n_heads) continue;
         if (g == 0) {
-            all.m[warp][head] = a.m[h];
-            all.l[warp][head] = a.l[h];
+            all.m[warp][head] = a.softmax[h].m;
+            all.l[warp][head] = l;
         }
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 64; i++) {
-            float *to = all.o[warp][head] + Share<HEAD_DIM, BITS, 8>::dimension(i, g);
+            float *to = all.o[warp][head] + RowPart<HEAD_DIM, BITS, 8>::dimension(i, g);
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                to[2 * e] = a.o[i][e][h];
-                to[2 * e + 1] = a.o[i][e][2 + h];
-            }
+            for (int e = 0; e < 8; e++) to[e] = a.o[i][e / 2][e % 2 * 2 + h];
         }
     }
     __syncthreads();
+    // 2. the block's m and l, and the factor of each warp
     if (threadIdx.x < HEADS) {
         const int head = threadIdx.x;
-        float most = -INFINITY, total = 0;
-        for (int w = 0; w < WARPS; w++) most = fmaxf(most, all.m[w][head]);
+        float largest = -INFINITY, total = 0;
+        for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, all.m[w][head]);
         for (int w = 0; w < WARPS; w++) {
-            float factor = all.m[w][head] == -INFINITY ? 0 : exp2f(all.m[w][head] - most);
+            const float m = all.m[w][head], factor = m == -INFINITY ? 0 : exp2f(m - largest);
             total += all.l[w][head] * factor;
-            all.m[w][head] = factor;
+            all.factor[w][head] = factor;
         }
-        all.block_m[head] = most;
+        all.block_m[head] = largest;
         all.block_l[head] = total;
     }
     __syncthreads();
 }
 
-/* Adds to a counter and returns what it was. Writes of this block from before its last barrier are
- * seen by every block that finds the counter raised: half a fence before, half a fence after. */
-__device__ __forceinline__ int add_in_order(int *counter, int n) {
-    int before;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n"
-                 : "=r"(before)
-                 : "l"(counter), "r"(n)
-                 : "memory");
-    return before;
-}
-
-/* The last of n blocks to come here finds what all of them have written. */
+/* True in the last of n blocks that call it with this counter: it sees what all of them have
+ * written before. The counter is 0 again afterwards, as the next launch wants it. */
 __device__ __forceinline__ bool is_last(int *counter, int n) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = add_in_order(counter, 1) + 1 == n;
-        if (last) *counter = 0; // as the next launch wants it
+        int before; // acquire and release: half a fence before, half a fence after
+        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;\n"
+                     : "=r"(before)
+                     : "l"(counter)
+                     : "memory");
+        last = before + 1 == n;
+        if (last) *counter = 0;
     }
     __syncthreads();
     return last;
@@ -2393,20 +2427,22 @@ __device__ __forceinline__ void join_blocks(const float *parts, int n_heads, uin
     constexpr int PART = HEADS * (HEAD_DIM + 2); // floats: o, m, l
     const int n = n_heads * HEAD_DIM / 4, blocks = gridDim.x;
     for (int i = threadIdx.x; i < (n + 31) / 32 * 32; i += blockDim.x) {
-        float4 x[MAX_SPLITS]; // all on their way at once
+        // 1. four dimensions of every part, all on their way at once
+        float4 x[MAX_SPLITS];
 #pragma unroll
         for (int b = 0; b < MAX_SPLITS; b++) {
             if (b < blocks) x[b] = __ldcg((const float4 *)(parts + b * PART) + min(i, n - 1));
         }
-        // Lane b knows block b's factor for this head, and so does lane b + 16: for the next
-        // head, if that is 64 wide.
-        const int head = min(i, n - 1) / (HEAD_DIM / 4), its = threadIdx.x % MAX_SPLITS;
-        const float *part = parts + min(its, blocks - 1) * PART + HEADS * HEAD_DIM + head;
-        float most = __ldcg(part), total = __ldcg(part + HEADS), all = most;
-        for (int j = 8; j > 0; j /= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, j));
-        float factor = most == -INFINITY || its >= blocks ? 0 : exp2f(most - all);
+        // 2. the factor of each part and the sum of the weights: lanes b and b + 16 know part b,
+        // each for the head of its own half warp, if that is 64 wide
+        const int head = min(i, n - 1) / (HEAD_DIM / 4), own = threadIdx.x % MAX_SPLITS;
+        const float *part = parts + min(own, blocks - 1) * PART + HEADS * HEAD_DIM + head;
+        float m = __ldcg(part), total = __ldcg(part + HEADS), largest = m;
+        for (int j = 8; j > 0; j /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, j));
+        const float factor = m == -INFINITY || own >= blocks ? 0 : exp2f(m - largest);
         total *= factor;
         for (int j = 8; j > 0; j /= 2) total += __shfl_xor_sync(~0u, total, j);
+        // 3. the weighted sum
         float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int b = 0; b < MAX_SPLITS; b++) {
@@ -2417,10 +2453,8 @@ __device__ __forceinline__ void join_blocks(const float *parts, int n_heads, uin
             sum.z += x[b].z * f;
             sum.w += x[b].w * f;
         }
-        if (i < n) {
-            out[i] =
-                make_uint2(pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total));
-        }
+        if (i >= n) continue;
+        out[i] = make_uint2(pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total));
     }
 }
 
@@ -2428,55 +2462,67 @@ template <int HEAD_DIM, int BITS>
 __global__ void __launch_bounds__(THREADS, 2)
     attention_decode_kernel(const __grid_constant__ DecodeArgs p) {
     __shared__ Queries<HEAD_DIM> queries;
-    __shared__ NewToken<HEAD_DIM, BITS> token;
     __shared__ Joined<HEAD_DIM> all;
     launch_dependents();
     const DecodeBlock b = decode_block<HEAD_DIM>(p);
 
-    // Older tokens have been in the cache since earlier steps: see embed_chosen_kernel.
+    // 1. Older tokens have been in the cache since earlier steps, see embed_chosen_kernel: a warp's
+    // first tile is on its way before qkv is ready, unless the new token is in that tile.
     CacheTile<HEAD_DIM, BITS> kv;
-    const int tile = b.tile0 + threadIdx.x / 32;
-    const size_t row = b.cache_row + tile * 16;
-    if (tile < b.tile1) {
-        kv.load_keys(p.cache, row);
-        kv.load_values(p.cache, row);
-    }
+    const int warp = threadIdx.x / 32, tile = b.tile0 + warp;
+    const bool has_new = tile == b.pos / 16;
+    auto load_first = [&]() {
+        if (tile >= b.tile1) return;
+        kv.load_keys(p.cache, b.cache_row + tile * 16);
+        kv.load_values(p.cache, b.cache_row + tile * 16);
+    };
+    if (!has_new) load_first();
+    // 2. The queries; and in the block that has the end of the sequence two warps write the new
+    // token's key and value.
     wait_for_previous_kernel();
-    load_query<HEAD_DIM, BITS>(p, b, queries);
-    if (b.tile1 == b.tiles) append_kv<HEAD_DIM>(p, b, token); // this block's part
-    __syncthreads(); // now there are the queries, and the new token's k and v
-    if (tile == b.pos / 16) kv.replace(token, b.pos % 16);
+    load_queries<HEAD_DIM, BITS>(p, b, queries);
+    if (b.tile1 == b.tiles && warp >= WARPS - 2) {
+        const int is_value = warp - (WARPS - 2);
+        const half *row = b.row + b.q_dim + is_value * b.kv_dim + b.kv_head * HEAD_DIM;
+        store_token<HEAD_DIM, BITS>(p.cache, b.cache_row + b.pos, b.pos, !is_value, row, p.rope);
+    }
+    __syncthreads();
+    if (has_new) load_first();
+    // 3. This block's part of the positions.
     Attended<HEAD_DIM> a;
-    attend_tiles<HEAD_DIM>(b, p.cache, kv, tile, queries, a);
+    attend_tiles(b, p.cache, kv, tile, queries, a);
     join_warps<HEAD_DIM, BITS>(b, a, all);
 
+    // 4. Write it; the last of the blocks that share the positions joins their parts.
     constexpr int PART = HEADS * (HEAD_DIM + 2);
     float *parts = p.partial + (size_t)(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * PART;
-    float *mine = parts + blockIdx.x * PART;
+    float *part = parts + blockIdx.x * PART;
     half *out = p.out + (size_t)blockIdx.z * b.q_dim + b.head0 * HEAD_DIM;
     for (int i = threadIdx.x; i < b.n_heads * HEAD_DIM; i += blockDim.x) {
-        int head = i / HEAD_DIM;
+        const int head = i / HEAD_DIM;
         float sum = 0;
-        for (int w = 0; w < WARPS; w++) sum += all.o[w][head][i % HEAD_DIM] * all.m[w][head];
-        if (gridDim.x > 1) mine[i] = sum;
+        for (int w = 0; w < WARPS; w++) sum += all.o[w][head][i % HEAD_DIM] * all.factor[w][head];
+        if (gridDim.x > 1) part[i] = sum;
         else out[i] = __float2half(sum / all.block_l[head]);
     }
     int *counters = p.arrived + blockIdx.z * (gridDim.y + 1);
     if (gridDim.x > 1) {
         if (threadIdx.x < HEADS) {
-            mine[HEADS * HEAD_DIM + threadIdx.x] = all.block_m[threadIdx.x];
-            mine[HEADS * (HEAD_DIM + 1) + threadIdx.x] = all.block_l[threadIdx.x];
+            part[HEADS * HEAD_DIM + threadIdx.x] = all.block_m[threadIdx.x];
+            part[HEADS * (HEAD_DIM + 1) + threadIdx.x] = all.block_l[threadIdx.x];
         }
         if (!is_last(counters + blockIdx.y, gridDim.x)) return;
         join_blocks<HEAD_DIM>(parts, b.n_heads, (uint2 *)out);
     }
 
-    // The last block of a token quantizes its row for o.
+    // 5. The last block of a sequence quantizes its row for o.
     if (!p.quantized.a || !is_last(counters + gridDim.y, gridDim.y)) return;
-    const size_t at = (size_t)blockIdx.z * b.q_dim / 8;
-    quantize_halves((const uint4 *)p.out + at, b.q_dim / 8, (uint2 *)p.quantized.a + at,
+    const size_t start = (size_t)blockIdx.z * b.q_dim / 8;
+    quantize_halves((const uint4 *)p.out + start, b.q_dim / 8, (uint2 *)p.quantized.a + start,
                     p.quantized.scale + blockIdx.z);
 }
+
+/* ---- launches -------------------------------------------------------------------------------- */
 
 /* Blocks that attention_decode_kernel has for each part of a sequence's positions. */
 static int decode_rows(const Config *c) {
@@ -2491,18 +2537,18 @@ struct AttentionKernels {
     void (*decode)(DecodeArgs);
 };
 
-template <int HEAD_DIM, int BITS> static AttentionKernels kernels_for() {
-    return {write_cache_kernel<HEAD_DIM, BITS>, read_cache_kernel<HEAD_DIM>,
-            attention_prefill_kernel<HEAD_DIM>, attention_decode_kernel<HEAD_DIM, BITS>};
-}
+template <int HEAD_DIM, int BITS>
+static constexpr AttentionKernels kernels_for = {
+    write_cache_kernel<HEAD_DIM, BITS>, read_cache_kernel<HEAD_DIM>,
+    attention_prompt_kernel<HEAD_DIM>, attention_decode_kernel<HEAD_DIM, BITS>};
 
 static AttentionKernels attention_kernels(int head_dim, int bits) {
-    if (head_dim == 64) return bits == 16 ? kernels_for<64, 16>() : kernels_for<64, 8>();
-    return bits == 16 ? kernels_for<128, 16>() : kernels_for<128, 8>();
+    if (head_dim == 64) return bits == 16 ? kernels_for<64, 16> : kernels_for<64, 8>;
+    return bits == 16 ? kernels_for<128, 16> : kernels_for<128, 8>;
 }
 
-/* att [T][q_dim] of tokens of a sequence, by way of the cache; if that is in 8 bits it is read back
- * into `in_halves`. */
+/* att [T][q_dim] of tokens of a sequence, by way of the cache; one in 8 bits is read back into
+ * `in_halves`. */
 static void attend_prompt(const Config *c, const half *qkv, Batch batch, const float4 *rope,
                           GpuCache cache, const GpuCache &in_halves, half *att,
                           cudaStream_t stream) {
@@ -2517,9 +2563,8 @@ static void attend_prompt(const Config *c, const half *qkv, Batch batch, const f
     }
     const size_t shared = 2 * 2 * KEYS * c->head_dim * sizeof(half);
     allow_shared(kernels.prompt, shared);
-    const int tokens = prompt_tokens(group), blocks = ceil_div(batch.T, tokens);
-    launch(kernels.prompt, {dim3(c->n_kv_heads, blocks), THREADS, shared}, stream, qkv, batch,
-           group, rope, cache, att);
+    const dim3 grid(c->n_kv_heads, ceil_div(batch.T, prompt_tokens(group)));
+    launch(kernels.prompt, {grid, THREADS, shared}, stream, qkv, batch, group, rope, cache, att);
 }
 
 /* Layer l's cache. */
