@@ -3759,7 +3759,7 @@ void gpu_final_scale(GpuQuantizer *q, const float *norm, double *xf, double *xx)
 }
 
 /* ================================================================================================
- * 6. Plumbing: weights and buffers in GPU memory, the engine. A first reader may skip it.
+ * 6. Weights, buffers, the engine. A first reader may skip it.
  *
  * 16-bit weights are halves: BF16 ones become halves exactly from 2^-14 to 65504, below that to
  * 2^-25.
@@ -3791,19 +3791,27 @@ static void convert(const void *from, DType dtype, size_t n, To *to, int *not_fi
     cuda_check(cudaGetLastError(), "convert_kernel");
 }
 
+template <typename T> static void copy_to_gpu(T *to, const void *from, size_t n) {
+    cuda_check(cudaMemcpy(to, from, n * sizeof(T), cudaMemcpyHostToDevice), "upload of weights");
+}
+
+template <typename T> static T *upload_array(const void *x, size_t n) {
+    T *p = (T *)device_alloc(n * sizeof(T));
+    copy_to_gpu(p, x, n);
+    return p;
+}
+
 constexpr size_t UPLOAD = 64 << 20; // bytes at a time
 
 /* Uploads float weights as To, by way of `buffer` [UPLOAD + 4 bytes]: the file's pages are read
  * once and not copied on the host. False if one is NaN or infinite. */
 template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer) {
-    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype), most = UPLOAD / size;
+    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype), at_once = UPLOAD / size;
     int *not_finite = (int *)(buffer + UPLOAD), found;
     cuda_check(cudaMemset(not_finite, 0, sizeof(int)), "cudaMemset");
-    for (size_t i = 0; i < count; i += most) {
-        size_t n = min(most, count - i);
-        cuda_check(
-            cudaMemcpy(buffer, (const uint8_t *)l->w + i * size, n * size, cudaMemcpyHostToDevice),
-            "upload of weights");
+    for (size_t i = 0; i < count; i += at_once) {
+        const size_t n = min(at_once, count - i);
+        copy_to_gpu(buffer, (const uint8_t *)l->w + i * size, n * size);
         convert(buffer, l->dtype, n, to + i, not_finite, 0);
     }
     cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost),
@@ -3811,7 +3819,15 @@ template <typename To> static bool upload_weights(const Linear *l, To *to, uint8
     return !found;
 }
 
+static void upload_halves(const Linear *l, const char *name, half *to) {
+    uint8_t *buffer = (uint8_t *)device_alloc(UPLOAD + sizeof(int));
+    if (!upload_weights(l, to, buffer))
+        die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
+    cuda_check(cudaFree(buffer), "cudaFree");
+}
+
 GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
+    // 1. check the parts and add up their rows
     GpuLinear l = {};
     l.K = parts[0].K;
     const bool groups = parts[0].s_group;
@@ -3821,27 +3837,23 @@ GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
     for (int i = 0; i < n_parts; i++) {
         const Linear *part = &parts[i];
         if (part->N % 64) die("a linear with N = %d: it must be a multiple of 64", part->N);
-        if (part->K != l.K || (part->s_group != NULL) != groups) {
+        if (part->K != l.K || (part->s_group != NULL) != groups)
             die("linears of different K or kinds of scales cannot be stacked");
-        }
         l.N += part->N;
-        if ((size_t)part->N > largest) largest = part->N;
+        largest = max(largest, (size_t)part->N);
     }
     l.w = (uint32_t *)device_alloc((size_t)l.N * l.K / 2);
     l.s_channel = (float *)device_alloc(l.N * sizeof(float));
     if (groups) l.s_group = (uint8_t *)device_alloc((size_t)l.N * (l.K / GROUP));
 
-    uint16_t *qweight = (uint16_t *)device_alloc(largest * l.K / 2); // one part as in the file
+    // 2. one part after the other: to the GPU as in the file, and there into the kernel's order
+    uint16_t *qweight = (uint16_t *)device_alloc(largest * l.K / 2);
     uint8_t *s_group = groups ? (uint8_t *)device_alloc(largest * (l.K / GROUP)) : NULL;
     for (int i = 0, first = 0; i < n_parts; first += parts[i++].N) {
-        const Linear *part = &parts[i];
-        const size_t n = (size_t)part->N * l.K;
-        cuda_check(cudaMemcpy(qweight, part->qweight, n / 2, cudaMemcpyHostToDevice), "qweight");
-        if (groups) {
-            cuda_check(cudaMemcpy(s_group, part->s_group, n / GROUP, cudaMemcpyHostToDevice),
-                       "s_group");
-        }
-        layout_weights(&l, first, part->N, qweight, s_group, part->s_channel, 0);
+        const size_t n = (size_t)parts[i].N * l.K;
+        copy_to_gpu((uint8_t *)qweight, parts[i].qweight, n / 2);
+        if (groups) copy_to_gpu(s_group, parts[i].s_group, n / GROUP);
+        layout_weights(&l, first, parts[i].N, qweight, s_group, parts[i].s_channel, 0);
     }
     cuda_check(cudaDeviceSynchronize(), "layout of weights");
     cuda_check(cudaFree(qweight), "cudaFree");
@@ -3856,19 +3868,6 @@ void gpu_linear_free(GpuLinear *l) {
     *l = {};
 }
 
-template <typename T> static T *upload_array(const void *x, size_t n) {
-    T *p = (T *)device_alloc(n * sizeof(T));
-    cuda_check(cudaMemcpy(p, x, n * sizeof(T), cudaMemcpyHostToDevice), "upload of weights");
-    return p;
-}
-
-static void upload_halves(const Linear *l, const char *name, half *to) {
-    uint8_t *buffer = (uint8_t *)device_alloc(UPLOAD + sizeof(int));
-    if (!upload_weights(l, to, buffer))
-        die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
-    cuda_check(cudaFree(buffer), "cudaFree");
-}
-
 /* The linears first .. first + n - 1 of a layer, stacked. */
 static Matrix upload_matrix(const Layer *layer, int index, int first, int n) {
     Matrix m = {};
@@ -3879,8 +3878,7 @@ static Matrix upload_matrix(const Layer *layer, int index, int first, int n) {
         m.w4a8 = gpu_linear_create(parts, n);
         return m;
     }
-    m.w = (half *)device_alloc((size_t)m.N * m.K * sizeof *m.w);
-    half *to = m.w;
+    half *to = m.w = (half *)device_alloc((size_t)m.N * m.K * sizeof *m.w);
     for (int i = 0; i < n; i++) {
         char name[128];
         snprintf(name, sizeof name, "model.layers.%d.%s", index, linear_names[first + i]);
@@ -3895,6 +3893,8 @@ static void free_matrix(Matrix *m) {
         cuda_check(cudaFree(p), "cudaFree");
     gpu_linear_free(&m->w4a8);
 }
+
+/* ---- the model ------------------------------------------------------------------------------- */
 
 static size_t gpu_free_memory(void) {
     size_t free, total;
@@ -3911,6 +3911,7 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
         snprintf(what, size, format, numbers...);
         return false;
     };
+    // what the kernels ask for
     const int group = c->n_heads / c->n_kv_heads;
     if (properties.major < 8) return no("found no GPU of compute capability %d.0 or newer", 8);
     if (c->head_dim != 64 && c->head_dim != 128)
@@ -3928,6 +3929,21 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
     return true;
 }
 
+/* Bytes of a model on the GPU. All layers are alike. */
+static size_t model_bytes(const Model *m) {
+    const Config *c = &m->config;
+    size_t layer = 2 * c->dim * sizeof(float);
+    for (const Linear &l : m->layers[0].linears) {
+        const size_t weights = (size_t)l.N * l.K;
+        if (!l.qweight) layer += weights * sizeof(half);
+        else layer += weights / 2 + l.N * sizeof(float) + (l.s_group ? weights / GROUP : 0);
+    }
+    const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
+    size_t head = m->lm_head.w == m->embedding.w ? 0 : table;
+    if (m->lm_head.dtype == I8) head = table / 2 + c->vocab_size * sizeof(float);
+    return c->n_layers * layer + table + head + c->dim * sizeof(float);
+}
+
 /* Uploads a model straight from the mapped file: W4A8 as section 2 wants it, all else as halves.
  * Too little GPU memory ends the program with how much is needed. */
 static GpuModel *gpu_model_load(const Model *m) {
@@ -3935,48 +3951,39 @@ static GpuModel *gpu_model_load(const Model *m) {
     const Config *c = &g->config;
     g->config = m->config;
     g->quantized = m->group_size != 0;
-    const bool tied = m->lm_head.w == m->embedding.w;
-    const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
-    size_t layer_bytes = 2 * c->dim * sizeof(float);
-    for (int k = 0; k < N_LINEARS; k++) {
-        const Linear *l = &m->layers[0].linears[k];
-        size_t weights = (size_t)l->N * l->K;
-        layer_bytes +=
-            !g->quantized ? weights * sizeof(half)
-                          : weights / 2 + l->N * sizeof(float) + (l->s_group ? weights / GROUP : 0);
-    }
-    const bool in_bytes = m->lm_head.dtype == I8;
-    const size_t head = tied ? 0 : in_bytes ? table / 2 + c->vocab_size * sizeof(float) : table;
-    g->bytes = c->n_layers * layer_bytes + table + head + c->dim * sizeof(float);
+    g->bytes = model_bytes(m);
     if (g->bytes > gpu_free_memory()) {
         die("the model needs %.2f GB of GPU memory, only %.2f GB are free", g->bytes / 1e9,
             gpu_free_memory() / 1e9);
     }
-
-    g->embedding = (half *)device_alloc(table);
+    // 1. the embedding and lm_head, which may be the same table
+    const size_t table = (size_t)c->vocab_size * c->dim;
+    g->embedding = (half *)device_alloc(table * sizeof(half));
     upload_halves(&m->embedding, "model.embed_tokens", g->embedding);
     g->lm_head.N = c->vocab_size;
     g->lm_head.K = c->dim;
-    if (in_bytes) {
+    if (m->lm_head.dtype == I8) {
         if (c->dim % 16)
             die("an lm_head in 8 bits with dim %d: it must be a multiple of 16", c->dim);
-        g->lm_head.bytes = upload_array<int8_t>(m->lm_head.w, table / 2);
+        g->lm_head.bytes = upload_array<int8_t>(m->lm_head.w, table);
         g->lm_head.s_channel = upload_array<float>(m->lm_head.s_channel, c->vocab_size);
+    } else if (m->lm_head.w == m->embedding.w) {
+        g->lm_head.w = g->embedding;
     } else {
-        g->lm_head.w = tied ? g->embedding : (half *)device_alloc(table);
-        if (!tied) upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
+        g->lm_head.w = (half *)device_alloc(table * sizeof(half));
+        upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
     }
+    // 2. the norms and the layers
     g->norm = upload_array<float>(m->norm, c->dim);
     g->layers = (GpuLayer *)allocate(c->n_layers, sizeof *g->layers);
     for (int i = 0; i < c->n_layers; i++) {
-        const Layer *from = &m->layers[i];
-        GpuLayer *to = &g->layers[i];
-        to->attention_norm = upload_array<float>(from->attention_norm, c->dim);
-        to->ffn_norm = upload_array<float>(from->ffn_norm, c->dim);
-        to->qkv = upload_matrix(from, i, 0, 3);
-        to->o = upload_matrix(from, i, 3, 1);
-        to->gate_up = upload_matrix(from, i, 4, 2);
-        to->down = upload_matrix(from, i, 6, 1);
+        const Layer *l = &m->layers[i];
+        g->layers[i] = {upload_array<float>(l->attention_norm, c->dim),
+                        upload_array<float>(l->ffn_norm, c->dim),
+                        upload_matrix(l, i, 0, 3),
+                        upload_matrix(l, i, 3, 1),
+                        upload_matrix(l, i, 4, 2),
+                        upload_matrix(l, i, 6, 1)};
     }
     return g;
 }
@@ -3984,8 +3991,7 @@ static GpuModel *gpu_model_load(const Model *m) {
 static void gpu_model_free(GpuModel *g) {
     for (int i = 0; i < g->config.n_layers; i++) {
         GpuLayer *l = &g->layers[i];
-        Matrix *matrices[] = {&l->qkv, &l->o, &l->gate_up, &l->down};
-        for (Matrix *m : matrices) free_matrix(m);
+        for (Matrix *m : {&l->qkv, &l->o, &l->gate_up, &l->down}) free_matrix(m);
         cuda_check(cudaFree(l->attention_norm), "cudaFree");
         cuda_check(cudaFree(l->ffn_norm), "cudaFree");
     }
@@ -3996,28 +4002,23 @@ static void gpu_model_free(GpuModel *g) {
     free(g);
 }
 
-/* Bytes a second that a large copy within GPU memory reads and writes. */
+/* Bytes per second that large copies within GPU memory read and write. */
 static double gpu_copy_bandwidth(void) {
-    size_t bytes = min(gpu_free_memory() / 4, (size_t)1 << 30);
+    const int copies = 8;
+    const size_t bytes = min(gpu_free_memory() / 4, (size_t)1 << 30);
     uint8_t *buffer = (uint8_t *)device_alloc(2 * bytes);
-    cudaEvent_t start, stop;
-    cuda_check(cudaEventCreate(&start), "cudaEventCreate");
-    cuda_check(cudaEventCreate(&stop), "cudaEventCreate");
-    float best = INFINITY;
-    for (int pass = 0; pass < 8; pass++) {
-        float ms;
-        cuda_check(cudaEventRecord(start), "cudaEventRecord");
-        cuda_check(cudaMemcpyAsync(buffer, buffer + bytes, bytes, cudaMemcpyDeviceToDevice),
-                   "copy");
-        cuda_check(cudaEventRecord(stop), "cudaEventRecord");
-        cuda_check(cudaEventSynchronize(stop), "copy");
-        cuda_check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
-        best = min(best, ms);
+    double best = INFINITY;
+    for (int pass = 0; pass < 3; pass++) {
+        const double start = seconds();
+        for (int i = 0; i < copies; i++) {
+            cuda_check(cudaMemcpyAsync(buffer, buffer + bytes, bytes, cudaMemcpyDeviceToDevice),
+                       "copy");
+        }
+        cuda_check(cudaDeviceSynchronize(), "copy");
+        best = min(best, (seconds() - start) / copies);
     }
-    cuda_check(cudaEventDestroy(start), "cudaEventDestroy");
-    cuda_check(cudaEventDestroy(stop), "cudaEventDestroy");
     cuda_check(cudaFree(buffer), "cudaFree");
-    return 2 * bytes / (best * 1e-3);
+    return 2 * bytes / best;
 }
 
 /* ---- the state ------------------------------------------------------------------------------- */
@@ -4035,7 +4036,7 @@ struct Places {
     }
 };
 
-/* Lays the buffers out in s->memory, or from address 0 on: returns their size. */
+/* Lays the arrays of a state out in s->memory, or from address 0 on: returns their size. */
 static size_t place_buffers(GpuState *s) {
     const Config *c = &s->model->config;
     const size_t T = s->max_T, B = s->n_sequences;
@@ -4043,9 +4044,8 @@ static size_t place_buffers(GpuState *s) {
     const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
     const bool q = s->model->quantized;
     Places take = {s->memory, 0};
+    // 1. of T tokens
     take(s->tokens, T);
-    take(s->positions, B);
-    take(s->chosen, B);
     take(s->x, T * c->dim);
     take(s->a, q ? T * widest : 0);
     take(s->h, T * (q ? c->dim : widest));
@@ -4054,21 +4054,24 @@ static size_t place_buffers(GpuState *s) {
     take(s->att, T * q_dim);
     take(s->gate_up, T * 2 * c->hidden_dim);
     take(s->y, q ? 0 : T * c->dim);
+    // 2. the cache of all layers, and in 16 bits the cache of one layer and sequence
     GpuCache *k = &s->cache, *h = &s->in_halves;
     const size_t rows = c->n_layers * B * c->n_kv_heads * k->context;
-    const bool small = k->bits < 16;
-    const size_t read = small ? (size_t)c->n_kv_heads * h->context * c->head_dim * sizeof(half) : 0;
+    const size_t halves = k->bits < 16 ? h->context * kv_dim * sizeof(half) : 0;
     take(k->keys, rows * c->head_dim * k->bits / 8);
     take(k->values, rows * c->head_dim * k->bits / 8);
-    take(k->k_scales, small ? rows : 0);
-    take(k->v_scales, small ? rows : 0);
-    take(h->keys, read);
-    take(h->values, read);
+    take(k->k_scales, k->bits < 16 ? rows : 0);
+    take(k->v_scales, k->bits < 16 ? rows : 0);
+    take(h->keys, halves);
+    take(h->values, halves);
     take(s->rope, (size_t)s->context * (c->head_dim / 4));
-    take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
-    take(s->scores, LOGIT_ROWS);
     take(s->partial, B * decode_rows(c) * s->splits * HEADS * (c->head_dim + 2));
     take(s->arrived, B * (decode_rows(c) + 1));
+    // 3. of B sequences: what comes out
+    take(s->positions, B);
+    take(s->chosen, B);
+    take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
+    take(s->scores, LOGIT_ROWS);
     take(s->cublas_workspace, CUBLAS_WORKSPACE);
     return take.used;
 }
@@ -4083,27 +4086,22 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context, int 
     for (GpuCache *cache : {&s.cache, &s.in_halves}) {
         cache->bits = cache == &s.cache ? kv_bits : 16;
         cache->n_kv_heads = g->config.n_kv_heads;
-        // Whole tiles of attention_decode_kernel; an odd number, as heads that stand a power of two
+        // Whole tiles of attention_decode_kernel; an odd number, as heads that are a power of two
         // apart are read more slowly.
         cache->context = (ceil_div(context, 16) | 1) * 16;
     }
-    // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor; about a tile a warp.
+    // Enough blocks to fill the GPU, two of 8 warps per multiprocessor; about a tile per warp.
     int rows = decode_rows(&g->config) * n_sequences, parts = max(2, (context + 64) / (8 * 16));
     s.splits = max(1, min(min(MAX_SPLITS, parts), 2 * multiprocessors() / rows));
     s.bytes = place_buffers(&s);
     return s;
 }
 
-static size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context, int kv_bits) {
-    return plan_state(g, n_sequences, context, kv_bits).bytes;
-}
-
 static void upload_rope(const Config *c, int context, float4 *to) {
-    float *rope = (float *)allocate((size_t)context * c->head_dim, sizeof *rope);
+    const size_t n = (size_t)context * c->head_dim;
+    float *rope = (float *)allocate(n, sizeof *rope);
     for (int pos = 0; pos < context; pos++) rope_angles(c, pos, rope + (size_t)pos * c->head_dim);
-    cuda_check(
-        cudaMemcpy(to, rope, (size_t)context * c->head_dim * sizeof *rope, cudaMemcpyHostToDevice),
-        "upload of RoPE's angles");
+    copy_to_gpu((float *)to, rope, n);
     free(rope);
 }
 
@@ -4113,7 +4111,7 @@ static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, 
     *s = plan_state(g, n_sequences, context, kv_bits);
     s->memory = (uint8_t *)device_alloc(s->bytes);
     place_buffers(s);
-    // Zeros: counters, and the cache, where what is not written yet must at least be finite.
+    // Zeros: counters, and the cache, where numbers not yet written must at least be finite.
     cuda_check(cudaMemset(s->memory, 0, s->bytes), "cudaMemset");
     upload_rope(c, context, s->rope);
     cuda_check(cudaMallocHost(&s->host_logits, (size_t)n_sequences * c->vocab_size * sizeof(float)),
@@ -4153,7 +4151,7 @@ static bool engine_fits(Engine *engine, int n_sequences, int context) {
     GpuEngine *e = static_cast<GpuEngine *>(engine);
     gpu_state_free(e->state);
     e->state = NULL;
-    e->state_bytes = gpu_state_bytes(e->weights, n_sequences, context, e->kv_bits);
+    e->state_bytes = plan_state(e->weights, n_sequences, context, e->kv_bits).bytes;
     return e->state_bytes <= gpu_free_memory();
 }
 
@@ -4169,13 +4167,11 @@ static void engine_start(Engine *engine, int n_sequences, int context) {
 }
 
 static void check_tokens(const GpuState *s, const int *tokens, int T, int pos) {
-    if (T < 1 || pos < 0 || pos > s->context - T) {
+    if (T < 1 || pos < 0 || pos > s->context - T)
         die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
-    }
     for (int t = 0; t < T; t++) {
-        if (tokens[t] < 0 || tokens[t] >= s->model->config.vocab_size) {
+        if (tokens[t] < 0 || tokens[t] >= s->model->config.vocab_size)
             die("token %d is outside the vocabulary of %d", tokens[t], s->model->config.vocab_size);
-        }
     }
 }
 
@@ -4196,13 +4192,14 @@ static void feed_chunks(GpuState *s, int sequence, const int *tokens, int n, int
 /* One graph launch: see decode_step(). */
 static void engine_step(Engine *e, const int *tokens, const int *positions) {
     GpuState *s = state_of(e);
-    for (int i = 0; i < s->n_sequences; i++) {
-        if (!tokens) break;
+    // 1. given tokens take the place of the chosen ones
+    for (int i = 0; tokens && i < s->n_sequences; i++) {
         check_tokens(s, tokens + i, 1, positions[i]);
         const Choice given = (uint32_t)~tokens[i];
         to_gpu(s, s->chosen + i, &given, 1);
         to_gpu(s, s->positions + i, positions + i, 1);
     }
+    // 2. the first step is captured: a graph of its kernels starts faster than one after the other
     if (!s->step) {
         cudaGraph_t graph;
         cuda_check(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal), "capture");
@@ -4218,7 +4215,7 @@ static void engine_step(Engine *e, const int *tokens, const int *positions) {
 static void engine_feed(Engine *e, int sequence, const int *tokens, int n, int pos) {
     GpuState *s = state_of(e);
     if (n == 1 && s->n_sequences == 1) return engine_step(e, tokens, &pos);
-    int last = 0; // of the last chunk
+    int last = 0; // token of the last chunk
     feed_chunks(s, sequence, tokens, n, pos, [&](int, int T) { last = T - 1; });
     lm_head(s, last, 1);
     const int end = pos + n - 1;
@@ -4247,8 +4244,8 @@ static void engine_score(Engine *e, int sequence, const int *tokens, const int *
     GpuState *s = state_of(e);
     feed_chunks(s, sequence, tokens, n, pos, [&](int first, int T) {
         to_gpu(s, s->tokens, targets + first, T);
-        for (int t = 0, rows; t < T; t += rows) {
-            rows = min(LOGIT_ROWS, T - t);
+        for (int t = 0; t < T; t += LOGIT_ROWS) {
+            const int rows = min(LOGIT_ROWS, T - t);
             lm_head(s, t, rows);
             launch(score_kernel, {dim3(rows), THREADS}, s->stream, s->logits,
                    e->model->config.vocab_size, s->tokens + t, s->scores);
@@ -4273,10 +4270,10 @@ Engine *gpu_engine(const Model *m, int kv_bits) {
     e->model = m;
     e->on_gpu = true;
     e->kv_bits = kv_bits;
+    // what a step reads: all weights, but of an embedding that is not lm_head only a row
     const size_t row = c->head_dim * kv_bits / 8 + (kv_bits < 16 ? sizeof(half) : 0);
     e->position_bytes = 2 * row * c->n_layers * c->n_kv_heads;
-    e->weight_bytes = e->weights->bytes;
-    e->step_bytes = e->weight_bytes; // of a table only a row
+    e->step_bytes = e->weight_bytes = e->weights->bytes;
     if (e->weights->lm_head.w != e->weights->embedding)
         e->step_bytes -= (size_t)c->vocab_size * c->dim * sizeof(half);
     e->start = engine_start;
