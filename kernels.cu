@@ -460,44 +460,35 @@ __device__ static size_t fragment_scale(int n, int k, int K) {
  * that is 16 q without further work. With groups they stay u = q + 8. */
 constexpr uint32_t TWOS_COMPLEMENT = 0x88888888;
 
-/* qweight [N][K/2] as in the file becomes rows first .. first + N - 1 of w. One thread per word. */
-__global__ void layout_weights_kernel(const uint16_t *qweight, const uint8_t *s_group, int N, int K,
-                                      int first, uint32_t *w, uint8_t *scales) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)N * (K / 8)) return;
-    int n = i / (K / 8);
-    int word_of_row = i % (K / 8);
-    int k = word_of_row / 8 * UNIT + word_of_row % 8 * 4;
+/* N rows as in the file: qweight [N][K/2], s_group and s_channel, become rows first .. first + N -
+ * 1 of l. One thread per word. */
+__global__ void layout_weights_kernel(const uint16_t *qweight, const uint8_t *s_group,
+                                      const float *s_channel, int N, int first, GpuLinear l) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int K = l.K, words = K / 8, n = i / words, word_of_row = i % words;
+    if (i >= (size_t)N * words) return;
+    // 1. eight codes into their word
+    const int k = word_of_row / 8 * UNIT + word_of_row % 8 * 4;
     uint32_t word = 0;
     for (int high = 0; high < 2; high++) {
         uint32_t codes = qweight[(size_t)n * (K / 4) + (k + high * 32) / 4];
         for (int b = 0; b < 4; b++) word |= (codes >> 4 * b & 15) << (8 * b + 4 * high);
     }
-    w[fragment_word(first + n, k, K)] = scales ? word : word ^ TWOS_COMPLEMENT;
-    if (scales && k % GROUP == 0) {
-        scales[fragment_scale(first + n, k, K)] = s_group[(size_t)n * (K / GROUP) + k / GROUP];
+    l.w[fragment_word(first + n, k, K)] = l.s_group ? word : word ^ TWOS_COMPLEMENT;
+    // 2. the scales; per channel the sums are of 16 q, and a power of two divides out exactly
+    if (l.s_group && k % GROUP == 0) {
+        l.s_group[fragment_scale(first + n, k, K)] = s_group[(size_t)n * (K / GROUP) + k / GROUP];
     }
+    if (k == 0) l.s_channel[first + n] = l.s_group ? s_channel[n] : s_channel[n] / 16;
 }
 
-__global__ void scale_kernel(float *x, int n, float factor) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) x[i] *= factor;
-}
-
-/* N rows as in the file, in device memory, become rows first .. first + N - 1 of l. */
+/* All in device memory. */
 static void layout_weights(const GpuLinear *l, int first, int N, const uint16_t *qweight,
                            const uint8_t *s_group, const float *s_channel, cudaStream_t stream) {
-    size_t words = (size_t)N * (l->K / 8);
-    layout_weights_kernel<<<(unsigned)ceil_div(words, 256), 256, 0, stream>>>(
-        qweight, s_group, N, l->K, first, l->w, l->s_group);
+    const size_t words = (size_t)N * (l->K / 8);
+    layout_weights_kernel<<<(unsigned)ceil_div(words, THREADS), THREADS, 0, stream>>>(
+        qweight, s_group, s_channel, N, first, *l);
     cuda_check(cudaGetLastError(), "layout_weights_kernel");
-    cuda_check(cudaMemcpyAsync(l->s_channel + first, s_channel, N * sizeof(float),
-                               cudaMemcpyDefault, stream),
-               "s_channel");
-    if (l->s_group) return;
-    // The kernel's sums are of 16 q; a power of two divides out exactly.
-    scale_kernel<<<ceil_div(N, 256), 256, 0, stream>>>(l->s_channel + first, N, 1.0f / 16);
-    cuda_check(cudaGetLastError(), "scale_kernel");
 }
 
 /* ---- tiles, and the way through them --------------------------------------------------------- */
@@ -1059,7 +1050,7 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     if (M <= FEW && (size_t)M * l->K <= FEW_SHARED) return GEMM_FEW;
     if (M <= 16) return GEMM_16X8;
     if (!portable && choose_hopper(l, M, &kernel)) return kernel;
-    if (M > 64 && ceil_div(M, 128) * ceil_div(l->N, 256) >= sms) return GEMM_128;
+    if (M > 64 && ceil_div(M, 128) * ceil_div(l->N, 256) >= sms) return GEMM_128X1;
     return 2 * ceil_div(M, 64) * ceil_div(l->N, 128) >= sms ? GEMM_64X2 : GEMM_16X8;
 }
 
@@ -1106,7 +1097,6 @@ struct Eight {
 __device__ __forceinline__ Eight from_halves(uint4 bits) {
     const half2 *pairs = (const half2 *)&bits;
     Eight e;
-#pragma unroll
     for (int i = 0; i < 4; i++) {
         float2 f = __half22float2(pairs[i]);
         e.v[2 * i] = f.x;
@@ -1118,7 +1108,6 @@ __device__ __forceinline__ Eight from_halves(uint4 bits) {
 __device__ __forceinline__ uint4 to_halves(const Eight &e) {
     uint4 bits;
     half2 *pairs = (half2 *)&bits;
-#pragma unroll
     for (int i = 0; i < 4; i++) pairs[i] = __floats2half2_rn(e.v[2 * i], e.v[2 * i + 1]);
     return bits;
 }
@@ -1132,7 +1121,6 @@ __device__ __forceinline__ Eight from_floats(const float4 *p) {
  * all numbers. */
 __device__ __forceinline__ uint32_t magnitude(const Eight &e) {
     uint32_t largest = 0;
-#pragma unroll
     for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(e.v[i]) & 0x7fffffff);
     return largest;
 }
@@ -1162,7 +1150,6 @@ __device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
     const float inverse = __fdiv_rn(1, s_a);
     uint32_t a[2];
     bool sure = s_a >= 0x1p-126f; // the inverse is finite
-#pragma unroll
     for (int i = 0; i < 2; i++) {
         auto rounded = [&](float by) {
             uint32_t r[4];
@@ -1329,20 +1316,17 @@ __device__ __forceinline__ void quantize_halves(const uint4 *row, int eights, ui
     constexpr int KEPT = 4;
     uint4 kept[KEPT] = {};
     uint32_t largest = 0;
-#pragma unroll
     for (int j = 0; j < KEPT; j++) {
         int i = threadIdx.x + j * blockDim.x;
         if (i < eights) kept[j] = __ldcg(row + i);
     }
-#pragma unroll
     for (int j = 0; j < KEPT; j++) largest = max(largest, magnitude(from_halves(kept[j])));
     for (int i = threadIdx.x + KEPT * blockDim.x; i < eights; i += blockDim.x) {
         largest = max(largest, magnitude(from_halves(__ldcg(row + i))));
     }
     const float s = activation_scale(block_max(largest));
     if (threadIdx.x == 0) *s_a = s;
-        // 2. the codes
-#pragma unroll
+    // 2. the codes
     for (int j = 0; j < KEPT; j++) {
         int i = threadIdx.x + j * blockDim.x;
         if (i < eights) a[i] = quantize_eight(from_halves(kept[j]), s);
@@ -1395,18 +1379,15 @@ __global__ void __launch_bounds__(THREADS, 3)
     const int lane = threadIdx.x % 32, pieces = K / 8;
     const int n = (blockIdx.x * WARPS + threadIdx.x / 32) * GEMV_ROWS;
     const uint4 *rows[GEMV_ROWS];
-#pragma unroll
     for (int r = 0; r < GEMV_ROWS; r++) rows[r] = (const uint4 *)(w + (size_t)(n + r) * K) + lane;
     uint4 next[GEMV_LOADS][GEMV_ROWS];
     auto load = [&](int u, int i) {
-#pragma unroll
         for (int r = 0; r < GEMV_ROWS; r++) {
             next[u][r] = make_uint4(0, 0, 0, 0);
             load_16(next[u][r], rows[r] + i, i + lane < pieces && n + r < N);
         }
     };
     // 1. the first weights, then x, which the kernel before has written
-#pragma unroll
     for (int u = 0; u < GEMV_LOADS; u++) load(u, 32 * u);
     launch_dependents();
     wait_for_previous_kernel();
@@ -1416,21 +1397,17 @@ __global__ void __launch_bounds__(THREADS, 3)
     // 2. multiply; a register is loaded anew as soon as it is used
     float sum[GEMV_ROWS] = {};
     for (int i = 0; i < pieces; i += 32 * GEMV_LOADS) {
-#pragma unroll
         for (int u = 0; u < GEMV_LOADS; u++) {
             int piece = i + 32 * u + lane;
             Eight b = from_halves(shared_x[min(piece, pieces - 1)]); // past the end w is 0
-#pragma unroll
             for (int r = 0; r < GEMV_ROWS; r++) {
                 Eight a = from_halves(next[u][r]);
-#pragma unroll
                 for (int j = 0; j < 8; j++) sum[r] += a.v[j] * b.v[j];
             }
             load(u, i + 32 * (u + GEMV_LOADS));
         }
     }
     // 3. add up the lanes and write
-#pragma unroll
     for (int r = 0; r < GEMV_ROWS; r++) {
         for (int i = 16; i > 0; i /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], i);
         if (lane != 0 || n + r >= N) continue;
@@ -1509,16 +1486,13 @@ __device__ __forceinline__ void multiply_bytes(const uint4 (&w)[4], const uint8_
                                                float (&sum)[2][N_TILES][4]) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const uint32_t *words = (const uint32_t *)w; // [channel][4]
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) { // two words of each channel are two steps of mma
-        uint32_t left[2][2][4];      // [step][m16 tile]
-#pragma unroll
-        for (int j = 0; j < 16; j++) { // step, tile, half of k, half of the tile
+    for (int i = 0; i < 4; i += 2) {             // two words of each channel are two steps of mma
+        uint32_t left[2][2][4];                  // [step][m16 tile]
+        for (int j = 0; j < 16; j++) {           // step, tile, half of k, half of the tile
             const int step = j / 8, tile = j / 4 % 2, late = j / 2 % 2, lower = j % 2;
             const uint32_t word = words[(tile * 2 + lower) * 4 + i + step];
             left[step][tile][late * 2 + lower] = bytes_to_halves(word ^ 0x80808080, late);
         }
-#pragma unroll
         for (int j = 0; j < N_TILES; j++) {
             const uint8_t *from = x + (j * 8 + g) * row + (t * 16 + i * 4) * sizeof(half);
             const uint4 b = *(const uint4 *)from;
@@ -1542,7 +1516,6 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
     const int8_t *from = q + (size_t)n0 * K + t * 16;
     uint4 w[2][4] = {}; // [64 k][channel]
     auto load_weights = [&](uint4(&to)[4], int k) {
-#pragma unroll
         for (int r = 0; r < 4; r++) {
             load_16(to[r], (const uint4 *)(from + (size_t)r * 8 * K + k),
                     k + t * 16 < K && n0 + r * 8 < N);
@@ -1558,7 +1531,6 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
         }
     };
     // 1. the first weights, then x, which the kernel before has written
-#pragma unroll
     for (int c = 0; c < 2; c++) load_weights(w[c], c * 64);
     launch_dependents();
     wait_for_previous_kernel();
@@ -1571,19 +1543,16 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
         copy_async_wait();
         __syncthreads(); // the chunk of x has arrived, and the other stage is free
         load_x(k + LM_CHUNK, 1 - stage);
-#pragma unroll
         for (int c = 0; c < 2; c++) {
             multiply_bytes(w[c], shared[stage] + c * 64 * sizeof(half), ROW, sum);
             load_weights(w[c], k + LM_CHUNK + c * 64);
         }
     }
     // 3. scale and write
-#pragma unroll
     for (int r = 0; r < 4; r++) {
         const int n = n0 + r * 8;
         if (n >= N) continue;
         const float s = s_channel[n];
-#pragma unroll
         for (int j = 0; j < TOKENS / 8; j++) {
             for (int i = 0; i < 2; i++) {
                 const int token = j * 8 + t * 2 + i;
@@ -1870,8 +1839,7 @@ __device__ __forceinline__ void store_row(const HeadVector<HEAD_DIM> &x, uint8_t
     const half s = __float2half_rn(__fdiv_rn(x.largest(), 127.0f));
     const float scale = __half2float(s);
     if (threadIdx.x % 32 == 0) scales[row] = s;
-        // 2. two neighbours at a time: of the lower half of the dimensions, of the upper half
-#pragma unroll
+    // 2. two neighbours at a time: of the lower half of the dimensions, of the upper half
     for (int i = 0; i < 2; i++) {
         uint32_t q[2];
         for (int j = 0; j < 2; j++) {
@@ -1962,11 +1930,9 @@ template <int HEAD_DIM> struct QueryRows {
             if (!exists) continue;
             const uint32_t *from = (const uint32_t *)(qkv + offset[i] + (size_t)t * 2 * kv_dim);
             const float4 *angles = rope + (size_t)position[i] * (HEAD_DIM / 4);
-#pragma unroll
             for (int s = 0; s < STEPS; s++) {
                 for (int j = 0; j < 2; j++) q[s][i + 2 * j] = from[s * 8 + j * 4 + lane % 4];
             }
-#pragma unroll
             for (int s = 0; s < STEPS / 2; s++) {
                 for (int j = 0; j < 2; j++) {
                     rotate_pairs(q[s][i + 2 * j], q[s + STEPS / 2][i + 2 * j],
@@ -1983,9 +1949,7 @@ template <int HEAD_DIM>
 __device__ __forceinline__ void score_tile(const QueryRows<HEAD_DIM> &rows, uint32_t k_tile,
                                            float (&s)[KEYS / 8][4]) {
     const int lane = threadIdx.x % 32;
-#pragma unroll
     for (int j = 0; j < KEYS / 8; j++) {
-#pragma unroll
         for (int step = 0; step < rows.STEPS; step += 2) {
             uint32_t b[4];
             load_matrices(b, k_tile + swizzled(j * 8 + lane % 8, step * 2 + lane / 8, KEYS));
@@ -2002,11 +1966,9 @@ __device__ __forceinline__ void softmax_tile(const QueryRows<HEAD_DIM> &rows, in
                                              float (&o)[HEAD_DIM / 8][4]) {
     const int t = threadIdx.x % 4;
     const float scale = score_scale(HEAD_DIM);
-#pragma unroll
     for (int i = 0; i < 2; i++) { // the lane's two rows
         // 1. hide the future, and find the largest score of the row, which four lanes share
         float largest = -INFINITY;
-#pragma unroll
         for (int j = 0; j < KEYS / 8; j++) {
             for (int e = 0; e < 2; e++) {
                 float &x = s[j][2 * i + e];
@@ -2019,11 +1981,9 @@ __device__ __forceinline__ void softmax_tile(const QueryRows<HEAD_DIM> &rows, in
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
         // 2. weights, and the correction of o
         const float shrink = softmax[i].raise(largest);
-#pragma unroll
         for (int j = 0; j < KEYS / 8; j++) {
             for (int e = 0; e < 2; e++) s[j][2 * i + e] = softmax[i].weight(s[j][2 * i + e]);
         }
-#pragma unroll
         for (int j = 0; j < HEAD_DIM / 8; j++) {
             for (int e = 0; e < 2; e++) o[j][2 * i + e] *= shrink;
         }
@@ -2035,11 +1995,9 @@ template <int HEAD_DIM>
 __device__ __forceinline__ void add_values(const float (&p)[KEYS / 8][4], uint32_t v_tile,
                                            float (&o)[HEAD_DIM / 8][4]) {
     const int lane = threadIdx.x % 32;
-#pragma unroll
     for (int j = 0; j < KEYS / 8; j += 2) {
         const uint32_t left[4] = {pack(p[j][0], p[j][1]), pack(p[j][2], p[j][3]),
                                   pack(p[j + 1][0], p[j + 1][1]), pack(p[j + 1][2], p[j + 1][3])};
-#pragma unroll
         for (int d = 0; d < HEAD_DIM / 8; d += 2) {
             uint32_t b[4]; // 16 keys x 16 dimensions
             load_matrices_transposed(b, v_tile + swizzled(j * 8 + lane % 16, d + lane / 16, KEYS));
@@ -2094,14 +2052,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 
     // 3. divide by the sum of the weights, of which four lanes have parts, and write
-#pragma unroll
     for (int i = 0; i < 2; i++) {
         float l = softmax[i].l;
         l += __shfl_xor_sync(~0u, l, 1);
         l += __shfl_xor_sync(~0u, l, 2);
         if (rows.position[i] < 0) continue;
         uint32_t *to = (uint32_t *)(out + rows.offset[i]);
-#pragma unroll
         for (int d = 0; d < HEAD_DIM / 8; d++) {
             to[d * 4 + threadIdx.x % 4] = pack(o[d][2 * i] / l, o[d][2 * i + 1] / l);
         }
@@ -2175,7 +2131,6 @@ template <int HEAD_DIM, int BITS, int LANES> struct RowPart {
         return i * 8 / RUN * LANES * RUN + lane * RUN + i * 8 % RUN;
     }
     __device__ __forceinline__ void load(const uint8_t *row, int lane) {
-#pragma unroll
         for (int i = 0; i < WORDS; i += LOAD) {
             const uint8_t *from = row + dimension(i * 4 / BITS, lane) * BITS / 8;
             if constexpr (LOAD == 4) *(uint4 *)(words + i) = __ldcg((const uint4 *)from);
@@ -2187,7 +2142,6 @@ template <int HEAD_DIM, int BITS, int LANES> struct RowPart {
 /* Eight dimensions of one row, two to a register. */
 template <int BITS>
 __device__ __forceinline__ void row_to_halves(const uint32_t *words, uint32_t (&h)[4]) {
-#pragma unroll
     for (int e = 0; e < 4; e++) {
         if (BITS == 16) h[e] = words[e];
         else h[e] = bytes_to_halves(words[e / 2] ^ 0x80808080, e % 2);
@@ -2218,7 +2172,6 @@ template <int HEAD_DIM, int BITS> struct CacheTile {
 
     __device__ __forceinline__ void load_keys(const GpuCache &cache, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
         for (int i = 0; i < 2; i++) {
             k[i].load(cache.keys + (row + g + 8 * i) * ROW, t);
             if (BITS < 16) k_scale[i] = __ldcg(cache.k_scales + row + g + 8 * i);
@@ -2226,7 +2179,6 @@ template <int HEAD_DIM, int BITS> struct CacheTile {
     }
     __device__ __forceinline__ void load_values(const GpuCache &cache, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
         for (int i = 0; i < 4; i++) {
             v[i].load(cache.values + (row + 2 * t + i / 2 * 8 + i % 2) * ROW, g);
             if (BITS < 16 && i < 2) v_scale[i] = __ldcg(cache.v_scales + row + g + 8 * i);
@@ -2250,7 +2202,6 @@ __device__ __forceinline__ void load_queries(const DecodeArgs &p, const DecodeBl
         x.rotate(p.rope + (size_t)b.pos * (HEAD_DIM / 4));
     }
     const uint2 h = x.halves();
-#pragma unroll
     for (int i = 0; i < 2; i++) {
         const int d = 2 * x.j() + i * HEAD_DIM / 2; // the dimension, and the t that has it
         const int t = d % (4 * RUN) / RUN, eight = d / (4 * RUN) * (RUN / 8) + d % RUN / 8;
@@ -2270,7 +2221,6 @@ __device__ __forceinline__ void score_positions(const Queries<HEAD_DIM> &queries
                                                 const CacheTile<HEAD_DIM, BITS> &kv,
                                                 float (&s)[4]) {
     float odd[4] = {}; // two chains of mma, half the wait
-#pragma unroll
     for (int j = 0; j < HEAD_DIM / 32; j++) {
         uint32_t a[4], b[4]; // positions g, g + 8
         row_to_halves<BITS>(kv.k[0].words + j * BITS / 4, a);
@@ -2292,10 +2242,8 @@ __device__ __forceinline__ void softmax_positions(int pos, int first, const half
     const int g = threadIdx.x % 32 / 4;
     const float scale = score_scale(HEAD_DIM);
     float shrink[2];
-#pragma unroll
     for (int h = 0; h < 2; h++) { // the lane's two heads
         float largest = -INFINITY;
-#pragma unroll
         for (int i = 0; i < 2; i++) {
             float &x = s[2 * i + h];
             if (BITS < 16) x *= __half2float(k_scale[i]);
@@ -2306,14 +2254,12 @@ __device__ __forceinline__ void softmax_positions(int pos, int first, const half
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
         }
         shrink[h] = a.softmax[h].raise(largest);
-#pragma unroll
         for (int i = 0; i < 2; i++) {
             float &x = s[2 * i + h];
             x = a.softmax[h].weight(x);
             if (BITS < 16) x *= __half2float(v_scale[i]);
         }
     }
-#pragma unroll
     for (int i = 0; i < HEAD_DIM / 16 * 4; i++) a.o[i / 16][i / 4 % 4][i % 4] *= shrink[i % 2];
 }
 
@@ -2323,10 +2269,8 @@ __device__ __forceinline__ void
 add_positions(const float (&p)[4], const CacheTile<HEAD_DIM, BITS> &kv, Attended<HEAD_DIM> &a) {
     const uint32_t b0 = transpose_8x8(pack(p[0], p[1]));
     const uint32_t b1 = transpose_8x8(pack(p[2], p[3]));
-#pragma unroll
     for (int i = 0; i < HEAD_DIM / 64; i++) {
         const int at = i * BITS / 4;
-#pragma unroll
         for (int e = 0; e < 4; e++) {
             uint32_t low[2], high[2]; // of positions 2t, 2t + 1; of those 8 on
             rows_to_halves<BITS>(kv.v[0].words + at, kv.v[1].words + at, e, low);
@@ -2369,7 +2313,6 @@ __device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_D
                                            Joined<HEAD_DIM> &all) {
     // 1. each warp's m, l and o; lanes of one t have parts of l
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
     for (int h = 0; h < 2; h++) {
         float l = a.softmax[h].l;
         for (int i = 4; i < 32; i *= 2) l += __shfl_xor_sync(~0u, l, i);
@@ -2379,10 +2322,8 @@ __device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_D
             all.m[warp][head] = a.softmax[h].m;
             all.l[warp][head] = l;
         }
-#pragma unroll
         for (int i = 0; i < HEAD_DIM / 64; i++) {
             float *to = all.o[warp][head] + RowPart<HEAD_DIM, BITS, 8>::dimension(i, g);
-#pragma unroll
             for (int e = 0; e < 8; e++) to[e] = a.o[i][e / 2][e % 2 * 2 + h];
         }
     }
@@ -2429,7 +2370,6 @@ __device__ __forceinline__ void join_blocks(const float *parts, int n_heads, uin
     for (int i = threadIdx.x; i < (n + 31) / 32 * 32; i += blockDim.x) {
         // 1. four dimensions of every part, all on their way at once
         float4 x[MAX_SPLITS];
-#pragma unroll
         for (int b = 0; b < MAX_SPLITS; b++) {
             if (b < blocks) x[b] = __ldcg((const float4 *)(parts + b * PART) + min(i, n - 1));
         }
@@ -2444,7 +2384,6 @@ __device__ __forceinline__ void join_blocks(const float *parts, int n_heads, uin
         for (int j = 8; j > 0; j /= 2) total += __shfl_xor_sync(~0u, total, j);
         // 3. the weighted sum
         float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
         for (int b = 0; b < MAX_SPLITS; b++) {
             float f = __shfl_sync(~0u, factor, b, MAX_SPLITS);
             if (b >= blocks) break;
@@ -3849,22 +3788,23 @@ GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
     // 2. one part after the other: to the GPU as in the file, and there into the kernel's order
     uint16_t *qweight = (uint16_t *)device_alloc(largest * l.K / 2);
     uint8_t *s_group = groups ? (uint8_t *)device_alloc(largest * (l.K / GROUP)) : NULL;
+    float *s_channel = (float *)device_alloc(largest * sizeof(float));
     for (int i = 0, first = 0; i < n_parts; first += parts[i++].N) {
         const size_t n = (size_t)parts[i].N * l.K;
         copy_to_gpu((uint8_t *)qweight, parts[i].qweight, n / 2);
         if (groups) copy_to_gpu(s_group, parts[i].s_group, n / GROUP);
-        layout_weights(&l, first, parts[i].N, qweight, s_group, parts[i].s_channel, 0);
+        copy_to_gpu(s_channel, parts[i].s_channel, parts[i].N);
+        layout_weights(&l, first, parts[i].N, qweight, s_group, s_channel, 0);
     }
     cuda_check(cudaDeviceSynchronize(), "layout of weights");
-    cuda_check(cudaFree(qweight), "cudaFree");
-    cuda_check(cudaFree(s_group), "cudaFree");
+    for (void *p : {(void *)qweight, (void *)s_group, (void *)s_channel})
+        cuda_check(cudaFree(p), "cudaFree");
     return l;
 }
 
 void gpu_linear_free(GpuLinear *l) {
-    cuda_check(cudaFree(l->w), "cudaFree");
-    cuda_check(cudaFree(l->s_group), "cudaFree");
-    cuda_check(cudaFree(l->s_channel), "cudaFree");
+    for (void *p : {(void *)l->w, (void *)l->s_group, (void *)l->s_channel})
+        cuda_check(cudaFree(p), "cudaFree");
     *l = {};
 }
 
