@@ -329,6 +329,9 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
  * one chunk ahead. With few tokens the warps do better side by side along K than along N. The 8
  * warps then form TEAMS teams with a pipeline each, and add up their sums at the end.
  *
+ * Loops with constant bounds are unrolled by the compiler, which keeps arrays like `acc` in
+ * registers; it is told to in the few places where it would not.
+ *
  * Sources: weights in the order of the fragments, and much else, is Marlin's (arXiv 2408.11743);
  * the integer dequantization is LiquidGEMM's (arXiv 2509.01229).
  * ============================================================================================== */
@@ -617,10 +620,8 @@ __device__ __forceinline__ uint32_t dequantize(uint32_t word, int step, uint32_t
 template <bool GROUPS, bool ORDERED>
 __device__ __forceinline__ void dequantize_step(const uint4 (&w)[2], uint32_t s_group, int step,
                                                 uint32_t (&left)[2][4]) {
-#pragma unroll
     for (int i = 0; i < 2; i++) {
         const uint32_t words[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
-#pragma unroll
         for (int r = 0; r < 4; r++) {
             uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * i + r % 2);
             left[i][r] = dequantize<GROUPS>(words[r], step, s);
@@ -684,11 +685,9 @@ template <int N_TILES>
 __device__ __forceinline__ void multiply_step(int (&acc)[2][N_TILES][4], const uint32_t (&a)[2][4],
                                               uint32_t from) {
     constexpr int PAIR = N_TILES == 1 ? 1 : 2;
-#pragma unroll
     for (int j = 0; j < N_TILES; j += PAIR) {
         uint32_t b[2 * PAIR];
         load_matrices(b, from + j * 8 * 128);
-#pragma unroll
         for (int t = 0; t < PAIR; t++) {
             mma(acc[0][j + t], a[0], b[2 * t], b[2 * t + 1]);
             mma(acc[1][j + t], a[1], b[2 * t], b[2 * t + 1]);
@@ -717,7 +716,6 @@ __device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *su
     sums += threadIdx.x % STRIDE;
     __syncthreads(); // team 0 has read the sums of the tile before
     if (team > 0) {
-#pragma unroll
         for (int i = 0; i < TOKENS / 4; i++) {
             sums[(i * (TEAMS - 1) + team - 1) * STRIDE] = as_int4(acc[i % 2][i / 2]);
         }
@@ -725,7 +723,6 @@ __device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *su
     __syncthreads();
     if (team > 0) return;
     for (int t = 0; t < TEAMS - 1; t++) {
-#pragma unroll
         for (int i = 0; i < TOKENS / 4; i++) {
             add(acc[i % 2][i / 2], sums[(i * (TEAMS - 1) + t) * STRIDE]);
         }
@@ -749,7 +746,6 @@ __device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_ch
     using Floats = typename Scales<M_TILES>::Floats;
     const int lane = threadIdx.x % 32, channel = lane / 4 * 4, first = lane % 4 * 2;
     s.s_channel = *(const Floats *)(s_channel + channel);
-#pragma unroll
     for (int t = 0; t < 2; t++) {
         const float *x = p.residual + (size_t)(m0 + first + t) * p.N + n0 + channel;
         s.s_a[t] = first + t < tokens ? s_a[first + t] : 0;
@@ -780,8 +776,7 @@ __device__ __forceinline__ void write_rows(Out *to, int N, const int (&acc)[M_TI
         float y[2 * M_TILES];
         uint32_t halves[M_TILES];
         if (!AHEAD && j > 0) load(i, to);
-            // 1. scale, and add to the residual stream or round to halves
-#pragma unroll
+        // 1. scale, and add to the residual stream or round to halves
         for (int c = 0; c < 2 * M_TILES; c++) {
             float sum = acc[c / 2][j][c % 2 * 2 + t];
             y[c] = __fmul_rn(__fmul_rn(sum, s.s_a[t]), (&s.s_channel.x)[c]);
@@ -843,7 +838,6 @@ __global__ void __launch_bounds__(THREADS, Shape<TOKENS, TEAMS>::BLOCKS)
     // 1. Start to read weights: no kernel writes them, so they need not wait for the one before.
     Position next(tiling);
     aim_weights(next);
-#pragma unroll
     for (int u = 0; u < CHUNK_UNITS; u++) load_weights(u);
     prefetch(p.s_channel + (next.tile.n * S::TEAM_WARPS + warp) * STRIP, weights.valid > 0);
     launch_dependents();
@@ -871,7 +865,6 @@ __global__ void __launch_bounds__(THREADS, Shape<TOKENS, TEAMS>::BLOCKS)
 #pragma unroll
             for (int u = 0; u < CHUNK_UNITS; u++) {
                 if (u < 2) load_half_stage(next, filling, u);
-#pragma unroll
                 for (int step = 0; step < 2; step++) {
                     uint32_t left[2][4]; // [m16 tile][register]
                     dequantize_step<GROUPS, ORDERED>(weights.w[u], weights.s_group[u / 2], step,
@@ -935,7 +928,6 @@ __global__ void __launch_bounds__(THREADS, 2)
     UnitsInFlight<FEW_UNITS, GROUPS> weights;
     const bool exists = strip < p.N / STRIP;
     weights.aim(p, strip, team * 2, exists);
-#pragma unroll
     for (int u = 0; u < FEW_UNITS; u++) weights.load(u, teams);
     prefetch(p.s_channel + strip * STRIP, exists);
     launch_dependents();
@@ -964,11 +956,9 @@ __global__ void __launch_bounds__(THREADS, 2)
     int acc[2][1][4] = {};
     for (int pair = team; pair < pairs; pair += FEW_UNITS / 2 * teams) {
         weights.advance(teams);
-#pragma unroll
         for (int u = 0; u < FEW_UNITS; u++) {
             const int now = pair + u / 2 * teams;
             if (u % 2 == 0 && now >= pairs) break;
-#pragma unroll
             for (int step = 0; step < 2; step++) {
                 uint32_t left[2][4]; // [m16 tile][register]
                 dequantize_step<GROUPS, true>(weights.w[u], weights.s_group[u / 2], step, left);
@@ -980,7 +970,6 @@ __global__ void __launch_bounds__(THREADS, 2)
     }
 
     // 4. One warp per strip adds up the teams' sums and writes.
-#pragma unroll
     for (int i = 0; i < 2; i++) sums[warp][i][lane] = as_int4(acc[i][0]);
     const int n0 = (blockIdx.x * strips + warp) * STRIP;
     const bool writes = warp < strips && n0 < p.N;
@@ -988,7 +977,6 @@ __global__ void __launch_bounds__(THREADS, 2)
     if (writes) load_scales(p, p.s_channel + n0, p.s_a + m0, m0, rows, n0, s);
     __syncthreads();
     if (!writes) return;
-#pragma unroll
     for (int i = 0; i < 2; i++) {
         for (int &x : acc[i][0]) x = 0;
         for (int t = 0; t < teams; t++) add(acc[i][0], sums[t * strips + warp][i][lane]);
@@ -2243,6 +2231,7 @@ __device__ __forceinline__ void softmax_positions(int pos, int first, const half
     const float scale = score_scale(HEAD_DIM);
     float shrink[2];
     for (int h = 0; h < 2; h++) { // the lane's two heads
+        // 1. hide what is past the end, and find the largest score of the tile
         float largest = -INFINITY;
         for (int i = 0; i < 2; i++) {
             float &x = s[2 * i + h];
@@ -2253,6 +2242,7 @@ __device__ __forceinline__ void softmax_positions(int pos, int first, const half
         for (int i = 4; i < 32; i *= 2) {
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
         }
+        // 2. weights
         shrink[h] = a.softmax[h].raise(largest);
         for (int i = 0; i < 2; i++) {
             float &x = s[2 * i + h];
@@ -2260,6 +2250,7 @@ __device__ __forceinline__ void softmax_positions(int pos, int first, const half
             if (BITS < 16) x *= __half2float(v_scale[i]);
         }
     }
+    // 3. the correction of o
     for (int i = 0; i < HEAD_DIM / 16 * 4; i++) a.o[i / 16][i / 4 % 4][i % 4] *= shrink[i % 2];
 }
 
@@ -4639,7 +4630,6 @@ __device__ __forceinline__ void feed(const Tiling &tiling, int tokens, const Ten
             const int slot = i % T::STAGES;
             barrier_wait(&ring.empty[slot], i / T::STAGES % 2 ^ 1);
             barrier_arrive_and_expect(&ring.full[slot], T::PANELS * rows * box.row_bytes);
-#pragma unroll
             for (int j = 0; j < T::PANELS; j++, panel++) {
                 copy_box(shared + slot * T::STAGE + j * T::PANEL + box.offset, &maps.of[INPUT],
                          panel * (box.row_bytes / 8), row, &ring.full[slot]);
@@ -4671,19 +4661,16 @@ __device__ __forceinline__ void dequantize_part(uint32_t panels, int part, WarpC
     const int lane = threadIdx.x % 32;
     const uint32_t at_w = T::WEIGHT_BOX.offset + at.strip * 2048 + at.tile * 512 + lane * 16;
     const uint32_t at_s = T::SCALE_BOX.offset + at.strip * 32 + lane / 4 * 4;
-#pragma unroll
     for (int i = 0; i < T::PART_UNITS; i++) {
         // 1. this lane's words of unit u, and the scales of the panel's group
         const int u = part * T::PART_UNITS + i;
         const uint32_t panel = panels + u / 2 * T::PANEL;
         uint32_t words[T::M_TILES][4];
-#pragma unroll
         for (int j = 0; j < T::M_TILES; j++) {
             load_shared_16(words[j], panel + at_w + u % 2 * 1024 + j * 512);
         }
         if (GROUPS && u % 2 == 0) s_group = load_shared_4(panel + at_s);
-            // 2. both steps
-#pragma unroll
+        // 2. both steps
         for (int n = 0; n < 8 * T::M_TILES; n++) {
             const int step = n / (4 * T::M_TILES), j = n / 4 % T::M_TILES, r = n % 4;
             uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * (at.tile + j) + r % 2);
@@ -4702,7 +4689,6 @@ __device__ __forceinline__ void multiply_part(uint32_t panels, int part, const L
     for (int i = 0; i < STEPS; i++) {
         const int step = part * STEPS + i; // of the stage: k32
         const uint32_t right = panels + step / 4 * T::PANEL + step % 4 * 32;
-#pragma unroll
         for (int j = 0; j < T::M_TILES; j++) {
             wgmma(acc[j], left[i / 2][i % 2][j], wgmma_matrix(right));
         }
@@ -4732,7 +4718,6 @@ __device__ __forceinline__ void add_warpgroups(int (&acc)[1][N_TILES][4], int4 *
     for (int j = 0; j < N_TILES && team == 1; j++) sums[j * WARPGROUP] = as_int4(acc[0][j]);
     named_barrier(3, 2 * WARPGROUP);
     if (team == 1) return;
-#pragma unroll
     for (int j = 0; j < N_TILES; j++) add(acc[0][j], sums[j * WARPGROUP]);
 }
 
@@ -4860,7 +4845,7 @@ static CUtensorMap tensor_map(const void *matrix, size_t rows, size_t bytes, Box
 }
 
 template <int CHANNELS, int TOKENS, bool GROUPS>
-static void launch_wgmma(const GemmArgs &p, cudaStream_t stream) {
+static void launch_shape(const GemmArgs &p, cudaStream_t stream) {
     using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
     const Tiling tiling = make_tiling(p, CHANNELS, TOKENS, T::PANELS * GROUP);
     const int tokens = ceil_div(p.M, tiling.m); // the TMA is slow with rows that are not there
@@ -4882,45 +4867,27 @@ static void launch_wgmma(const GemmArgs &p, cudaStream_t stream) {
     launch(kernel, {dim3(blocks), 3 * WARPGROUP, T::SHARED}, stream, p, tiling, tokens, maps);
 }
 
-/* The kernels, in the order of GemmKernel, each per channel and with groups. A round of tiles, one
- * on each multiprocessor, costs so many microseconds, and so many more per 1024 k: a fit to what an
- * H100 needed for 10 shapes. Of equal tiles 128 x 64 reads least through the L2 cache, as a weight
- * is half a byte; 96 tokens are for shapes that leave a round of 128 half empty. */
+template <int CHANNELS, int TOKENS>
+static void launch_wgmma(const GemmArgs &p, cudaStream_t stream) {
+    if (p.s_group) launch_shape<CHANNELS, TOKENS, true>(p, stream);
+    else launch_shape<CHANNELS, TOKENS, false>(p, stream);
+}
+
+/* The kernels, in the order of GemmKernel, with costs per channel and per group. A round of tiles,
+ * one on each multiprocessor, costs so many microseconds, and so many more per 1024 k: a fit to
+ * what an H100 needed for 10 shapes. Of equal tiles 128 x 64 reads least through the L2 cache, as a
+ * weight is half a byte; 96 tokens are for shapes that leave a round of 128 half empty. */
 static const struct HopperKernel {
     int channels, tokens;
     float round[2], round_per_1024[2];
-    void (*launch[2])(const GemmArgs &, cudaStream_t);
+    void (*launch)(const GemmArgs &, cudaStream_t);
 } hopper_kernels[] = {
-    {64,
-     64,
-     {1.4f, 1.6f},
-     {0.98f, 1.20f},
-     {launch_wgmma<64, 64, false>, launch_wgmma<64, 64, true>}},
-    {128,
-     64,
-     {1.4f, 1.7f},
-     {1.65f, 2.19f},
-     {launch_wgmma<128, 64, false>, launch_wgmma<128, 64, true>}},
-    {128,
-     96,
-     {1.7f, 1.8f},
-     {2.01f, 2.51f},
-     {launch_wgmma<128, 96, false>, launch_wgmma<128, 96, true>}},
-    {128,
-     128,
-     {2.4f, 2.2f},
-     {2.49f, 2.77f},
-     {launch_wgmma<128, 128, false>, launch_wgmma<128, 128, true>}},
-    {256,
-     96,
-     {3.0f, 2.8f},
-     {3.42f, 4.38f},
-     {launch_wgmma<256, 96, false>, launch_wgmma<256, 96, true>}},
-    {256,
-     128,
-     {3.6f, 3.3f},
-     {4.65f, 5.19f},
-     {launch_wgmma<256, 128, false>, launch_wgmma<256, 128, true>}},
+    {64, 64, {1.4f, 1.6f}, {0.98f, 1.20f}, launch_wgmma<64, 64>},
+    {128, 64, {1.4f, 1.7f}, {1.65f, 2.19f}, launch_wgmma<128, 64>},
+    {128, 96, {1.7f, 1.8f}, {2.01f, 2.51f}, launch_wgmma<128, 96>},
+    {128, 128, {2.4f, 2.2f}, {2.49f, 2.77f}, launch_wgmma<128, 128>},
+    {256, 96, {3.0f, 2.8f}, {3.42f, 4.38f}, launch_wgmma<256, 96>},
+    {256, 128, {3.6f, 3.3f}, {4.65f, 5.19f}, launch_wgmma<256, 128>},
 };
 
 /* wgmma, unlike the rest of Hopper, is in no GPU that came later. */
@@ -4946,6 +4913,6 @@ static bool choose_hopper(const GpuLinear *l, int M, GemmKernel *kernel) {
 /* False for kernels of section 2, and where these cannot run. */
 static bool launch_hopper(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream) {
     if (kernel < GEMM_HOPPER_64X64 || !wgmma_code()) return false;
-    hopper_kernels[kernel - GEMM_HOPPER_64X64].launch[p.s_group != NULL](p, stream);
+    hopper_kernels[kernel - GEMM_HOPPER_64X64].launch(p, stream);
     return true;
 }

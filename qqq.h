@@ -219,8 +219,8 @@ struct Engine {
     const int *(*chosen)(Engine *e);
     const float *(*logits)(Engine *e);
 
-    // feed() of tokens [n] that also sets scores[i], of targets[i] as the token after tokens[i].
-    // chosen() and logits() are lost.
+    // feed() that also sets scores [n]: those of targets[i] as the token after tokens[i]. chosen()
+    // and logits() are lost.
     void (*score)(Engine *e, int sequence, const int *tokens, const int *targets, int n, int pos,
                   Score *scores);
 
