@@ -52,7 +52,7 @@ struct GpuModel {
     Config config;
     bool quantized;
     half *embedding; // [vocab_size][dim]
-    Matrix lm_head;  // its w may be the embedding
+    Matrix lm_head;  // lm_head.w may be the embedding
     float *norm;     // [dim]
     GpuLayer *layers;
     size_t bytes;
@@ -163,7 +163,7 @@ static void prompt(GpuState *s, const Batch &batch) {
     layers(s, batch);
 }
 
-/* One token more for each sequence: the one in s->chosen, at its position in s->positions. */
+/* One token more for each sequence: the one in s->chosen, at the position in s->positions. */
 static void decode_step(GpuState *s) {
     embed_chosen(s);
     layers(s, {s->n_sequences, -1, 0});
@@ -318,7 +318,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
  *     tile    CHANNELS  TOKENS  all         -             a block, one tile after the other
  *     strip   32        TOKENS  all         -             a warp: its part of a tile
  *     unit    32        -       64          1024 weights  a warp, in registers; 4 in flight
- *     chunk   CHANNELS  TOKENS  256 TEAMS   -             a block: one turn of the main loop
+ *     chunk   CHANNELS  TOKENS  256 TEAMS   -             a block: one pass of the main loop
  *     panel   -         TOKENS  128         128 TOKENS    a team, in shared memory: [TOKENS][128]
  *     stage   -         TOKENS  2 x 128     256 TOKENS    a team: its two panels of a chunk
  *     team    8 / TEAMS warps side by side along N; every team has its own part of each chunk
@@ -496,7 +496,7 @@ static void layout_weights(const GpuLinear *l, int first, int N, const uint16_t 
 
 /* ---- tiles, and the way through them --------------------------------------------------------- */
 
-/* What every kernel of the GEMM needs. */
+/* The arguments of every kernel of the GEMM. */
 struct GemmArgs {
     int M, N, K;
     const uint4 *w;          // [N/32][K/64][2][32]
@@ -531,14 +531,14 @@ static Tiling make_tiling(const GemmArgs &p, int channels, int tokens, int chunk
     return {m, n, m * n, ceil_div(p.K, chunk)};
 }
 
-/* A tile: number m of the tiles of tokens, number n of those of channels. */
+/* A tile: number m of the tiles of tokens, number n of the tiles of channels. */
 struct Tile {
     int m, n;
 };
 
 /* Blocks work on consecutive tiles at the same time. So consecutive tiles form a square: they go
- * along the channels in bands of 8 tiles of tokens, and share much of what they read through the L2
- * cache. */
+ * along the channels in bands of 8 tiles of tokens. Then much of their input is in the L2 cache
+ * already. */
 __device__ __forceinline__ Tile tile_number(int i, const Tiling &tiling) {
     constexpr int BAND = 8;
     if (tiling.m == 1) return {0, i}; // divisions are slow
@@ -570,8 +570,8 @@ struct Position {
 template <int UNITS, bool GROUPS> struct UnitsInFlight {
     uint4 w[UNITS][2] = {}; // [unit][m16 tile]
     uint32_t s_group[UNITS / 2] = {};
-    const uint4 *from;            // the first unit's
-    const uint32_t *from_s_group; // and its scale's
+    const uint4 *from;            // the first unit
+    const uint32_t *from_s_group; // and the scale of its group
     int valid;                    // units from there to the end of K
 
     __device__ __forceinline__ void aim(const GemmArgs &p, int strip, int unit, bool exists) {
@@ -729,7 +729,7 @@ __device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *su
     }
 }
 
-/* What turns a lane's sums into outputs, for M_TILES m16 tiles and two tokens: 2 M_TILES
+/* The factors that turn a lane's sums into outputs, for M_TILES m16 tiles and two tokens: 2 M_TILES
  * consecutive channels of each token. */
 template <int M_TILES> struct Scales {
     using Floats = std::conditional_t<M_TILES == 2, float4, float2>;
@@ -924,7 +924,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     const int units = p.K / UNIT, pairs = ceil_div(units, 2); // a pair: one panel
 
     // 1. Weights are on their way before the kernel ahead has finished: into registers, and behind
-    // those into the L2 cache.
+    // them into the L2 cache.
     UnitsInFlight<FEW_UNITS, GROUPS> weights;
     const bool exists = strip < p.N / STRIP;
     weights.aim(p, strip, team * 2, exists);
@@ -996,7 +996,7 @@ static void launch_gemm(const GemmArgs &p, cudaStream_t stream) {
     launch(kernel, {dim3(ceil_div(tiling.tiles, rounds)), THREADS, S::SHARED}, stream, p, tiling);
 }
 
-/* No more teams than keep most multiprocessors busy: each is one more sum to add. */
+/* Only as many teams as keep the multiprocessors busy: each team is one more sum to add. */
 template <bool GROUPS> static void launch_few(const GemmArgs &p, cudaStream_t stream) {
     // gemm_w4a8_kernel stands in where the activations do not fit beside the sums.
     const size_t shared = (size_t)min(FEW, p.M) * ceil_div(p.K, 128) * 128;
@@ -1031,13 +1031,12 @@ static bool choose_hopper(const GpuLinear *l, int M, GemmKernel *kernel);
 static bool launch_hopper(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream);
 
 /* The largest tile of mma.sync that leaves few multiprocessors idle; a rule of thumb, not fitted to
- * one GPU. What Hopper takes was measured. */
+ * one GPU. The choice for Hopper was measured: see hopper_kernels. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
-    GemmKernel kernel;
     const int sms = multiprocessors();
     if (M <= FEW && (size_t)M * l->K <= FEW_SHARED) return GEMM_FEW;
     if (M <= 16) return GEMM_16X8;
-    if (!portable && choose_hopper(l, M, &kernel)) return kernel;
+    if (GemmKernel k; !portable && choose_hopper(l, M, &k)) return k;
     if (M > 64 && ceil_div(M, 128) * ceil_div(l->N, 256) >= sms) return GEMM_128X1;
     return 2 * ceil_div(M, 64) * ceil_div(l->N, 128) >= sms ? GEMM_64X2 : GEMM_16X8;
 }
@@ -1064,7 +1063,7 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
  *     h = silu(gate) * up                             SwiGLU, arXiv 2002.05202
  *     s_a = max|h| / 127,  a = rint(h / s_a)          at the end of either, in the same pass
  *
- * What is kept in which precision, and why no value can overflow:
+ * Which numbers have which precision, and why no value can overflow:
  *   - the residual stream x is float32: in LLaMA 3.1 8B it reaches thousands, and grows by sums;
  *   - q, k, v, gate and up are halves: linears of a normed row, so that |y_n| <= |w_n| |h|, far
  *     below 65504; attention's output is a mean of v's;
@@ -1209,7 +1208,7 @@ __device__ static void write_row(const SharedRow &row, int K, uint32_t largest,
     if (out.a) {
         s = activation_scale(largest);
     } else if (out.scale && largest < INFINITE) {
-        // the least 2^e with max|h| / 2^e < 2^15; its bits are the exponent + 127 alone
+        // the least 2^e with max|h| / 2^e < 2^15; the bits of 2^e are the exponent + 127 alone
         int exponent = (int)(largest >> 23) - 127;
         if (exponent > 14) s = __int_as_float((exponent - 14 + 127) << 23);
     }
@@ -1651,7 +1650,7 @@ static void choose(GpuState *s, int sequence, int n) {
 /* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
 __global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
     // In this order: no kernel of a step starts before the step before has finished. So they may
-    // read what that left, positions and cache, without waiting for each other.
+    // read its positions and cache without waiting for each other.
     wait_for_previous_kernel();
     launch_dependents();
     const int token = max(0, chosen_token(chosen[blockIdx.x])); // -1 is reported by the host
@@ -1706,10 +1705,10 @@ __global__ void score_kernel(const float *logits, int vocab_size, const int *tar
  * blocks, whose m, l, o are joined at the end by the same rule (arXiv 2311.01282). Keys and values
  * go from global memory straight into the registers in which mma wants them.
  *
- * In both the query heads of one KV head share its loads: they are rows of the same products.
+ * In both the query heads of one KV head share the loads: they are rows of the same products.
  * Twin: attention() and rope() in qqq.c. head_dim is 64 or 128.
  *
- * What a lane holds of a product, lane = 4 g + t (c0 .. c3: its sums; mma's layout for halves):
+ * The sums c0 .. c3 of a product that a lane 4 g + t holds, in mma's layout for halves:
  *
  *     prompt: rows are queries                   token: rows are positions, columns query heads
  *
@@ -1947,7 +1946,7 @@ __device__ __forceinline__ void score_tile(const QueryRows<HEAD_DIM> &rows, uint
     }
 }
 
-/* Scores of keys first .. first + KEYS - 1 become weights; what is summed up so far shrinks. */
+/* Scores of keys first .. first + KEYS - 1 become weights; the sums so far shrink. */
 template <int HEAD_DIM>
 __device__ __forceinline__ void softmax_tile(const QueryRows<HEAD_DIM> &rows, int first,
                                              Softmax (&softmax)[2], float (&s)[KEYS / 8][4],
@@ -2082,7 +2081,7 @@ struct DecodeArgs {
     int *arrived;          // [sequences][rows of blocks + 1] blocks that are through
 };
 
-/* What one block does. */
+/* The work of one block. */
 struct DecodeBlock {
     int kv_head, head0, n_heads; // of the query heads the first, and how many: at most HEADS
     int q_dim, kv_dim, pos;
@@ -2221,8 +2220,8 @@ __device__ __forceinline__ void score_positions(const Queries<HEAD_DIM> &queries
     for (int i = 0; i < 4; i++) s[i] += odd[i];
 }
 
-/* Scores of the tile at position `first` become weights, times s_v; what is summed up so far
- * shrinks. */
+/* Scores of the tile at position `first` become weights, times s_v; the sums so far shrink.
+ */
 template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void softmax_positions(int pos, int first, const half (&k_scale)[2],
                                                   const half (&v_scale)[2], float (&s)[4],
@@ -2231,7 +2230,7 @@ __device__ __forceinline__ void softmax_positions(int pos, int first, const half
     const float scale = score_scale(HEAD_DIM);
     float shrink[2];
     for (int h = 0; h < 2; h++) { // the lane's two heads
-        // 1. hide what is past the end, and find the largest score of the tile
+        // 1. hide positions past the end, and find the largest score of the tile
         float largest = -INFINITY;
         for (int i = 0; i < 2; i++) {
             float &x = s[2 * i + h];
@@ -2263,7 +2262,7 @@ add_positions(const float (&p)[4], const CacheTile<HEAD_DIM, BITS> &kv, Attended
     for (int i = 0; i < HEAD_DIM / 64; i++) {
         const int at = i * BITS / 4;
         for (int e = 0; e < 4; e++) {
-            uint32_t low[2], high[2]; // of positions 2t, 2t + 1; of those 8 on
+            uint32_t low[2], high[2]; // of positions 2t, 2t + 1; of 2t + 8, 2t + 9
             rows_to_halves<BITS>(kv.v[0].words + at, kv.v[1].words + at, e, low);
             rows_to_halves<BITS>(kv.v[2].words + at, kv.v[3].words + at, e, high);
             const uint32_t v[4] = {low[0], low[1], high[0], high[1]};
@@ -2335,8 +2334,8 @@ __device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_D
     __syncthreads();
 }
 
-/* True in the last of n blocks that call it with this counter: it sees what all of them have
- * written before. The counter is 0 again afterwards, as the next launch wants it. */
+/* True in the last of n blocks that call it with this counter: it sees everything that they
+ * have written before. The counter is 0 again afterwards, as the next launch wants it. */
 __device__ __forceinline__ bool is_last(int *counter, int n) {
     __shared__ bool last;
     __syncthreads();
@@ -3842,7 +3841,7 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
         snprintf(what, size, format, numbers...);
         return false;
     };
-    // what the kernels ask for
+    // the needs of the kernels
     const int group = c->n_heads / c->n_kv_heads;
     if (properties.major < 8) return no("found no GPU of compute capability %d.0 or newer", 8);
     if (c->head_dim != 64 && c->head_dim != 128)
@@ -3998,7 +3997,7 @@ static size_t place_buffers(GpuState *s) {
     take(s->rope, (size_t)s->context * (c->head_dim / 4));
     take(s->partial, B * decode_rows(c) * s->splits * HEADS * (c->head_dim + 2));
     take(s->arrived, B * (decode_rows(c) + 1));
-    // 3. of B sequences: what comes out
+    // 3. the results of B sequences
     take(s->positions, B);
     take(s->chosen, B);
     take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
@@ -4123,7 +4122,7 @@ static void feed_chunks(GpuState *s, int sequence, const int *tokens, int n, int
 /* One graph launch: see decode_step(). */
 static void engine_step(Engine *e, const int *tokens, const int *positions) {
     GpuState *s = state_of(e);
-    // 1. given tokens take the place of the chosen ones
+    // 1. given tokens replace the chosen ones
     for (int i = 0; tokens && i < s->n_sequences; i++) {
         check_tokens(s, tokens + i, 1, positions[i]);
         const Choice given = (uint32_t)~tokens[i];
@@ -4201,7 +4200,7 @@ Engine *gpu_engine(const Model *m, int kv_bits) {
     e->model = m;
     e->on_gpu = true;
     e->kv_bits = kv_bits;
-    // what a step reads: all weights, but of an embedding that is not lm_head only a row
+    // a step reads all weights, but only a row of an embedding that is not lm_head as well
     const size_t row = c->head_dim * kv_bits / 8 + (kv_bits < 16 ? sizeof(half) : 0);
     e->position_bytes = 2 * row * c->n_layers * c->n_kv_heads;
     e->step_bytes = e->weight_bytes = e->weights->bytes;
@@ -4414,10 +4413,10 @@ void gpu_quantizer_report(GpuQuantizer *q, FILE *out) {
  * 7. Hopper: the W4A8 GEMM with wgmma, fed by the TMA
  *
  * The equation, the layout of the weights and their dequantization are section 2's. mma.sync
- * reaches 65% of what Hopper's tensor cores can do; wgmma reaches the rest. A warpgroup, four
+ * reaches 65% of the speed of Hopper's tensor cores; wgmma reaches the rest. A warpgroup, four
  * warps, issues it together. It runs in the background and reads its right operand, the
- * activations, from shared memory by itself. Its left operand may be registers, whose layout is,
- * warp for warp, that of mma.sync; so is that of its sums.
+ * activations, from shared memory by itself. The left operand may be registers. Their layout and
+ * the layout of the sums are, warp for warp, the same as with mma.sync.
  *
  *      global memory               shared memory: a ring of STAGES            registers
  *
@@ -4450,7 +4449,7 @@ constexpr bool HAVE_WGMMA = true;
 #else
 constexpr bool HAVE_WGMMA = false;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-#error "Hopper's own instructions are those of sm_90a, not sm_90"
+#error "Hopper's own instructions need sm_90a, not sm_90"
 #endif
 #endif
 
@@ -4874,9 +4873,9 @@ static void launch_wgmma(const GemmArgs &p, cudaStream_t stream) {
 }
 
 /* The kernels, in the order of GemmKernel, with costs per channel and per group. A round of tiles,
- * one on each multiprocessor, costs so many microseconds, and so many more per 1024 k: a fit to
- * what an H100 needed for 10 shapes. Of equal tiles 128 x 64 reads least through the L2 cache, as a
- * weight is half a byte; 96 tokens are for shapes that leave a round of 128 half empty. */
+ * one on each multiprocessor, costs so many microseconds, and so many more per 1024 k: a fit to 10
+ * shapes on an H100. Of equal tiles 128 x 64 reads least through the L2 cache, as a weight
+ * is half a byte; 96 tokens are for shapes that leave a round of 128 half empty. */
 static const struct HopperKernel {
     int channels, tokens;
     float round[2], round_per_1024[2];
