@@ -137,11 +137,13 @@ static void layer(GpuState *s, int l, const Batch &batch) {
     const LinearInput input = linear_input(s);
     const int T = batch.T;
 
+    // attention
     gpu_rmsnorm(s->x, w->attention_norm, T, c->dim, c->norm_eps, input, s->stream);
     linear(s, &w->qkv, T, s->qkv);
     attend(s, l, batch);
     add_linear(s, &w->o, T, s->att, NULL);
 
+    // FFN
     gpu_rmsnorm(s->x, w->ffn_norm, T, c->dim, c->norm_eps, input, s->stream);
     linear(s, &w->gate_up, T, s->gate_up);
     gpu_swiglu(s->gate_up, T, c->hidden_dim, input, s->stream);
@@ -245,16 +247,18 @@ constexpr int CARVEOUT = 50;
 template <typename... Parameters, typename... Arguments>
 static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
                    Arguments... arguments) {
+    // 1. the overlap, which came with Hopper
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
+    // 2. the shape
     cudaLaunchConfig_t config = {};
     config.gridDim = shape.grid;
     config.blockDim = dim3(shape.threads);
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = code_version() >= 90; // came with Hopper
+    config.numAttrs = code_version() >= 90;
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     shape.carveout),
                "shared memory");
@@ -542,6 +546,7 @@ struct Tile {
 __device__ __forceinline__ Tile tile_number(int i, const Tiling &tiling) {
     constexpr int BAND = 8;
     if (tiling.m == 1) return {0, i}; // divisions are slow
+    // the band, and the number of the tile in the band; the last band may have fewer rows
     int band = i / (BAND * tiling.n);
     int rows = min(BAND, tiling.m - band * BAND);
     int in_band = i - band * BAND * tiling.n;
@@ -557,6 +562,7 @@ struct Position {
         : i(blockIdx.x), chunk(0), tile(tile_number(i, tiling)) {}
     __device__ __forceinline__ void advance(const Tiling &tiling) {
         if (++chunk < tiling.chunks) return;
+        // the first chunk of the next tile
         chunk = 0;
         i += gridDim.x;
         tile = tile_number(i, tiling);
@@ -585,6 +591,7 @@ template <int UNITS, bool GROUPS> struct UnitsInFlight {
         return u / 2 * 2 * teams + u % 2;
     }
     __device__ __forceinline__ void load(int u, int teams) {
+        // both m16 tiles, and with the second unit of a pair the scales of the group
         const int unit = offset(u, teams);
         load_16(w[u][0], from + unit * 64, unit < valid);
         load_16(w[u][1], from + unit * 64 + 32, unit < valid);
@@ -609,7 +616,9 @@ template <int UNITS, bool GROUPS> struct UnitsInFlight {
  * bit subtracts the 128. */
 template <bool GROUPS>
 __device__ __forceinline__ uint32_t dequantize(uint32_t word, int step, uint32_t s) {
+    // per channel: 16 q
     if (!GROUPS) return (step ? word : word << 4) & 0xf0f0f0f0;
+    // per group: q s
     uint32_t u = (step ? word >> 4 : word) & 0x0f0f0f0f;
     return (u * s + (0x80808080 - s * 0x08080808)) ^ 0x80808080;
 }
@@ -647,8 +656,10 @@ __device__ __forceinline__ void load_activations(const GemmArgs &p, const Tiling
                                                  int half_of_tokens) {
     constexpr int PIECES = CHUNK / 16; // of a row
     constexpr int ROWS = Shape<TOKENS, TEAMS>::TEAM_THREADS / PIECES;
+    // 1. this thread's piece of a row: a team has every TEAMS-th panel of the chunk
     const int column = threadIdx.x % PIECES, panel = column / 8 * TEAMS + team;
     const int k = at.chunk * TEAMS * CHUNK + panel * 128 + column % 8 * 16;
+    // 2. its rows, ROWS apart
     int row = half_of_tokens * TOKENS / 2 + threadIdx.x % (ROWS * PIECES) / PIECES;
     int rows = min((half_of_tokens + 1) * TOKENS / 2, p.M - at.tile.m * TOKENS);
     if (at.i >= tiling.tiles) rows = 0;
@@ -713,8 +724,9 @@ __device__ __forceinline__ int4 as_int4(const int (&c)[4]) {
 template <int TOKENS, int TEAMS>
 __device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *sums, int team) {
     constexpr int STRIDE = Shape<TOKENS, TEAMS>::TEAM_THREADS;
+    // 1. the other teams leave their sums, once team 0 has read the ones of the tile before
     sums += threadIdx.x % STRIDE;
-    __syncthreads(); // team 0 has read the sums of the tile before
+    __syncthreads();
     if (team > 0) {
         for (int i = 0; i < TOKENS / 4; i++) {
             sums[(i * (TEAMS - 1) + team - 1) * STRIDE] = as_int4(acc[i % 2][i / 2]);
@@ -722,6 +734,7 @@ __device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *su
     }
     __syncthreads();
     if (team > 0) return;
+    // 2. team 0 adds them to its own
     for (int t = 0; t < TEAMS - 1; t++) {
         for (int i = 0; i < TOKENS / 4; i++) {
             add(acc[i % 2][i / 2], sums[(i * (TEAMS - 1) + t) * STRIDE]);
@@ -788,6 +801,7 @@ __device__ __forceinline__ void write_rows(Out *to, int N, const int (&acc)[M_TI
             if constexpr (ADD) __stcg((Floats *)to, *(const Floats *)y);
             else __stcg((Halves *)to, *(const Halves *)halves);
         }
+        // 3. on to the next token: the neighbour, or 7 further
         if (AHEAD) load(i + 2, to + 8 * (size_t)N);
         to += (t ? 7 : 1) * (size_t)N;
     }
@@ -962,6 +976,7 @@ __global__ void __launch_bounds__(THREADS, 2)
             for (int step = 0; step < 2; step++) {
                 uint32_t left[2][4]; // [m16 tile][register]
                 dequantize_step<GROUPS, true>(weights.w[u], weights.s_group[u / 2], step, left);
+                // a dequantized unit makes room for one FEW_UNITS on
                 if (step == 1) weights.load(u, teams);
                 const uint32_t panel = shared_address(shared) + now * rows * 128;
                 multiply_step<1>(acc, left, panel + (b_row ^ (u % 2 * 2 + step) * 32));
@@ -1004,6 +1019,7 @@ template <bool GROUPS> static void launch_few(const GemmArgs &p, cudaStream_t st
     if (shared > available) return launch_gemm<16, 8, GROUPS>(p, stream);
 
     const int strips = p.N / STRIP;
+    // fewer teams, as long as the blocks fill the multiprocessors 1.4 times
     int teams = WARPS;
     while (teams > 1 && strips * teams / 2 * 5 >= WARPS * multiprocessors() * 7) teams /= 2;
     constexpr auto kernel = gemm_few_kernel<GROUPS>;
@@ -1043,10 +1059,12 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
 
 void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
                   half *y, float *residual, cudaStream_t stream) {
+    // 1. section 7 runs its own kernels
     const GemmArgs p = {
         M,   l->N, l->K,    (const uint4 *)l->w, (const uint32_t *)l->s_group, l->s_channel, a,
         s_a, y,    residual};
     if (launch_hopper(kernel, p, stream)) return;
+    // 2. else mma.sync
     if (l->s_group) launch_mma<true>(kernel, p, stream);
     else launch_mma<false>(kernel, p, stream);
 }
@@ -1182,6 +1200,7 @@ struct SharedRow {
 
 /* Over all threads of a block, each of which gets the result. */
 __device__ static float block_sum(float x) {
+    // within each warp, then each warp adds up the sums of all
     __shared__ float sums[32];
     for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
@@ -1192,6 +1211,7 @@ __device__ static float block_sum(float x) {
 }
 
 __device__ static uint32_t block_max(uint32_t x) {
+    // as block_sum()
     __shared__ uint32_t maxima[32];
     x = __reduce_max_sync(~0u, x);
     if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = x;
@@ -1263,6 +1283,7 @@ __global__ void swiglu_kernel(const half *gate_up, int hidden_dim, LinearInput o
     SharedRow row = {shared_row, hidden_dim / 8};
     launch_dependents();
     wait_for_previous_kernel();
+    // the product stays float32 in shared memory, until the scale of the row is known
     const uint4 *gate = (const uint4 *)(gate_up + (size_t)blockIdx.x * 2 * hidden_dim);
     const uint4 *up = gate + hidden_dim / 8;
     uint32_t largest = 0;
@@ -1365,6 +1386,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     extern __shared__ uint4 shared_x[]; // [K / 8]
     const int lane = threadIdx.x % 32, pieces = K / 8;
     const int n = (blockIdx.x * WARPS + threadIdx.x / 32) * GEMV_ROWS;
+    // where this lane reads, and the loads in flight: zeros past the end
     const uint4 *rows[GEMV_ROWS];
     for (int r = 0; r < GEMV_ROWS; r++) rows[r] = (const uint4 *)(w + (size_t)(n + r) * K) + lane;
     uint4 next[GEMV_LOADS][GEMV_ROWS];
@@ -1416,6 +1438,7 @@ __global__ void add_scaled_kernel(const float *y, const float *scale, int dim, f
 /* y16 or y32 [T][N] = in [T][K] W^T, or with `add` += . */
 static void linear_halves(GpuState *s, const Matrix *w, const half *in, const float *scale, int T,
                           half *y16, float *y32, bool add) {
+    // 1. one token: bound by reading the weights
     if (T == 1) {
         int rows = WARPS * GEMV_ROWS;
         allow_shared(gemv_kernel, w->K * sizeof(half));
@@ -1423,11 +1446,13 @@ static void linear_halves(GpuState *s, const Matrix *w, const half *in, const fl
                w->w, w->N, w->K, in, scale, y16, y32, add);
         return;
     }
-    if (scale) { // one for each row: cuBLAS cannot apply them
+    // 2. with a scale for each row, which cuBLAS cannot apply
+    if (scale) {
         linear_halves(s, w, in, NULL, T, NULL, s->y, false);
         launch(add_scaled_kernel, {dim3(T), THREADS}, s->stream, s->y, scale, w->N, y32);
         return;
     }
+    // 3. cuBLAS, whose matrices are column-major: y^T = W in^T
     const float one = 1, beta = add;
     cublas_check(CUBLAS(cublasGemmEx_64)(s->cublas, CUBLAS_OP_T, CUBLAS_OP_N, w->N, T, w->K, &one,
                                          w->w, CUDA_R_16F, w->K, in, CUDA_R_16F, w->K, &beta,
@@ -1474,13 +1499,15 @@ __device__ __forceinline__ void multiply_bytes(const uint4 (&w)[4], const uint8_
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const uint32_t *words = (const uint32_t *)w; // [channel][4]
     for (int i = 0; i < 4; i += 2) {             // two words of each channel are two steps of mma
-        uint32_t left[2][2][4];                  // [step][m16 tile]
-        for (int j = 0; j < 16; j++) {           // step, tile, half of k, half of the tile
+        // left operands: [step][m16 tile]
+        uint32_t left[2][2][4];
+        for (int j = 0; j < 16; j++) { // step, tile, half of k, half of the tile
             const int step = j / 8, tile = j / 4 % 2, late = j / 2 % 2, lower = j % 2;
             const uint32_t word = words[(tile * 2 + lower) * 4 + i + step];
             left[step][tile][late * 2 + lower] = bytes_to_halves(word ^ 0x80808080, late);
         }
         for (int j = 0; j < N_TILES; j++) {
+            // right operand: 16 bytes of x are the two steps of this lane
             const uint8_t *from = x + (j * 8 + g) * row + (t * 16 + i * 4) * sizeof(half);
             const uint4 b = *(const uint4 *)from;
             for (int tile = 0; tile < 2; tile++) {
@@ -1501,6 +1528,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int n0 = (blockIdx.x * WARPS + threadIdx.x / 32) * LM_STRIP + g; // and 8, 16, 24 on
     const int8_t *from = q + (size_t)n0 * K + t * 16;
+    // how weights and x are read: zeros past the end, which make any partner harmless
     uint4 w[2][4] = {}; // [64 k][channel]
     auto load_weights = [&](uint4(&to)[4], int k) {
         for (int r = 0; r < 4; r++) {
@@ -1508,7 +1536,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
                     k + t * 16 < K && n0 + r * 8 < N);
         }
     };
-    auto load_x = [&](int k, int stage) { // zeros past the end, which make any weight harmless
+    auto load_x = [&](int k, int stage) {
         constexpr int PIECES = LM_CHUNK / 8;
         for (int i = threadIdx.x; i < TOKENS * PIECES; i += THREADS) {
             int row = i / PIECES, column = k + i % PIECES * 8;
@@ -1528,7 +1556,8 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
     int stage = 0;
     for (int k = 0; k < K; k += LM_CHUNK, stage = 1 - stage) {
         copy_async_wait();
-        __syncthreads(); // the chunk of x has arrived, and the other stage is free
+        // the chunk of x has arrived, and the other stage is free
+        __syncthreads();
         load_x(k + LM_CHUNK, 1 - stage);
         for (int c = 0; c < 2; c++) {
             multiply_bytes(w[c], shared[stage] + c * 64 * sizeof(half), ROW, sum);
@@ -1536,7 +1565,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
         }
     }
     // 3. scale and write
-    for (int r = 0; r < 4; r++) {
+    for (int r = 0; r < 4; r++) { // channels of the lane
         const int n = n0 + r * 8;
         if (n >= N) continue;
         const float s = s_channel[n];
@@ -1551,6 +1580,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
 
 /* y [T][N] = x [T][K] W^T for a W in 8 bits. */
 static void linear_bytes(GpuState *s, const Matrix *w, const half *x, int T, float *y) {
+    // the smallest kernel that holds the tokens, 64 at a time
     for (int t = 0; t < T; t += 64) {
         const int n = min(64, T - t);
         auto *kernel = n <= 8    ? linear_bytes_kernel<8>
@@ -1630,6 +1660,7 @@ __device__ __forceinline__ float from_ordered_bits(uint32_t bits) {
 __global__ void choose_kernel(const float *logits, int vocab_size, Choice *chosen, int *positions) {
     launch_dependents();
     wait_for_previous_kernel();
+    // 1. this thread's part of the row
     const float *row = logits + (size_t)blockIdx.y * vocab_size;
     Choice best = 0;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab_size;
@@ -1637,6 +1668,7 @@ __global__ void choose_kernel(const float *logits, int vocab_size, Choice *chose
         const Choice choice = (Choice)ordered_bits(row[i]) << 32 | (uint32_t)~i;
         best = max(best, isfinite(row[i]) ? choice : ~0ull);
     }
+    // 2. the warp, and all blocks of the row
     for (int i = 16; i > 0; i /= 2) best = max(best, __shfl_xor_sync(~0u, best, i));
     if (threadIdx.x % 32 == 0) atomicMax(chosen + blockIdx.y, best);
     if (blockIdx.x == 0 && threadIdx.x == 0) positions[blockIdx.y]++;
@@ -1856,6 +1888,7 @@ __global__ void write_cache_kernel(const half *qkv, int q_dim, Batch batch, cons
                                    GpuCache cache) {
     launch_dependents();
     wait_for_previous_kernel();
+    // a warp per key or value: first all keys, then all values
     const int heads = cache.n_kv_heads, pos = batch.pos + blockIdx.x;
     const half *row = qkv + (size_t)blockIdx.x * (q_dim + 2 * heads * HEAD_DIM) + q_dim;
     for (int i = threadIdx.x / 32; i < 2 * heads; i += blockDim.x / 32) {
@@ -1874,6 +1907,7 @@ __global__ void read_cache_kernel(GpuCache cache, int sequence, GpuCache to) {
     for (int i = threadIdx.x / 32; i < 2 * heads; i += blockDim.x / 32) {
         const bool is_key = i < heads;
         const size_t row = cache.row(sequence, i % heads) + pos;
+        // q s, two neighbours of each half of the dimensions
         const char2 *from = (const char2 *)((is_key ? cache.keys : cache.values) + row * HEAD_DIM);
         const float s = __half2float((is_key ? cache.k_scales : cache.v_scales)[row]);
         HeadVector<HEAD_DIM> x;
@@ -1910,16 +1944,19 @@ template <int HEAD_DIM> struct QueryRows {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const int q_dim = n_kv_heads * group * HEAD_DIM, kv_dim = n_kv_heads * HEAD_DIM;
         for (int i = 0; i < 2; i++) {
+            // 1. which token and head the row is
             const int row = warp * 16 + lane / 4 + 8 * i, t = t0 + row / group;
             const bool exists = row < tokens * group && t < batch.T;
             position[i] = exists ? batch.pos + t : -1;
             offset[i] = (size_t)t * q_dim + (blockIdx.x * group + row % group) * HEAD_DIM;
             if (!exists) continue;
+            // 2. all of it, as left operands of STEPS steps
             const uint32_t *from = (const uint32_t *)(qkv + offset[i] + (size_t)t * 2 * kv_dim);
             const float4 *angles = rope + (size_t)position[i] * (HEAD_DIM / 4);
             for (int s = 0; s < STEPS; s++) {
                 for (int j = 0; j < 2; j++) q[s][i + 2 * j] = from[s * 8 + j * 4 + lane % 4];
             }
+            // 3. RoPE
             for (int s = 0; s < STEPS / 2; s++) {
                 for (int j = 0; j < 2; j++) {
                     rotate_pairs(q[s][i + 2 * j], q[s + STEPS / 2][i + 2 * j],
@@ -1966,11 +2003,12 @@ __device__ __forceinline__ void softmax_tile(const QueryRows<HEAD_DIM> &rows, in
         }
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-        // 2. weights, and the correction of o
+        // 2. weights
         const float shrink = softmax[i].raise(largest);
         for (int j = 0; j < KEYS / 8; j++) {
             for (int e = 0; e < 2; e++) s[j][2 * i + e] = softmax[i].weight(s[j][2 * i + e]);
         }
+        // 3. the correction of o
         for (int j = 0; j < HEAD_DIM / 8; j++) {
             for (int e = 0; e < 2; e++) o[j][2 * i + e] *= shrink;
         }
@@ -1983,6 +2021,7 @@ __device__ __forceinline__ void add_values(const float (&p)[KEYS / 8][4], uint32
                                            float (&o)[HEAD_DIM / 8][4]) {
     const int lane = threadIdx.x % 32;
     for (int j = 0; j < KEYS / 8; j += 2) {
+        // the sums of two n8 tiles of s are the left operand for 16 keys
         const uint32_t left[4] = {pack(p[j][0], p[j][1]), pack(p[j][2], p[j][3]),
                                   pack(p[j + 1][0], p[j + 1][1]), pack(p[j + 1][2], p[j + 1][3])};
         for (int d = 0; d < HEAD_DIM / 8; d += 2) {
@@ -2001,13 +2040,15 @@ __global__ void __launch_bounds__(THREADS, 1)
                             GpuCache cache, half *out) {
     constexpr int PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
     extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
+    // this block's tokens, and the keys that the last of them sees
     const uint32_t tiles = shared_address(shared);
     const int tokens = prompt_tokens(group);                  // of this block
     const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens;     // the longest first
     const int n_keys = batch.pos + min(t0 + tokens, batch.T); // of the last token
     const size_t row = cache.row(batch.sequence, blockIdx.x) * HEAD_DIM;
     const half *keys = (half *)cache.keys + row, *values = (half *)cache.values + row;
-    auto load_tile = [&](int first, int stage) { // 64 positions, zeros past the end
+    // KEYS positions of keys and values into a stage, zeros past the end
+    auto load_tile = [&](int first, int stage) {
         for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
             const int row = i / PIECES, column = i % PIECES;
             const uint32_t to = tiles + stage * 2 * TILE + swizzled(row, column, KEYS);
@@ -2092,16 +2133,19 @@ struct DecodeBlock {
 
 template <int HEAD_DIM> __device__ __forceinline__ DecodeBlock decode_block(const DecodeArgs &p) {
     DecodeBlock b;
+    // 1. the heads
     const int eights = ceil_div(p.group, HEADS); // of query heads, to a KV head
     b.kv_head = blockIdx.y / eights;
     b.head0 = b.kv_head * p.group + blockIdx.y % eights * HEADS;
     b.n_heads = min(HEADS, (b.kv_head + 1) * p.group - b.head0);
     b.q_dim = p.cache.n_kv_heads * p.group * HEAD_DIM;
     b.kv_dim = p.cache.n_kv_heads * HEAD_DIM;
+    // 2. the positions
     b.pos = p.positions[blockIdx.z];
     b.tiles = b.pos / 16 + 1;
     b.tile0 = (int)((long long)b.tiles * blockIdx.x / gridDim.x);
     b.tile1 = (int)((long long)b.tiles * (blockIdx.x + 1) / gridDim.x);
+    // 3. where they are
     b.cache_row = p.cache.row(blockIdx.z, b.kv_head);
     b.row = p.qkv + (size_t)blockIdx.z * (b.q_dim + 2 * b.kv_dim);
     return b;
@@ -2182,12 +2226,14 @@ template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void load_queries(const DecodeArgs &p, const DecodeBlock &b,
                                              Queries<HEAD_DIM> &queries) {
     constexpr int RUN = RowPart<HEAD_DIM, BITS, 4>::RUN;
+    // 1. a head's query after RoPE; zeros for a head that does not exist
     const int head = threadIdx.x / 32;
     HeadVector<HEAD_DIM> x = {};
     if (head < b.n_heads) {
         x.load(b.row + (size_t)(b.head0 + head) * HEAD_DIM);
         x.rotate(p.rope + (size_t)b.pos * (HEAD_DIM / 4));
     }
+    // 2. in the order in which lanes hold the dimensions of keys
     const uint2 h = x.halves();
     for (int i = 0; i < 2; i++) {
         const int d = 2 * x.j() + i * HEAD_DIM / 2; // the dimension, and the t that has it
@@ -2257,11 +2303,13 @@ __device__ __forceinline__ void softmax_positions(int pos, int first, const half
 template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void
 add_positions(const float (&p)[4], const CacheTile<HEAD_DIM, BITS> &kv, Attended<HEAD_DIM> &a) {
+    // p^T as right operand
     const uint32_t b0 = transpose_8x8(pack(p[0], p[1]));
     const uint32_t b1 = transpose_8x8(pack(p[2], p[3]));
     for (int i = 0; i < HEAD_DIM / 64; i++) {
         const int at = i * BITS / 4;
         for (int e = 0; e < 4; e++) {
+            // v^T as left operand, from rows of v
             uint32_t low[2], high[2]; // of positions 2t, 2t + 1; of 2t + 8, 2t + 9
             rows_to_halves<BITS>(kv.v[0].words + at, kv.v[1].words + at, e, low);
             rows_to_halves<BITS>(kv.v[2].words + at, kv.v[3].words + at, e, high);
@@ -2324,6 +2372,7 @@ __device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_D
         float largest = -INFINITY, total = 0;
         for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, all.m[w][head]);
         for (int w = 0; w < WARPS; w++) {
+            // a warp without a tile counts nothing
             const float m = all.m[w][head], factor = m == -INFINITY ? 0 : exp2f(m - largest);
             total += all.l[w][head] * factor;
             all.factor[w][head] = factor;
@@ -2340,6 +2389,7 @@ __device__ __forceinline__ bool is_last(int *counter, int n) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
+        // one thread counts for the block
         int before; // acquire and release: half a fence before, half a fence after
         asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;\n"
                      : "=r"(before)
@@ -2483,13 +2533,16 @@ static void attend_prompt(const Config *c, const half *qkv, Batch batch, const f
                           cudaStream_t stream) {
     const AttentionKernels kernels = attention_kernels(c->head_dim, cache.bits);
     const int group = c->n_heads / c->n_kv_heads, q_dim = c->n_heads * c->head_dim;
+    // 1. the new keys and values into the cache
     launch(kernels.write, {dim3(batch.T), THREADS}, stream, qkv, q_dim, batch, rope, cache);
+    // 2. all of it back in 16 bits
     if (cache.bits < 16) {
         launch(kernels.read, {dim3(batch.pos + batch.T), THREADS}, stream, cache, batch.sequence,
                in_halves);
         batch.sequence = 0;
         cache = in_halves;
     }
+    // 3. attention
     const size_t shared = 2 * 2 * KEYS * c->head_dim * sizeof(half);
     allow_shared(kernels.prompt, shared);
     const dim3 grid(c->n_kv_heads, ceil_div(batch.T, prompt_tokens(group)));
@@ -2512,6 +2565,7 @@ static GpuCache layer_cache(const GpuState *s, int l) {
 static void attend(GpuState *s, int l, const Batch &batch) {
     const Config *c = &s->model->config;
     const GpuCache cache = layer_cache(s, l);
+    // a step: one kernel, which quantizes as well
     if (batch.sequence < 0) {
         const DecodeArgs args = {s->qkv,          c->n_heads / c->n_kv_heads,
                                  s->positions,    s->rope,
@@ -2522,6 +2576,7 @@ static void attend(GpuState *s, int l, const Batch &batch) {
                {dim3(s->splits, decode_rows(c), batch.T), THREADS, 0, CARVEOUT}, s->stream, args);
         return;
     }
+    // a prompt
     attend_prompt(c, s->qkv, batch, s->rope, cache, s->in_halves, s->att, s->stream);
     if (s->model->quantized) {
         gpu_quantize(s->att, batch.T, c->n_heads * c->head_dim, s->a, s->scale, s->stream);
@@ -3736,6 +3791,7 @@ constexpr size_t UPLOAD = 64 << 20; // bytes at a time
  * once and not copied on the host. False if one is NaN or infinite. */
 template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer) {
     const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype), at_once = UPLOAD / size;
+    // 1. piece by piece, converted on the GPU
     int *not_finite = (int *)(buffer + UPLOAD), found;
     cuda_check(cudaMemset(not_finite, 0, sizeof(int)), "cudaMemset");
     for (size_t i = 0; i < count; i += at_once) {
@@ -3743,6 +3799,7 @@ template <typename To> static bool upload_weights(const Linear *l, To *to, uint8
         copy_to_gpu(buffer, (const uint8_t *)l->w + i * size, n * size);
         convert(buffer, l->dtype, n, to + i, not_finite, 0);
     }
+    // 2. what the kernels have found
     cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost),
                "upload of weights");
     return !found;
@@ -3771,11 +3828,12 @@ GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
         l.N += part->N;
         largest = max(largest, (size_t)part->N);
     }
+    // 2. memory
     l.w = (uint32_t *)device_alloc((size_t)l.N * l.K / 2);
     l.s_channel = (float *)device_alloc(l.N * sizeof(float));
     if (groups) l.s_group = (uint8_t *)device_alloc((size_t)l.N * (l.K / GROUP));
 
-    // 2. one part after the other: to the GPU as in the file, and there into the kernel's order
+    // 3. one part after the other: to the GPU as in the file, and there into the kernel's order
     uint16_t *qweight = (uint16_t *)device_alloc(largest * l.K / 2);
     uint8_t *s_group = groups ? (uint8_t *)device_alloc(largest * (l.K / GROUP)) : NULL;
     float *s_channel = (float *)device_alloc(largest * sizeof(float));
@@ -3804,6 +3862,7 @@ static Matrix upload_matrix(const Layer *layer, int index, int first, int n) {
     const Linear *parts = &layer->linears[first];
     m.K = parts[0].K;
     for (int i = 0; i < n; i++) m.N += parts[i].N;
+    // W4A8, or one float matrix after the other as halves
     if (parts[0].qweight) {
         m.w4a8 = gpu_linear_create(parts, n);
         return m;
@@ -3833,6 +3892,7 @@ static size_t gpu_free_memory(void) {
 }
 
 bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
+    // 1. the GPU
     static cudaDeviceProp properties;
     int count = 0;
     if (!properties.major && cudaGetDeviceCount(&count) == cudaSuccess && count > 0)
@@ -3841,7 +3901,7 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
         snprintf(what, size, format, numbers...);
         return false;
     };
-    // the needs of the kernels
+    // 2. the needs of the kernels
     const int group = c->n_heads / c->n_kv_heads;
     if (properties.major < 8) return no("found no GPU of compute capability %d.0 or newer", 8);
     if (c->head_dim != 64 && c->head_dim != 128)
@@ -3862,12 +3922,14 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
 /* Bytes of a model on the GPU. All layers are alike. */
 static size_t model_bytes(const Model *m) {
     const Config *c = &m->config;
+    // 1. a layer
     size_t layer = 2 * c->dim * sizeof(float);
     for (const Linear &l : m->layers[0].linears) {
         const size_t weights = (size_t)l.N * l.K;
         if (!l.qweight) layer += weights * sizeof(half);
         else layer += weights / 2 + l.N * sizeof(float) + (l.s_group ? weights / GROUP : 0);
     }
+    // 2. the embedding, and lm_head if it is a table of its own
     const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
     size_t head = m->lm_head.w == m->embedding.w ? 0 : table;
     if (m->lm_head.dtype == I8) head = table / 2 + c->vocab_size * sizeof(float);
@@ -3877,6 +3939,7 @@ static size_t model_bytes(const Model *m) {
 /* Uploads a model straight from the mapped file: W4A8 as section 2 wants it, all else as halves.
  * Too little GPU memory ends the program with how much is needed. */
 static GpuModel *gpu_model_load(const Model *m) {
+    // 1. is there room?
     GpuModel *g = (GpuModel *)allocate(1, sizeof *g);
     const Config *c = &g->config;
     g->config = m->config;
@@ -3886,12 +3949,13 @@ static GpuModel *gpu_model_load(const Model *m) {
         die("the model needs %.2f GB of GPU memory, only %.2f GB are free", g->bytes / 1e9,
             gpu_free_memory() / 1e9);
     }
-    // 1. the embedding and lm_head, which may be the same table
+    // 2. the embedding and lm_head, which may be the same table
     const size_t table = (size_t)c->vocab_size * c->dim;
     g->embedding = (half *)device_alloc(table * sizeof(half));
     upload_halves(&m->embedding, "model.embed_tokens", g->embedding);
     g->lm_head.N = c->vocab_size;
     g->lm_head.K = c->dim;
+    // in 8 bits as in the file, the same table, or halves of its own
     if (m->lm_head.dtype == I8) {
         if (c->dim % 16)
             die("an lm_head in 8 bits with dim %d: it must be a multiple of 16", c->dim);
@@ -3903,7 +3967,7 @@ static GpuModel *gpu_model_load(const Model *m) {
         g->lm_head.w = (half *)device_alloc(table * sizeof(half));
         upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
     }
-    // 2. the norms and the layers
+    // 3. the norms and the layers
     g->norm = upload_array<float>(m->norm, c->dim);
     g->layers = (GpuLayer *)allocate(c->n_layers, sizeof *g->layers);
     for (int i = 0; i < c->n_layers; i++) {
@@ -4038,15 +4102,18 @@ static void upload_rope(const Config *c, int context, float4 *to) {
 static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, int kv_bits) {
     const Config *c = &g->config;
     GpuState *s = (GpuState *)allocate(1, sizeof *s);
+    // 1. memory of the GPU
     *s = plan_state(g, n_sequences, context, kv_bits);
     s->memory = (uint8_t *)device_alloc(s->bytes);
     place_buffers(s);
-    // Zeros: counters, and the cache, where numbers not yet written must at least be finite.
+    // zeros: counters, and the cache, where numbers not yet written must at least be finite.
     cuda_check(cudaMemset(s->memory, 0, s->bytes), "cudaMemset");
     upload_rope(c, context, s->rope);
+    // 2. memory of the host
     cuda_check(cudaMallocHost(&s->host_logits, (size_t)n_sequences * c->vocab_size * sizeof(float)),
                "pinned memory");
     s->host_chosen = (int *)allocate(n_sequences, sizeof *s->host_chosen);
+    // 3. the stream, and cuBLAS on it
     cuda_check(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), "cudaStreamCreate");
     cublas_check(CUBLAS(cublasCreate_v2)(&s->cublas));
     cublas_check(CUBLAS(cublasSetStream_v2)(s->cublas, s->stream));
@@ -4112,6 +4179,7 @@ static void feed_chunks(GpuState *s, int sequence, const int *tokens, int n, int
                         F after_chunk) {
     check_tokens(s, tokens, n, pos);
     for (int first = 0; first < n; first += s->max_T) {
+        // the tokens replace the ones of the chunk before, on the same stream
         const int T = min(n - first, s->max_T);
         to_gpu(s, s->tokens, tokens + first, T);
         prompt(s, {T, sequence, pos + first});
@@ -4145,9 +4213,11 @@ static void engine_step(Engine *e, const int *tokens, const int *positions) {
 static void engine_feed(Engine *e, int sequence, const int *tokens, int n, int pos) {
     GpuState *s = state_of(e);
     if (n == 1 && s->n_sequences == 1) return engine_step(e, tokens, &pos);
+    // 1. all tokens, and the logits of the last one
     int last = 0; // token of the last chunk
     feed_chunks(s, sequence, tokens, n, pos, [&](int, int T) { last = T - 1; });
     lm_head(s, last, 1);
+    // 2. the likeliest next token; choose() moves the position on
     const int end = pos + n - 1;
     const Choice none = 0;
     to_gpu(s, s->positions + sequence, &end, 1);
@@ -4174,6 +4244,7 @@ static void engine_score(Engine *e, int sequence, const int *tokens, const int *
     GpuState *s = state_of(e);
     feed_chunks(s, sequence, tokens, n, pos, [&](int first, int T) {
         to_gpu(s, s->tokens, targets + first, T);
+        // LOGIT_ROWS rows of logits at a time
         for (int t = 0; t < T; t += LOGIT_ROWS) {
             const int rows = min(LOGIT_ROWS, T - t);
             lm_head(s, t, rows);
@@ -4200,12 +4271,14 @@ Engine *gpu_engine(const Model *m, int kv_bits) {
     e->model = m;
     e->on_gpu = true;
     e->kv_bits = kv_bits;
-    // a step reads all weights, but only a row of an embedding that is not lm_head as well
+    // 1. sizes; a step reads all weights, but only a row of an embedding that is not lm_head as
+    // well
     const size_t row = c->head_dim * kv_bits / 8 + (kv_bits < 16 ? sizeof(half) : 0);
     e->position_bytes = 2 * row * c->n_layers * c->n_kv_heads;
     e->step_bytes = e->weight_bytes = e->weights->bytes;
     if (e->weights->lm_head.w != e->weights->embedding)
         e->step_bytes -= (size_t)c->vocab_size * c->dim * sizeof(half);
+    // 2. functions
     e->start = engine_start;
     e->fits = engine_fits;
     e->feed = engine_feed;
@@ -4687,6 +4760,7 @@ __device__ __forceinline__ void multiply_part(uint32_t panels, int part, const L
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
         const int step = part * STEPS + i; // of the stage: k32
+        // 128 bytes of a row are four steps
         const uint32_t right = panels + step / 4 * T::PANEL + step % 4 * 32;
         for (int j = 0; j < T::M_TILES; j++) {
             wgmma(acc[j], left[i / 2][i % 2][j], wgmma_matrix(right));
@@ -4712,6 +4786,7 @@ __device__ __forceinline__ void copy_scales(const GemmArgs &p, int m0, int token
 /* Team 0 gets the sums of both teams, through shared memory. */
 template <int N_TILES>
 __device__ __forceinline__ void add_warpgroups(int (&acc)[1][N_TILES][4], int4 *sums, int team) {
+    // team 1 leaves its sums, team 0 adds them to its own
     sums += threadIdx.x % WARPGROUP;
     named_barrier(3, 2 * WARPGROUP); // the sums of the tile before are read
     for (int j = 0; j < N_TILES && team == 1; j++) sums[j * WARPGROUP] = as_int4(acc[0][j]);
@@ -4736,12 +4811,13 @@ __device__ __forceinline__ void multiply_tiles(const GemmArgs &p, const Tiling &
     int i0 = 0; // the tile's first stage
     wait_for_previous_kernel();
     for (int t = blockIdx.x; t < tiling.tiles; t += gridDim.x, i0 += tiling.chunks) {
+        // 1. Ask for the scales, once the ones of the tile before are read.
         const Tile tile = tile_number(t, tiling);
         const int m0 = tile.m * tile_tokens, tokens = min(tile_tokens, p.M - m0);
-        named_barrier(1 + warpgroup, WARPGROUP); // the scales of the tile before are read
+        named_barrier(1 + warpgroup, WARPGROUP);
         copy_scales<T, TOKENS>(p, m0, tokens, tile.n * CHANNELS + at.channel, s_a, s_channel);
 
-        // 1. All stages, each in two parts. A part is dequantized while wgmma reads the other half
+        // 2. All stages, each in two parts. A part is dequantized while wgmma reads the other half
         // of `left`. Once the first part of a stage is issued, the stage before is read.
         int acc[T::M_TILES][TOKENS / 8][4] = {};
         Left<T> left[2];
@@ -4760,11 +4836,12 @@ __device__ __forceinline__ void multiply_tiles(const GemmArgs &p, const Tiling &
             }
             used = slot;
         }
+        // 3. The last stage is read.
         wgmma_wait<0>();
         if (used >= 0 && lane == 0) barrier_arrive(&ring.empty[used]);
         copy_async_wait();
 
-        // 2. Add up the teams, scale and write.
+        // 4. Add up the teams, scale and write.
         if constexpr (T::TEAMS > 1) {
             add_warpgroups(acc, (int4 *)(shared + T::STAGES * T::STAGE), team);
             if (team == 1) continue;
@@ -4793,6 +4870,7 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
         // __shfl_sync: so that the compiler knows that they are the same for a whole warp.
         const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
         const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+        // 1. the barriers of the ring
         if (threadIdx.x == 0) {
             for (int i = 0; i < T::STAGES; i++) {
                 barrier_init(&ring.full[i], T::INPUTS);
@@ -4802,6 +4880,7 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
         }
         __syncthreads();
         launch_dependents();
+        // 2. one warpgroup feeds, two multiply
         if (warpgroup == 2) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n"); // registers, for the others
             if (threadIdx.x % 32 > 0) return;
@@ -4898,6 +4977,7 @@ static bool choose_hopper(const GpuLinear *l, int M, GemmKernel *kernel) {
     if (!wgmma_code()) return false;
     const bool groups = l->s_group != NULL;
     float least = INFINITY;
+    // the kernel of least cost: rounds of tiles, times the cost of a round
     for (const HopperKernel &k : hopper_kernels) {
         const int tiles = ceil_div(l->N, k.channels) * ceil_div(M, k.tokens);
         const int rounds = ceil_div(tiles, multiprocessors());
