@@ -30,8 +30,7 @@
  *     rmsnorm+quantize  qkv  attention+quantize  o+add  rmsnorm+quantize  gate,up
  *     swiglu+quantize  down+add              (prompts: cache, attention, quantize one by one)
  *
- * W4A8 linears are section 2's. A model in 16 bits uses cuBLAS, and gemv_kernel for a single token:
- * one token is bound by reading the weights and needs no tensor cores.
+ * W4A8 linears are section 2's. Linears in 16 bits, and lm_head unless it is in 8, are cuBLAS's.
  * ============================================================================================== */
 
 /* One linear, or several that share their input, stacked. */
@@ -1375,57 +1374,6 @@ static void cublas_check(cublasStatus_t status) {
     die("cuBLAS: %s", CUBLAS(cublasGetStatusString)(status));
 }
 
-constexpr int GEMV_ROWS = 2;  // of a warp
-constexpr int GEMV_LOADS = 4; // of a row in flight
-
-/* y [N] = (x [K] . w [N][K]) * scale, or with `add` y += that; to y16 or y32, whichever is not
- * NULL. A warp reads two rows of weights, straight into registers, always four loads ahead. */
-__global__ void __launch_bounds__(THREADS, 3)
-    gemv_kernel(const half *w, int N, int K, const half *x, const float *scale, half *y16,
-                float *y32, bool add) {
-    extern __shared__ uint4 shared_x[]; // [K / 8]
-    const int lane = threadIdx.x % 32, pieces = K / 8;
-    const int n = (blockIdx.x * WARPS + threadIdx.x / 32) * GEMV_ROWS;
-    // where this lane reads, and the loads in flight: zeros past the end
-    const uint4 *rows[GEMV_ROWS];
-    for (int r = 0; r < GEMV_ROWS; r++) rows[r] = (const uint4 *)(w + (size_t)(n + r) * K) + lane;
-    uint4 next[GEMV_LOADS][GEMV_ROWS];
-    auto load = [&](int u, int i) {
-        for (int r = 0; r < GEMV_ROWS; r++) {
-            next[u][r] = make_uint4(0, 0, 0, 0);
-            load_16(next[u][r], rows[r] + i, i + lane < pieces && n + r < N);
-        }
-    };
-    // 1. the first weights, then x, which the kernel before has written
-    for (int u = 0; u < GEMV_LOADS; u++) load(u, 32 * u);
-    launch_dependents();
-    wait_for_previous_kernel();
-    for (int i = threadIdx.x; i < pieces; i += THREADS) shared_x[i] = ((const uint4 *)x)[i];
-    __syncthreads();
-
-    // 2. multiply; a register is loaded anew as soon as it is used
-    float sum[GEMV_ROWS] = {};
-    for (int i = 0; i < pieces; i += 32 * GEMV_LOADS) {
-        for (int u = 0; u < GEMV_LOADS; u++) {
-            int piece = i + 32 * u + lane;
-            Eight b = from_halves(shared_x[min(piece, pieces - 1)]); // past the end w is 0
-            for (int r = 0; r < GEMV_ROWS; r++) {
-                Eight a = from_halves(next[u][r]);
-                for (int j = 0; j < 8; j++) sum[r] += a.v[j] * b.v[j];
-            }
-            load(u, i + 32 * (u + GEMV_LOADS));
-        }
-    }
-    // 3. add up the lanes and write
-    for (int r = 0; r < GEMV_ROWS; r++) {
-        for (int i = 16; i > 0; i /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], i);
-        if (lane != 0 || n + r >= N) continue;
-        float y = scale ? sum[r] * *scale : sum[r];
-        if (y16) y16[n + r] = __float2half(y);
-        else y32[n + r] = add ? y32[n + r] + y : y;
-    }
-}
-
 /* x [T][dim] += y * scale [T] */
 __global__ void add_scaled_kernel(const float *y, const float *scale, int dim, float *x) {
     launch_dependents();
@@ -1438,21 +1386,13 @@ __global__ void add_scaled_kernel(const float *y, const float *scale, int dim, f
 /* y16 or y32 [T][N] = in [T][K] W^T, or with `add` += . */
 static void linear_halves(GpuState *s, const Matrix *w, const half *in, const float *scale, int T,
                           half *y16, float *y32, bool add) {
-    // 1. one token: bound by reading the weights
-    if (T == 1) {
-        int rows = WARPS * GEMV_ROWS;
-        allow_shared(gemv_kernel, w->K * sizeof(half));
-        launch(gemv_kernel, {dim3(ceil_div(w->N, rows)), THREADS, w->K * sizeof(half)}, s->stream,
-               w->w, w->N, w->K, in, scale, y16, y32, add);
-        return;
-    }
-    // 2. with a scale for each row, which cuBLAS cannot apply
+    // 1. with a scale for each row, which cuBLAS cannot apply
     if (scale) {
         linear_halves(s, w, in, NULL, T, NULL, s->y, false);
         launch(add_scaled_kernel, {dim3(T), THREADS}, s->stream, s->y, scale, w->N, y32);
         return;
     }
-    // 3. cuBLAS, whose matrices are column-major: y^T = W in^T
+    // 2. cuBLAS, whose matrices are column-major: y^T = W in^T
     const float one = 1, beta = add;
     cublas_check(CUBLAS(cublasGemmEx_64)(s->cublas, CUBLAS_OP_T, CUBLAS_OP_N, w->N, T, w->K, &one,
                                          w->w, CUDA_R_16F, w->K, in, CUDA_R_16F, w->K, &beta,
