@@ -3705,13 +3705,10 @@ __global__ void convert_kernel(const From *from, size_t n, To *to, int *not_fini
 template <typename To>
 static void convert(const void *from, DType dtype, size_t n, To *to, int *not_finite,
                     cudaStream_t stream) {
-    if (dtype == F32) {
-        convert_kernel<<<1024, 256, 0, stream>>>((const float *)from, n, to, not_finite);
-    } else if (dtype == F16) {
-        convert_kernel<<<1024, 256, 0, stream>>>((const half *)from, n, to, not_finite);
-    } else {
-        convert_kernel<<<1024, 256, 0, stream>>>((const __nv_bfloat16 *)from, n, to, not_finite);
-    }
+    auto run = [&](auto *x) { convert_kernel<<<1024, 256, 0, stream>>>(x, n, to, not_finite); };
+    if (dtype == F32) run((const float *)from);
+    else if (dtype == F16) run((const half *)from);
+    else run((const __nv_bfloat16 *)from);
     cuda_check(cudaGetLastError(), "convert_kernel");
 }
 
@@ -4908,13 +4905,9 @@ static const struct HopperKernel {
     {256, 128, {3.6f, 3.3f}, {4.65f, 5.19f}, launch_wgmma<256, 128>},
 };
 
-/* wgmma, unlike the rest of Hopper, is in no GPU that came later. */
-static bool wgmma_code() {
-    return code_version() == 90;
-}
-
+/* False where wgmma cannot run: unlike the rest of Hopper it is in no GPU that came later. */
 static bool choose_hopper(const GpuLinear *l, int M, GemmKernel *kernel) {
-    if (!wgmma_code()) return false;
+    if (code_version() != 90) return false;
     const bool groups = l->s_group != NULL;
     float least = INFINITY;
     // the kernel of least cost: rounds of tiles, times the cost of a round
@@ -4931,7 +4924,7 @@ static bool choose_hopper(const GpuLinear *l, int M, GemmKernel *kernel) {
 
 /* False for kernels of section 2, and where these cannot run. */
 static bool launch_hopper(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream) {
-    if (kernel < GEMM_HOPPER_64X64 || !wgmma_code()) return false;
+    if (kernel < GEMM_HOPPER_64X64 || code_version() != 90) return false;
     hopper_kernels[kernel - GEMM_HOPPER_64X64].launch(p, stream);
     return true;
 }
