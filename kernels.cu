@@ -3857,7 +3857,7 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
 }
 
 /* Bytes of a model on the GPU. All layers are alike. */
-static size_t model_bytes(const Model *m) {
+static size_t gpu_model_bytes(const Model *m) {
     const Config *c = &m->config;
     // 1. a layer
     size_t layer = 2 * c->dim * sizeof(float);
@@ -3881,7 +3881,7 @@ static GpuModel *gpu_model_load(const Model *m) {
     const Config *c = &g->config;
     g->config = m->config;
     g->quantized = m->group_size != 0;
-    g->bytes = model_bytes(m);
+    g->bytes = gpu_model_bytes(m);
     if (g->bytes > gpu_free_memory()) {
         die("the model needs %.2f GB of GPU memory, only %.2f GB are free", g->bytes / 1e9,
             gpu_free_memory() / 1e9);
