@@ -1051,7 +1051,7 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     const int sms = multiprocessors();
     if (M <= FEW && (size_t)M * l->K <= FEW_SHARED) return GEMM_FEW;
     if (M <= 16) return GEMM_16X8;
-    if (GemmKernel k; !portable && choose_hopper(l, M, &k)) return k;
+    if (GemmKernel k = GEMM_128X1; !portable && choose_hopper(l, M, &k)) return k;
     if (M > 64 && ceil_div(M, 128) * ceil_div(l->N, 256) >= sms) return GEMM_128X1;
     return 2 * ceil_div(M, 64) * ceil_div(l->N, 128) >= sms ? GEMM_64X2 : GEMM_16X8;
 }
