@@ -873,9 +873,9 @@ __global__ void __launch_bounds__(THREADS, Shape<TOKENS, TEAMS>::BLOCKS)
             filling += S::STAGE;
             if (filling == stages + 2 * S::STAGE) filling = stages;
 
-                // 4. Multiply this chunk and load the next. There is no branch and no barrier, so
-                // the compiler can start loads and dequantize while the products before them run.
 #pragma unroll
+            // 4. Multiply this chunk and load the next. There is no branch and no barrier, so the
+            // compiler can start loads and dequantize while the products before them run.
             for (int u = 0; u < CHUNK_UNITS; u++) {
                 if (u < 2) load_half_stage(next, filling, u);
                 for (int step = 0; step < 2; step++) {
