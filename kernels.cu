@@ -203,16 +203,14 @@ template <typename S, typename T> static void to_host(S *s, T *to, const T *from
     cuda_check(cudaStreamSynchronize(s->stream), "work on the GPU");
 }
 
-/* An attribute of the GPU in use, which must stay the same. */
-static int device_attribute(cudaDeviceAttr attribute) {
-    int device, value;
-    cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-    cuda_check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-    return value;
-}
-
+/* Of the GPU in use, which must stay the same. */
 static int multiprocessors() {
-    static const int count = device_attribute(cudaDevAttrMultiProcessorCount);
+    static const int count = [] {
+        int device, n;
+        cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+        cuda_check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device), "GPU");
+        return n;
+    }();
     return count;
 }
 
@@ -682,13 +680,6 @@ template <int TEAM_WARPS> __device__ __forceinline__ void team_barrier(int team)
     }
 }
 
-/* A lane's row for ldmatrix, in bytes from the panel's start: n8 tile lane / 16 of two, token lane
- * % 8, 16-byte column lane / 8 % 2. XORed with a step's column it is the address for that step. */
-__device__ __forceinline__ uint32_t lane_row() {
-    const int lane = threadIdx.x % 32;
-    return swizzled(lane / 16 * 8 + lane % 8, lane / 8 % 2, 0);
-}
-
 /* acc [2 m16 tiles][N_TILES n8 tiles] += weights a . activations at `from`, k32. One ldmatrix reads
  * the right operands of two n8 tiles, four mma use them. */
 template <int N_TILES>
@@ -830,7 +821,11 @@ __global__ void __launch_bounds__(THREADS, Shape<TOKENS, TEAMS>::BLOCKS)
     const int team = threadIdx.x / S::TEAM_THREADS;
     const int warp = threadIdx.x / 32 % S::TEAM_WARPS; // of the team
     const uint32_t stages = shared_address(shared) + team * 2 * S::STAGE;
-    const uint32_t b_row = lane_row();
+    // A lane's row for ldmatrix, in bytes from the start of a panel: n8 tile lane / 16 of two,
+    // token lane % 8, 16-byte column lane / 8 % 2. XORed with a step's column it is the step's
+    // address.
+    const int lane = threadIdx.x % 32;
+    const uint32_t b_row = swizzled(lane / 16 * 8 + lane % 8, lane / 8 % 2, 0);
 
     UnitsInFlight<CHUNK_UNITS, GROUPS> weights;
     auto aim_weights = [&](const Position &at) {
@@ -924,7 +919,7 @@ __global__ void __launch_bounds__(THREADS, Shape<TOKENS, TEAMS>::BLOCKS)
 constexpr int FEW = 8;                 // tokens of a tile
 constexpr int FEW_UNITS = 8;           // that a warp has in flight
 constexpr int FEW_CACHED = 4;          // units more, on their way to the L2 cache
-constexpr size_t FEW_SHARED = 1 << 16; // bytes of activations; above, gemm_w4a8_kernel is chosen
+constexpr size_t FEW_SHARED = 1 << 16; // bytes of activations; above, gemm_w4a8_kernel replaces it
 
 template <bool GROUPS>
 __global__ void __launch_bounds__(THREADS, 2)
@@ -1012,10 +1007,8 @@ static void launch_gemm(const GemmArgs &p, cudaStream_t stream) {
 
 /* Only as many teams as keep the multiprocessors busy: each team is one more sum to add. */
 template <bool GROUPS> static void launch_few(const GemmArgs &p, cudaStream_t stream) {
-    // gemm_w4a8_kernel stands in where the activations do not fit beside the sums.
     const size_t shared = (size_t)min(FEW, p.M) * ceil_div(p.K, 128) * 128;
-    const size_t available = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 17 * 1024;
-    if (shared > available) return launch_gemm<16, 8, GROUPS>(p, stream);
+    if (shared > FEW_SHARED) return launch_gemm<16, 8, GROUPS>(p, stream);
 
     const int strips = p.N / STRIP;
     // fewer teams, as long as the blocks fill the multiprocessors 1.4 times
@@ -1049,7 +1042,7 @@ static bool launch_hopper(GemmKernel kernel, const GemmArgs &p, cudaStream_t str
  * one GPU. The choice for Hopper was measured: see hopper_kernels. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     const int sms = multiprocessors();
-    if (M <= FEW && (size_t)M * l->K <= FEW_SHARED) return GEMM_FEW;
+    if (M <= FEW) return GEMM_FEW;
     if (M <= 16) return GEMM_16X8;
     if (GemmKernel k = GEMM_128X1; !portable && choose_hopper(l, M, &k)) return k;
     if (M > 64 && ceil_div(M, 128) * ceil_div(l->N, 256) >= sms) return GEMM_128X1;
@@ -1585,14 +1578,10 @@ static __host__ __device__ int chosen_token(Choice choice) {
     return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
 }
 
-/* The bits of a float as an integer of the same order, and back. */
+/* The bits of a float as an integer of the same order. */
 __device__ __forceinline__ uint32_t ordered_bits(float x) {
     const uint32_t bits = __float_as_uint(x);
     return bits >> 31 ? ~bits : bits | 0x80000000;
-}
-
-__device__ __forceinline__ float from_ordered_bits(uint32_t bits) {
-    return __uint_as_float(bits >> 31 ? bits & 0x7fffffff : ~bits);
 }
 
 /* Row blockIdx.y of logits, shared by gridDim.x blocks, into chosen; and the position of the
@@ -1647,7 +1636,8 @@ __global__ void score_kernel(const float *logits, int vocab_size, const int *tar
     // 1. the largest logit
     float largest = -INFINITY;
     for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) largest = fmaxf(largest, row[i]);
-    largest = from_ordered_bits(block_max(ordered_bits(largest)));
+    const uint32_t bits = block_max(ordered_bits(largest));
+    largest = __uint_as_float(bits >> 31 ? bits & 0x7fffffff : ~bits);
     // 2. the sum of the exponentials
     double sum = 0;
     for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) sum += expf(row[i] - largest);
