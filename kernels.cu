@@ -1,12 +1,13 @@
 /* QQQ on the GPU. Each kernel has a plain-C twin in qqq.c.
  *
  *   1 the forward pass: a layer, a prompt, a decode step as one graph
- *   2 W4A8 GEMM with mma.sync (and wgmma), per channel and per group
- *   3 what stands around the linears: RMSNorm, SwiGLU, the activation quantizer, 16-bit linears,
- *     the choice of a token
- *   4 attention and the KV cache: of a prompt, and of one token of each sequence
+ *   2 the W4A8 GEMM with mma.sync, per channel and per group
+ *   3 the small kernels around the linears: RMSNorm, SwiGLU, the activation quantizer, 16-bit
+ *     linears, lm_head in 8 bits, the choice of a token
+ *   4 attention and the KV cache: of a prompt, and of one token per sequence
  *   5 quantization: rotation, ranges, smoothing, moments, Cholesky, GPTQ, layer by layer
- *   6 plumbing, to be skipped at first: weights and buffers in GPU memory, the engine
+ *   6 weights, buffers, the engine: a first reader may skip it
+ *   7 Hopper: the W4A8 GEMM with wgmma. It can be deleted: see gpu_gemm_choose()
  */
 #include "qqq.h"
 
@@ -24,17 +25,15 @@
  *     x <- x + o(attention(rope(q(h)), rope(k(h)), v(h))),   h = rmsnorm(x)
  *     x <- x + down(silu(gate(h)) * up(h)),                  h = rmsnorm(x)
  *
- * as in qqq.c, section 1, with q, k, v as one product and gate, up as one. A layer is eight
- * kernels:
+ * as in qqq.c, section 1. q, k, v are one product; so are gate and up. A layer is eight kernels:
  *
  *     rmsnorm+quantize  qkv  attention+quantize  o+add  rmsnorm+quantize  gate,up
  *     swiglu+quantize  down+add              (prompts: cache, attention, quantize one by one)
  *
- * W4A8 linears are section 2's. 16-bit ones, and lm_head always, are cuBLAS's, or gemv_kernel's for
- * a single token, which is bound by reading the weights and needs no tensor cores.
+ * W4A8 linears are section 2's. Linears in 16 bits, and lm_head unless it is in 8, are cuBLAS's.
  * ============================================================================================== */
 
-/* Linears with one input, stacked. */
+/* One linear, or several that share their input, stacked. */
 struct Matrix {
     int N, K;
     GpuLinear w4a8;   // or
@@ -52,14 +51,15 @@ struct GpuModel {
     Config config;
     bool quantized;
     half *embedding; // [vocab_size][dim]
-    Matrix lm_head;  // its w may be the embedding
+    Matrix lm_head;  // lm_head.w may be the embedding
     float *norm;     // [dim]
     GpuLayer *layers;
     size_t bytes;
 };
 
-/* What the greedy choice of a token is kept as: larger logit, larger key; of equals the smaller
- * token. 0: none yet. All ones: a logit was not finite. */
+/* A candidate for the likeliest token as one number, so that the maximum is the choice: the logit
+ * in the upper half, ~token in the lower one, which prefers the smaller of two equal tokens.
+ * 0: none yet. All ones: a logit was not finite. */
 typedef unsigned long long Choice;
 
 /* Keys and values of one layer: rows of head_dim numbers of 16 or 8 bits, one per token and KV
@@ -79,8 +79,8 @@ struct GpuState {
     int n_sequences, context, max_T;
     cudaStream_t stream;
     cublasHandle_t cublas;
-    cudaGraphExec_t step; // decode_step(), captured at the first
-    uint8_t *memory;      // [bytes] of all that follows
+    cudaGraphExec_t step; // decode_step(), captured the first time
+    uint8_t *memory;      // [bytes] of all arrays that follow, up to cublas_workspace
     size_t bytes;
     int *tokens;        // [max_T] of a prompt
     int *positions;     // [n_sequences] of the next token
@@ -88,7 +88,7 @@ struct GpuState {
     float *x;           // [max_T][dim] the residual stream
     int8_t *a;          // [max_T][K] a linear's input, int8 or
     half *h;            // [max_T][K] 16 bits; after the last layer: normed, ready for lm_head
-    float *scale;       // [max_T] of either
+    float *scale;       // [max_T] of a or h
     half *qkv;          // [max_T][q_dim + 2 kv_dim]
     half *att;          // [max_T][q_dim]
     half *gate_up;      // [max_T][2][hidden_dim]
@@ -98,19 +98,20 @@ struct GpuState {
     float4 *rope;       // [context][head_dim / 4] cos and sin of two angles
     float *logits;      // [max(LOGIT_ROWS, n_sequences)][vocab_size]
     Score *scores;      // [LOGIT_ROWS]
-    float *partial;     // of attention_decode_kernel, for `splits` blocks a row of blocks
-    int *arrived;       // [n_sequences * rows of blocks]
-    int splits;
+    int splits;         // blocks that share the positions of a sequence: attention_decode_kernel
+    float *partial;     // [n_sequences][decode_rows()][splits][HEADS * (head_dim + 2)]
+    int *arrived;       // [n_sequences][decode_rows() + 1]
     uint8_t *cublas_workspace;
     float *host_logits; // [n_sequences][vocab_size] pinned
     int *host_chosen;   // [n_sequences]
-    int rows;           // of logits, by the last call
+    int n_logits;       // rows of logits that the last call wrote
 };
 
-/* Where T rows of x stand: one after the other in a sequence, or each the next token of its own. */
-struct Rows {
+/* The T tokens that go through the layers together: consecutive ones of a sequence from position
+ * `pos` on; or, if sequence is -1, the next token of each sequence. */
+struct Batch {
     int T;
-    int sequence, pos; // of the first; sequence -1: a decode step
+    int sequence, pos;
 };
 
 /* ---- a layer --------------------------------------------------------------------------------- */
@@ -125,21 +126,23 @@ static void embed(GpuState *s, int T);
 static void embed_chosen(GpuState *s);
 static void linear(GpuState *s, const Matrix *w, int T, half *y);
 static void add_linear(GpuState *s, const Matrix *w, int T, const half *in, const float *scale);
-static void attend(GpuState *s, int l, const Rows &rows);
+static void attend(GpuState *s, int l, const Batch &batch);
 static void lm_head(GpuState *s, int first, int n);
 static void choose(GpuState *s, int sequence, int n);
 
-static void layer(GpuState *s, int l, const Rows &rows) {
+static void layer(GpuState *s, int l, const Batch &batch) {
     const Config *c = &s->model->config;
     const GpuLayer *w = &s->model->layers[l];
     const LinearInput input = linear_input(s);
-    const int T = rows.T;
+    const int T = batch.T;
 
+    // attention
     gpu_rmsnorm(s->x, w->attention_norm, T, c->dim, c->norm_eps, input, s->stream);
     linear(s, &w->qkv, T, s->qkv);
-    attend(s, l, rows);
+    attend(s, l, batch);
     add_linear(s, &w->o, T, s->att, NULL);
 
+    // FFN
     gpu_rmsnorm(s->x, w->ffn_norm, T, c->dim, c->norm_eps, input, s->stream);
     linear(s, &w->gate_up, T, s->gate_up);
     gpu_swiglu(s->gate_up, T, c->hidden_dim, input, s->stream);
@@ -147,21 +150,21 @@ static void layer(GpuState *s, int l, const Rows &rows) {
 }
 
 /* All layers and the final norm: from x to h [T][dim], in 16 bits. */
-static void layers(GpuState *s, const Rows &rows) {
+static void layers(GpuState *s, const Batch &batch) {
     const Config *c = &s->model->config;
-    for (int l = 0; l < c->n_layers; l++) layer(s, l, rows);
-    gpu_rmsnorm(s->x, s->model->norm, rows.T, c->dim, c->norm_eps, {NULL, s->h, NULL}, s->stream);
+    for (int l = 0; l < c->n_layers; l++) layer(s, l, batch);
+    gpu_rmsnorm(s->x, s->model->norm, batch.T, c->dim, c->norm_eps, {NULL, s->h, NULL}, s->stream);
 }
 
 /* ---- a prompt, a step ------------------------------------------------------------------------ */
 
 /* T <= max_T tokens of one sequence, which are in s->tokens. */
-static void prompt(GpuState *s, const Rows &rows) {
-    embed(s, rows.T);
-    layers(s, rows);
+static void prompt(GpuState *s, const Batch &batch) {
+    embed(s, batch.T);
+    layers(s, batch);
 }
 
-/* One token more for each sequence: that in s->chosen, at its position in s->positions. */
+/* One token more for each sequence: the one in s->chosen, at the position in s->positions. */
 static void decode_step(GpuState *s) {
     embed_chosen(s);
     layers(s, {s->n_sequences, -1, 0});
@@ -171,24 +174,11 @@ static void decode_step(GpuState *s) {
 
 /* ---- checks and launches --------------------------------------------------------------------- */
 
+constexpr int THREADS = 256; // of nearly every block
+constexpr int WARPS = THREADS / 32;
+
 static void cuda_check(cudaError_t status, const char *what) {
     if (status != cudaSuccess) die("%s: %s", what, cudaGetErrorString(status));
-}
-
-/* A function of cuBLAS, which is loaded only now: linked, it would cost every start 0.1 s. */
-template <typename F> static F *load_cublas(const char *name) {
-    static const std::string file = "libcublas.so." + std::to_string(CUBLAS_VER_MAJOR);
-    static void *library = dlopen(file.c_str(), RTLD_NOW);
-    F *f = library ? (F *)dlsym(library, name) : NULL;
-    if (!f) die("cuBLAS: %s", dlerror());
-    return f;
-}
-
-#define CUBLAS(f) load_cublas<decltype(f)>(#f)
-
-static void cublas_check(cublasStatus_t status) {
-    if (status == CUBLAS_STATUS_SUCCESS) return;
-    die("cuBLAS: %s", CUBLAS(cublasGetStatusString)(status));
 }
 
 static void *device_alloc(size_t bytes) {
@@ -213,23 +203,21 @@ template <typename S, typename T> static void to_host(S *s, T *to, const T *from
     cuda_check(cudaStreamSynchronize(s->stream), "work on the GPU");
 }
 
-/* An attribute of the GPU in use, which is taken to stay the same. */
-static int device_attribute(cudaDeviceAttr attribute) {
-    int device, value;
-    cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-    cuda_check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-    return value;
-}
-
+/* Of the GPU in use, which must stay the same. */
 static int multiprocessors() {
-    static const int count = device_attribute(cudaDevAttrMultiProcessorCount);
+    static const int count = [] {
+        int device, n;
+        cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+        cuda_check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device), "GPU");
+        return n;
+    }();
     return count;
 }
 
 __global__ void empty_kernel() {}
 
-/* What the kernels may use depends on the code that was compiled. A GPU that is newer than all of
- * it runs that of sm_80. */
+/* 80 or 90: the code that runs. A GPU that is newer than all compiled code runs the PTX of sm_80.
+ */
 static int code_version() {
     static const int version = [] {
         cudaFuncAttributes attributes;
@@ -239,15 +227,6 @@ static int code_version() {
     return version;
 }
 
-/* What came with Hopper and stayed; wgmma did not. */
-static bool hopper_code() {
-    return code_version() >= 90;
-}
-
-static bool wgmma_code() {
-    return code_version() == 90;
-}
-
 struct LaunchShape {
     dim3 grid;
     int threads;
@@ -255,27 +234,28 @@ struct LaunchShape {
     int carveout = -1; // percent of L1 that is to be shared memory; -1: as the driver likes
 };
 
-/* For kernels that read memory straight into registers: what is on its way takes room in L1. And a
- * multiprocessor that is to share its memory otherwise must finish what it has first: neighbours on
- * the stream do best with the same. */
+/* For kernels that read memory straight into registers, as data on the way needs room in L1. A
+ * multiprocessor that changes the carveout must first finish its blocks. So neighbours on the
+ * stream do best with the same value. */
 constexpr int CARVEOUT = 50;
 
-/* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel
- * launched so must wait_for_previous_kernel(), whatever it does: the one after it relies on that.
- */
+/* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel that
+ * was launched so must call wait_for_previous_kernel(), as the kernel after it relies on that. */
 template <typename... Parameters, typename... Arguments>
 static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
                    Arguments... arguments) {
+    // 1. the overlap, which came with Hopper
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
+    // 2. the shape
     cudaLaunchConfig_t config = {};
     config.gridDim = shape.grid;
     config.blockDim = dim3(shape.threads);
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = hopper_code();
+    config.numAttrs = code_version() >= 90;
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     shape.carveout),
                "shared memory");
@@ -288,8 +268,8 @@ template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes)
                "shared memory");
 }
 
-/* The kernel that follows on the stream may start, as soon as all blocks of this one have said so
- * and there is room; it then waits below. So its launch, and its first reads, cost nothing. */
+/* The next kernel on the stream may start as soon as all blocks of this one have called this and
+ * there is room. It then waits below. So its launch and its first reads cost no time. */
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;\n");
@@ -309,10 +289,10 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
  *     y[m][n] = (sum_k a[m][k] * w8[n][k]) * s_a[m] * s_channel[n]        the sum in int32, exact
  *     w8 = q (per channel) or q * s_group (per group of 128)              q: 4 bits
  *
- * QQQ, arXiv 2406.09904, section 3.3. With few tokens the time is that of reading the weights once,
- * with many it is that of the tensor cores; one layout serves both. A kernel computes y^T = w8 a^T:
- * the *weights* are the left operand of the tensor cores' instruction mma.m16n8k32, whose right
- * side is only 8 wide, so that 8 tokens or fewer waste nothing.
+ * QQQ, arXiv 2406.09904, section 3.3. With few tokens the time is that of reading the weights once;
+ * with many tokens it is that of the tensor cores. One layout of the weights serves both. A kernel
+ * computes y^T = w8 a^T: the *weights* are the left operand of mma.m16n8k32, whose right side is
+ * only 8 wide, so that 8 tokens or fewer waste nothing.
  *
  *                        K                                  TOKENS
  *          +---------------------------+                  +--------+
@@ -331,161 +311,41 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
  *                +--------+--------+--------+--------+  strip of  +------------+
  *         warp 1 |        |        |        |        |  32        | m16 tile 1 |  16 channels
  *                +--------+--------+--------+--------+  channels  +------------+
- *           ...  |        |        |        |        |            16 bytes a lane and m16 tile
+ *           ...  |        |        |        |        |            16 bytes per lane and m16 tile
  *
- * A weight is read by one warp, once, from global memory straight into that warp's registers, four
- * units ahead of its use. It never sees shared memory: nobody would share it. The activations,
- * which all warps of a team read, go through shared memory, one chunk ahead. When tokens are few,
- * the warps do better side by side along K than along N: the 8 warps then form TEAMS teams that
- * take turns at pairs of units, each with its own pipeline, and add their sums at the end.
+ * The words for sizes:
  *
- * The idea of laying weights out in the order of the fragments, and much else, is Marlin's (arXiv
- * 2408.11743); the integer dequantization is LiquidGEMM's (arXiv
- * 2509.01229).
+ *     word    channels  tokens  k           bytes         owner
+ *     tile    CHANNELS  TOKENS  all         -             a block, one tile after the other
+ *     strip   32        TOKENS  all         -             a warp: its part of a tile
+ *     unit    32        -       64          1024 weights  a warp, in registers; 4 in flight
+ *     chunk   CHANNELS  TOKENS  256 TEAMS   -             a block: one pass of the main loop
+ *     panel   -         TOKENS  128         128 TOKENS    a team, in shared memory: [TOKENS][128]
+ *     stage   -         TOKENS  2 x 128     256 TOKENS    a team: its two panels of a chunk
+ *     team    8 / TEAMS warps side by side along N; every team has its own part of each chunk
+ *
+ * How a weight reaches the tensor cores: one warp reads it, once, from global memory straight into
+ * registers, four units before it is needed. It never enters shared memory, as no other warp would
+ * read it there. The activations are read by all warps of a team: they go through shared memory,
+ * one chunk ahead. With few tokens the warps do better side by side along K than along N. The 8
+ * warps then form TEAMS teams with a pipeline each, and add up their sums at the end.
+ *
+ * Loops with constant bounds are unrolled by the compiler, which keeps arrays like `acc` in
+ * registers; it is told to in the few places where it would not.
+ *
+ * Sources: weights in the order of the fragments, and much else, is Marlin's (arXiv 2408.11743);
+ * the integer dequantization is LiquidGEMM's (arXiv 2509.01229).
  * ============================================================================================== */
 
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / 32;
-constexpr int STRIP = 32;      // channels of a warp: two m16 tiles
-constexpr int UNIT = 64;       // k of one load: two k32 steps
-constexpr int CHUNK_UNITS = 4; // units that a warp has in flight, and in a chunk
-constexpr int BAND = 8;        // tiles of tokens that are worked on together
-
-/* ---- the layout of the weights -------------------------------------------------------------- */
-
-/* Where channel n stands in its strip: which m16 tile, which half of it, which row of the half.
- *
- * Any order is right, as long as the output is written in the same. In this one the sums that a
- * lane has of a token (row lane / 4 of both halves of both m16 tiles) are those of four consecutive
- * channels, which it writes at once: see write_tile(). */
-struct ChannelPlace {
-    int tile, half, row;
-};
-
-__device__ static ChannelPlace channel_place(int n) {
-    return {n % 4 / 2, n % 2, n % STRIP / 4};
-}
-
-/* The 32-bit word that holds channel n's codes for k .. k+3 (in the low nibbles of its bytes) and
- * k+32 .. k+35 (in the high ones); k % 64 < 32, k % 4 = 0.
- *
- * mma.m16n8k32 wants of its left operand, in lane l, four registers of four int8:
- *
- *                  k 0..15      k 16..31
- *     rows 0..7   register 0   register 2     each: row l / 4, k = l % 4 * 4 .. + 3
- *     rows 8..15  register 1   register 3
- *
- * A unit is two such steps; word r is register r of both. So a lane's 16 bytes are its left operand
- * for 16 channels and 64 k, and a warp reads 512 bytes in a row. */
-__device__ static size_t fragment_word(int n, int k, int K) {
-    ChannelPlace c = channel_place(n);
-    size_t unit = (size_t)(n / STRIP) * (K / UNIT) + k / UNIT;
-    int lane = c.row * 4 + k % 16 / 4;
-    int word = k % 32 / 16 * 2 + c.half;
-    return ((unit * 2 + c.tile) * 32 + lane) * 4 + word;
-}
-
-/* The byte that holds the scale of channel n and k's group: a lane's four, for the rows lane / 4 of
- * both halves of both m16 tiles, are one 32-bit word. */
-__device__ static size_t fragment_scale(int n, int k, int K) {
-    ChannelPlace c = channel_place(n);
-    size_t group = (size_t)(n / STRIP) * (K / GROUP) + k / GROUP;
-    return (group * 8 + c.row) * 4 + c.tile * 2 + c.half;
-}
-
-/* Per channel the codes are stored as two's complement, q = u ^ 8: in the high nibble of a byte
- * that is 16 q without further ado. With groups they stay u = q + 8. */
-constexpr uint32_t TWOS_COMPLEMENT = 0x88888888;
-
-/* qweight [N][K/2] as in the file becomes rows first .. first + N - 1 of w. One thread a word. */
-__global__ void layout_weights_kernel(const uint16_t *qweight, const uint8_t *s_group, int N, int K,
-                                      int first, uint32_t *w, uint8_t *scales) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)N * (K / 8)) return;
-    int n = i / (K / 8);
-    int word_of_row = i % (K / 8);
-    int k = word_of_row / 8 * UNIT + word_of_row % 8 * 4;
-    uint32_t word = 0;
-    for (int high = 0; high < 2; high++) {
-        uint32_t codes = qweight[(size_t)n * (K / 4) + (k + high * 32) / 4];
-        for (int b = 0; b < 4; b++) word |= (codes >> 4 * b & 15) << (8 * b + 4 * high);
-    }
-    w[fragment_word(first + n, k, K)] = scales ? word : word ^ TWOS_COMPLEMENT;
-    if (scales && k % GROUP == 0) {
-        scales[fragment_scale(first + n, k, K)] = s_group[(size_t)n * (K / GROUP) + k / GROUP];
-    }
-}
-
-__global__ void scale_kernel(float *x, int n, float factor) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) x[i] *= factor;
-}
-
-/* N rows as in the file, in device memory, become rows first .. first + N - 1 of l. */
-static void layout_weights(const GpuLinear *l, int first, int N, const uint16_t *qweight,
-                           const uint8_t *s_group, const float *s_channel, cudaStream_t stream) {
-    size_t words = (size_t)N * (l->K / 8);
-    layout_weights_kernel<<<(unsigned)ceil_div(words, 256), 256, 0, stream>>>(
-        qweight, s_group, N, l->K, first, l->w, l->s_group);
-    cuda_check(cudaGetLastError(), "layout_weights_kernel");
-    cuda_check(cudaMemcpyAsync(l->s_channel + first, s_channel, N * sizeof(float),
-                               cudaMemcpyDefault, stream),
-               "s_channel");
-    if (l->s_group) return;
-    // The kernel's sums are of 16 q; a power of two divides out exactly.
-    scale_kernel<<<ceil_div(N, 256), 256, 0, stream>>>(l->s_channel + first, N, 1.0f / 16);
-    cuda_check(cudaGetLastError(), "scale_kernel");
-}
-
-GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
-    GpuLinear l = {};
-    l.K = parts[0].K;
-    const bool groups = parts[0].s_group;
-    const int multiple = groups ? GROUP : UNIT;
-    if (l.K % multiple) die("a linear with K = %d: it must be a multiple of %d", l.K, multiple);
-    size_t largest = 0;
-    for (int i = 0; i < n_parts; i++) {
-        const Linear *part = &parts[i];
-        if (part->N % 64) die("a linear with N = %d: it must be a multiple of 64", part->N);
-        if (part->K != l.K || (part->s_group != NULL) != groups) {
-            die("linears of different K or kinds of scales cannot be stacked");
-        }
-        l.N += part->N;
-        if ((size_t)part->N > largest) largest = part->N;
-    }
-    l.w = (uint32_t *)device_alloc((size_t)l.N * l.K / 2);
-    l.s_channel = (float *)device_alloc(l.N * sizeof(float));
-    if (groups) l.s_group = (uint8_t *)device_alloc((size_t)l.N * (l.K / GROUP));
-
-    uint16_t *qweight = (uint16_t *)device_alloc(largest * l.K / 2); // one part as in the file
-    uint8_t *s_group = groups ? (uint8_t *)device_alloc(largest * (l.K / GROUP)) : NULL;
-    for (int i = 0, first = 0; i < n_parts; first += parts[i++].N) {
-        const Linear *part = &parts[i];
-        const size_t n = (size_t)part->N * l.K;
-        cuda_check(cudaMemcpy(qweight, part->qweight, n / 2, cudaMemcpyHostToDevice), "qweight");
-        if (groups) {
-            cuda_check(cudaMemcpy(s_group, part->s_group, n / GROUP, cudaMemcpyHostToDevice),
-                       "s_group");
-        }
-        layout_weights(&l, first, part->N, qweight, s_group, part->s_channel, 0);
-    }
-    cuda_check(cudaDeviceSynchronize(), "layout of weights");
-    cuda_check(cudaFree(qweight), "cudaFree");
-    cuda_check(cudaFree(s_group), "cudaFree");
-    return l;
-}
-
-void gpu_linear_free(GpuLinear *l) {
-    cuda_check(cudaFree(l->w), "cudaFree");
-    cuda_check(cudaFree(l->s_group), "cudaFree");
-    cuda_check(cudaFree(l->s_channel), "cudaFree");
-    *l = {};
-}
+constexpr int STRIP = 32;               // channels
+constexpr int UNIT = 64;                // k: two k32 steps of mma
+constexpr int CHUNK_UNITS = 4;          // units of a chunk that one team has
+constexpr int CHUNK = CHUNK_UNITS * 64; // k of a chunk that one team has
 
 /* ---- instructions that C++ has no name for --------------------------------------------------- */
 
-/* Reads 16 bytes that are needed once: they need not stay in the L1 cache. If not `valid`, `to`
- * stays as it is; a predicate, unlike a branch, leaves the compiler one straight run of code. */
+/* Reads 16 bytes that are needed once, so they need not stay in the L1 cache. If not `valid`, `to`
+ * keeps its value: a predicate, unlike a branch, leaves the compiler one straight run of code. */
 __device__ __forceinline__ void load_16(uint4 &to, const uint4 *from, bool valid) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
                  "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }\n"
@@ -520,19 +380,13 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void *from, boo
                  : "memory");
 }
 
-__device__ __forceinline__ void copy_async_4(uint32_t to, const void *from, bool nonzero) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(from),
-                 "r"(nonzero ? 4 : 0)
-                 : "memory");
-}
-
 __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_all;\n" ::: "memory");
 }
 
 /* Two or four 8 x 16-byte matrices from shared memory, in the layout of mma's right operand: lanes
- * 8i .. 8i+7 hold the addresses of matrix i's rows; lane l gets of each row l / 4, bytes l % 4 * 4
- * to + 3. */
+ * 8i .. 8i+7 hold the addresses of matrix i's rows; lane l gets, of each matrix, row l / 4, bytes
+ * l % 4 * 4 to + 3. */
 __device__ __forceinline__ void load_matrices(uint32_t (&b)[2], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
                  : "=r"(b[0]), "=r"(b[1])
@@ -545,8 +399,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&b)[4], uint32_t address
                  : "r"(address));
 }
 
-/* c [16][8] += a [16][32] . b [8][32] over a warp. Lane l holds of c: c[0], c[1] in row l / 4,
- * columns l % 4 * 2 and + 1; c[2], c[3] eight rows below. */
+/* c [16][8] += a [16][32] . b [8][32] over a warp. Lane l holds c[0], c[1] of row l / 4, columns
+ * l % 4 * 2 and + 1; c[2], c[3] are eight rows below. */
 __device__ __forceinline__ void mma(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
@@ -554,21 +408,9 @@ __device__ __forceinline__ void mma(int (&c)[4], const uint32_t (&a)[4], uint32_
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* c [16][8] += a [16][16] . b [8][16] over a warp, halves; the layout is that of the int8 mma
- * with pairs of halves for the four bytes. */
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-/* An 8x8 matrix of 16-bit numbers, two a lane, becomes its transpose. */
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
-    uint32_t y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
-    return y;
+/* Waits for `threads` threads that name the same barrier; __syncthreads() is barrier 0. */
+__device__ __forceinline__ void named_barrier(int name, int threads) {
+    asm volatile("bar.sync %0, %1;\n" ::"r"(name), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -576,119 +418,86 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return *(uint32_t *)&pair;
 }
 
-/* ---- activations and their int8 ----------------------------------------------------------------
+/* ---- the layout of the weights --------------------------------------------------------------- */
+
+/* The row of a strip that channel n is: which m16 tile, which half of it, which row of the half.
  *
- *     s_a = max|x| / 127      a = rint(x / s_a)      of each token, as quantize_row() in qqq.c */
-
-/* Eight consecutive values, which one thread handles: 16 bytes of halves, 8 of int8. */
-struct Eight {
-    float v[8];
+ * Any order is right, as long as the output is written in the same. With this one a lane's sums of
+ * one token (row lane / 4 of both halves of both m16 tiles) belong to four consecutive channels,
+ * which it writes at once: see write_rows(). */
+struct StripRow {
+    int tile, half, row;
 };
 
-__device__ __forceinline__ Eight from_halves(uint4 bits) {
-    const half2 *pairs = (const half2 *)&bits;
-    Eight e;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 f = __half22float2(pairs[i]);
-        e.v[2 * i] = f.x;
-        e.v[2 * i + 1] = f.y;
+__device__ static StripRow strip_row(int n) {
+    return {n % 4 / 2, n % 2, n % STRIP / 4};
+}
+
+/* The index of the 32-bit word that holds channel n's codes for k .. k+3 (in the low nibbles of its
+ * bytes) and k+32 .. k+35 (in the high nibbles); k % 64 < 32, k % 4 = 0.
+ *
+ * mma.m16n8k32 wants its left operand as four registers of four int8, in lane l:
+ *
+ *                  k 0..15      k 16..31
+ *     rows 0..7   register 0   register 2     each: row l / 4, k = l % 4 * 4 .. + 3
+ *     rows 8..15  register 1   register 3
+ *
+ * A unit is two such steps; word r is register r of both. So 16 bytes per lane are the left operand
+ * for 16 channels and 64 k, and a warp reads 512 consecutive bytes. */
+__device__ static size_t fragment_word(int n, int k, int K) {
+    StripRow c = strip_row(n);
+    size_t unit = (size_t)(n / STRIP) * (K / UNIT) + k / UNIT;
+    int lane = c.row * 4 + k % 16 / 4;
+    int word = k % 32 / 16 * 2 + c.half;
+    return ((unit * 2 + c.tile) * 32 + lane) * 4 + word;
+}
+
+/* The index of the byte that holds the scale of channel n and k's group: the four scales that a
+ * lane needs, of rows lane / 4 of both halves of both m16 tiles, are one 32-bit word. */
+__device__ static size_t fragment_scale(int n, int k, int K) {
+    StripRow c = strip_row(n);
+    size_t group = (size_t)(n / STRIP) * (K / GROUP) + k / GROUP;
+    return (group * 8 + c.row) * 4 + c.tile * 2 + c.half;
+}
+
+/* Per channel the codes are stored as two's complement, q = u ^ 8: in the high nibble of a byte
+ * that is 16 q without further work. With groups they stay u = q + 8. */
+constexpr uint32_t TWOS_COMPLEMENT = 0x88888888;
+
+/* N rows as in the file: qweight [N][K/2], s_group and s_channel, become rows first .. first + N -
+ * 1 of l. One thread per word. */
+__global__ void layout_weights_kernel(const uint16_t *qweight, const uint8_t *s_group,
+                                      const float *s_channel, int N, int first, GpuLinear l) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int K = l.K, words = K / 8, n = i / words, word_of_row = i % words;
+    if (i >= (size_t)N * words) return;
+    // 1. eight codes into their word
+    const int k = word_of_row / 8 * UNIT + word_of_row % 8 * 4;
+    uint32_t word = 0;
+    for (int high = 0; high < 2; high++) {
+        uint32_t codes = qweight[(size_t)n * (K / 4) + (k + high * 32) / 4];
+        for (int b = 0; b < 4; b++) word |= (codes >> 4 * b & 15) << (8 * b + 4 * high);
     }
-    return e;
-}
-
-__device__ __forceinline__ uint4 to_halves(const Eight &e) {
-    uint4 bits;
-    half2 *pairs = (half2 *)&bits;
-#pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = __floats2half2_rn(e.v[2 * i], e.v[2 * i + 1]);
-    return bits;
-}
-
-__device__ __forceinline__ Eight from_floats(const float4 *p) {
-    float4 a = p[0], b = p[1];
-    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-}
-
-/* The magnitude of a float as an integer of the same order; NaN and infinity are above all. */
-__device__ __forceinline__ uint32_t magnitude(const Eight &e) {
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) most = max(most, __float_as_uint(e.v[i]) & 0x7fffffff);
-    return most;
-}
-
-constexpr uint32_t INFINITE = 0x7f800000;
-
-/* s_a of a row whose largest magnitude is `most`. */
-__device__ __forceinline__ float activation_scale(uint32_t most) {
-    return __fdiv_rn(__uint_as_float(most >= INFINITE ? 0x7fc00000 : most), 127.0f);
-}
-
-__device__ __forceinline__ int quantize_one(float x, float s_a) {
-    float r = s_a > 0 ? rintf(__fdiv_rn(x, s_a)) : 0;
-    return (int)fminf(fmaxf(r, -128.0f), 127.0f);
-}
-
-__device__ __forceinline__ uint32_t lowest_bytes(const uint32_t (&r)[4]) {
-    return __byte_perm(__byte_perm(r[0], r[1], 0x0040), __byte_perm(r[2], r[3], 0x0040), 0x5410);
-}
-
-/* The same for fours of x that are at most 127 s_a. Products with a little less than 1 / s_a and
- * with a little more decide, if they agree: then no tie is near. The lowest byte of 1.5 * 2^23 + r
- * is r in two's complement. */
-template <int FOURS>
-__device__ __forceinline__ void quantize_fours(const float (&x)[FOURS][4], float s_a,
-                                               uint32_t (&a)[FOURS]) {
-    constexpr float SHIFT = 12582912, LITTLE = 0x1p-20f;
-    const float inverse = __fdiv_rn(1, s_a);
-    bool sure = s_a >= 0x1p-126f; // the inverse is finite
-#pragma unroll
-    for (int i = 0; i < FOURS; i++) {
-        auto rounded = [&](float by) {
-            uint32_t r[4];
-            for (int j = 0; j < 4; j++) r[j] = __float_as_uint(__fmaf_rn(x[i][j], by, SHIFT));
-            return lowest_bytes(r);
-        };
-        a[i] = rounded(__fmul_rn(inverse, 1 - LITTLE));
-        sure &= a[i] == rounded(__fmul_rn(inverse, 1 + LITTLE));
+    l.w[fragment_word(first + n, k, K)] = l.s_group ? word : word ^ TWOS_COMPLEMENT;
+    // 2. the scales; per channel the sums are of 16 q, and a power of two divides out exactly
+    if (l.s_group && k % GROUP == 0) {
+        l.s_group[fragment_scale(first + n, k, K)] = s_group[(size_t)n * (K / GROUP) + k / GROUP];
     }
-    if (sure) return;
-#pragma unroll
-    for (int i = 0; i < FOURS; i++) {
-        uint32_t r[4];
-        for (int j = 0; j < 4; j++) r[j] = quantize_one(x[i][j], s_a);
-        a[i] = lowest_bytes(r);
-    }
+    if (k == 0) l.s_channel[first + n] = l.s_group ? s_channel[n] : s_channel[n] / 16;
 }
 
-__device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
-    const float x[2][4] = {{e.v[0], e.v[1], e.v[2], e.v[3]}, {e.v[4], e.v[5], e.v[6], e.v[7]}};
-    uint32_t a[2];
-    quantize_fours(x, s_a, a);
-    return make_uint2(a[0], a[1]);
+/* All in device memory. */
+static void layout_weights(const GpuLinear *l, int first, int N, const uint16_t *qweight,
+                           const uint8_t *s_group, const float *s_channel, cudaStream_t stream) {
+    const size_t words = (size_t)N * (l->K / 8);
+    layout_weights_kernel<<<(unsigned)ceil_div(words, THREADS), THREADS, 0, stream>>>(
+        qweight, s_group, s_channel, N, first, *l);
+    cuda_check(cudaGetLastError(), "layout_weights_kernel");
 }
 
-/* silu(gate) * up, silu(x) = x / (1 + e^-x). __fdividef() gives 0 where the divisor is above 2^126,
- * as good as right. */
-__device__ __forceinline__ float swiglu(float gate, float up) {
-    return __fmul_rn(__fdividef(gate, __fadd_rn(1, expf(-gate))), up);
-}
+/* ---- tiles, and the way through them --------------------------------------------------------- */
 
-/* ---- who does what: tiles -------------------------------------------------------------------- */
-
-/* TOKENS of a tile and TEAMS of a block decide the rest. */
-template <int TOKENS, int TEAMS> struct Shape {
-    static constexpr int TEAM_WARPS = WARPS / TEAMS;
-    static constexpr int TEAM_THREADS = TEAM_WARPS * 32;
-    static constexpr int CHANNELS = TEAM_WARPS * STRIP; // of a tile
-    static constexpr int TILE = CHANNELS * TOKENS;      // outputs of a tile
-    static constexpr int CHUNK = TEAMS * CHUNK_UNITS;   // units of a chunk
-    static constexpr int STAGE =
-        TOKENS * CHUNK_UNITS * UNIT;                         // bytes: a team's part of a chunk of a
-    static constexpr int TEAM_SUMS = (TEAMS - 1) * TILE * 4; // bytes: for adding up the teams
-};
-
+/* The arguments of every kernel of the GEMM. */
 struct GemmArgs {
     int M, N, K;
     const uint4 *w;          // [N/32][K/64][2][32]
@@ -698,82 +507,166 @@ struct GemmArgs {
     const float *s_a;        // [M]
     half *y;                 // [M][N], unless there is a residual
     float *residual;         // [M][N] or NULL
-    int tiles_m, tiles_n;    // tiles of tokens, of channels
-    int tokens;              // of a tile, for wgmma: all tiles are equally full
-    int tiles;               // tiles_m * tiles_n
-    int units;               // of K
-    int chunks;              // of K
-    int teams;               // gemm_few_kernel: warps that share the K of a strip
 };
 
-/* The next chunk of a block's list: tiles, one in gridDim.x. */
-struct Work {
-    int tile;  // tiles or more: the list is at its end
-    int chunk; // of this tile: the next
-    int m, n;  // the tile's place among the tiles of tokens and of channels
+/* TOKENS of a tile and TEAMS of a block decide the rest. */
+template <int TOKENS, int TEAMS> struct Shape {
+    static constexpr int TEAM_WARPS = WARPS / TEAMS;
+    static constexpr int TEAM_THREADS = TEAM_WARPS * 32;
+    static constexpr int CHANNELS = TEAM_WARPS * STRIP;
+    static constexpr int STAGE = TOKENS * CHUNK;                     // bytes
+    static constexpr int SUMS = (TEAMS - 1) * CHANNELS * TOKENS * 4; // bytes: add_teams()
+    static constexpr int SHARED = TEAMS * 2 * STAGE + SUMS;          // bytes
+    static constexpr int BLOCKS = TOKENS <= 16 ? 2 : 1;              // of a multiprocessor
 };
 
-/* Tiles go through bands of BAND tiles of tokens, along the channels, so that those in work at the
- * same time form a square and share much of what they read through the L2 cache. */
-__device__ __forceinline__ void place_tile(Work &work, const GemmArgs &p) {
-    work.m = 0;
-    work.n = work.tile;
-    if (p.tiles_m == 1) return; // divisions are slow
-    int band = work.tile / (BAND * p.tiles_n);
-    int rows = min(BAND, p.tiles_m - band * BAND);
-    int in_band = work.tile - band * BAND * p.tiles_n;
-    work.m = band * BAND + in_band % rows;
-    work.n = in_band / rows;
+/* How the output is cut. */
+struct Tiling {
+    int m, n;   // tiles of tokens, of channels
+    int tiles;  // m * n
+    int chunks; // of K
+};
+
+static Tiling make_tiling(const GemmArgs &p, int channels, int tokens, int chunk) {
+    const int m = ceil_div(p.M, tokens), n = ceil_div(p.N, channels);
+    return {m, n, m * n, ceil_div(p.K, chunk)};
 }
 
-__device__ __forceinline__ Work first_work(const GemmArgs &p) {
-    Work work = {(int)blockIdx.x, 0, 0, 0};
-    place_tile(work, p);
-    return work;
+/* A tile: number m of the tiles of tokens, number n of the tiles of channels. */
+struct Tile {
+    int m, n;
+};
+
+/* Blocks work on consecutive tiles at the same time. So consecutive tiles form a square: they go
+ * along the channels in bands of 8 tiles of tokens. Then much of their input is in the L2 cache
+ * already. */
+__device__ __forceinline__ Tile tile_number(int i, const Tiling &tiling) {
+    constexpr int BAND = 8;
+    if (tiling.m == 1) return {0, i}; // divisions are slow
+    // the band, and the number of the tile in the band; the last band may have fewer rows
+    int band = i / (BAND * tiling.n);
+    int rows = min(BAND, tiling.m - band * BAND);
+    int in_band = i - band * BAND * tiling.n;
+    return {band * BAND + in_band % rows, in_band / rows};
 }
 
-__device__ __forceinline__ void next_work(Work &work, const GemmArgs &p) {
-    if (++work.chunk < p.chunks) return;
-    work.chunk = 0;
-    work.tile += gridDim.x;
-    place_tile(work, p);
+/* The next chunk of a block. Its tiles are blockIdx.x, blockIdx.x + gridDim.x, ... */
+struct Position {
+    int i;     // number of the tile; all tiles are done if it is tiling.tiles or more
+    int chunk; // of the tile
+    Tile tile;
+    __device__ __forceinline__ Position(const Tiling &tiling)
+        : i(blockIdx.x), chunk(0), tile(tile_number(i, tiling)) {}
+    __device__ __forceinline__ void advance(const Tiling &tiling) {
+        if (++chunk < tiling.chunks) return;
+        // the first chunk of the next tile
+        chunk = 0;
+        i += gridDim.x;
+        tile = tile_number(i, tiling);
+    }
+};
+
+/* ---- weights: from global memory to registers ------------------------------------------------ */
+
+/* A warp's units on their way. Teams get units in pairs: the 128 k of a pair share a panel of
+ * activations and a group's scale. A team's pairs are `teams` pairs apart. */
+template <int UNITS, bool GROUPS> struct UnitsInFlight {
+    uint4 w[UNITS][2] = {}; // [unit][m16 tile]
+    uint32_t s_group[UNITS / 2] = {};
+    const uint4 *from;            // the first unit
+    const uint32_t *from_s_group; // and the scale of its group
+    int valid;                    // units from there to the end of K
+
+    __device__ __forceinline__ void aim(const GemmArgs &p, int strip, int unit, bool exists) {
+        const int units = p.K / UNIT, lane = threadIdx.x % 32;
+        from = p.w + ((size_t)strip * units + unit) * 64 + lane;
+        from_s_group = p.s_group;
+        if (GROUPS) from_s_group += ((size_t)strip * (units / 2) + unit / 2) * 8 + lane / 4;
+        valid = exists ? units - unit : 0;
+    }
+    __device__ __forceinline__ static int offset(int u, int teams) {
+        return u / 2 * 2 * teams + u % 2;
+    }
+    __device__ __forceinline__ void load(int u, int teams) {
+        // both m16 tiles, and with the second unit of a pair the scales of the group
+        const int unit = offset(u, teams);
+        load_16(w[u][0], from + unit * 64, unit < valid);
+        load_16(w[u][1], from + unit * 64 + 32, unit < valid);
+        if (GROUPS && u % 2 == 1) load_4(s_group[u / 2], from_s_group + unit / 2 * 8, unit < valid);
+    }
+    /* To the units that follow the ones in flight. */
+    __device__ __forceinline__ void advance(int teams) {
+        from += UNITS * teams * 64;
+        from_s_group += UNITS / 2 * teams * 8;
+        valid -= UNITS * teams;
+    }
+};
+
+/* Four int8 weights from one nibble of each byte of a word, low nibbles for step 0, high ones for
+ * step 1.
+ *
+ * Per channel the result is 16 q: a high nibble is just that with the low one masked away, a low
+ * one needs a shift more. The 16 is divided out of s_channel.
+ *
+ * With groups, u = q + 8 times the scale s (1 to 15), plus 128 - 8 s, is q s + 128, in 8 .. 233: it
+ * fits its byte, so one multiply-add does four weights and nothing carries over. Flipping the top
+ * bit subtracts the 128. */
+template <bool GROUPS>
+__device__ __forceinline__ uint32_t dequantize(uint32_t word, int step, uint32_t s) {
+    // per channel: 16 q
+    if (!GROUPS) return (step ? word : word << 4) & 0xf0f0f0f0;
+    // per group: q s
+    uint32_t u = (step ? word >> 4 : word) & 0x0f0f0f0f;
+    return (u * s + (0x80808080 - s * 0x08080808)) ^ 0x80808080;
+}
+
+/* mma's left operands of one step of a unit: two m16 tiles. ORDERED: before the registers of w are
+ * loaded anew. Left to itself the compiler may dequantize afterwards, from a copy; that is faster
+ * with 128 tokens only. */
+template <bool GROUPS, bool ORDERED>
+__device__ __forceinline__ void dequantize_step(const uint4 (&w)[2], uint32_t s_group, int step,
+                                                uint32_t (&left)[2][4]) {
+    for (int i = 0; i < 2; i++) {
+        const uint32_t words[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+        for (int r = 0; r < 4; r++) {
+            uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * i + r % 2);
+            left[i][r] = dequantize<GROUPS>(words[r], step, s);
+            if (ORDERED) asm volatile("" : "+r"(left[i][r]));
+        }
+    }
 }
 
 /* ---- activations: from global to shared memory ----------------------------------------------- */
 
-/* The place of 16 bytes in a team's stage: `row` is the token, `column` counts along k. Panels of
- * 128 k, each [TOKENS][8] 16-byte pieces. The piece is XORed with the row so that 8 rows of one
- * column, which ldmatrix reads at once, lie in different banks. */
-template <int TOKENS> __device__ __forceinline__ uint32_t activation_place(int row, int column) {
-    return (column / 8 * TOKENS + row) * 128 + (column % 8 ^ row % 8) * 16;
+/* The offset of 16 bytes in panels of 128 k, each [rows][8] 16-byte pieces: `row` is the token,
+ * `column` counts pieces along k. A piece is XORed with its row, so that 8 rows of one column,
+ * which ldmatrix reads at once, lie in different banks. */
+__device__ __forceinline__ uint32_t swizzled(int row, int column, int rows) {
+    return (column / 8 * rows + row) * 128 + (column % 8 ^ row % 8) * 16;
 }
 
-/* Half of a team's activations of one chunk; k past the end becomes zero, which makes whatever
- * weights it meets harmless. Tokens past the end are left out: nobody looks at their sums. */
+/* Starts the copy of half a stage: of half of the tokens. k past the end becomes zero, so that any
+ * weight is harmless there. Tokens past the end are left out: nobody looks at their sums. */
 template <int TOKENS, int TEAMS>
-__device__ __forceinline__ void load_activations(const GemmArgs &p, const Work &work, int team,
-                                                 uint32_t stage, int half_of_rows) {
-    using S = Shape<TOKENS, TEAMS>;
-    constexpr int PIECES = CHUNK_UNITS * UNIT / 16; // of a row
-    constexpr int ROWS = S::TEAM_THREADS / PIECES;
-    int column = threadIdx.x % PIECES;
-    int k = (work.chunk * S::CHUNK + (column / 8 * TEAMS + team) * 2) * UNIT + column % 8 * 16;
-    int row = half_of_rows * TOKENS / 2 + threadIdx.x % S::TEAM_THREADS / PIECES;
-    int rows = min((half_of_rows + 1) * TOKENS / 2, p.M - work.m * TOKENS);
-    if (work.tile >= p.tiles) rows = 0;
-    const int8_t *from = p.a + (size_t)(work.m * TOKENS + row) * p.K + k;
+__device__ __forceinline__ void load_activations(const GemmArgs &p, const Tiling &tiling,
+                                                 const Position &at, int team, uint32_t stage,
+                                                 int half_of_tokens) {
+    constexpr int PIECES = CHUNK / 16; // of a row
+    constexpr int ROWS = Shape<TOKENS, TEAMS>::TEAM_THREADS / PIECES;
+    // 1. this thread's piece of a row: a team has every TEAMS-th panel of the chunk
+    const int column = threadIdx.x % PIECES, panel = column / 8 * TEAMS + team;
+    const int k = at.chunk * TEAMS * CHUNK + panel * 128 + column % 8 * 16;
+    // 2. its rows, ROWS apart
+    int row = half_of_tokens * TOKENS / 2 + threadIdx.x % (ROWS * PIECES) / PIECES;
+    int rows = min((half_of_tokens + 1) * TOKENS / 2, p.M - at.tile.m * TOKENS);
+    if (at.i >= tiling.tiles) rows = 0;
+    const int8_t *from = p.a + (size_t)(at.tile.m * TOKENS + row) * p.K + k;
 #pragma unroll(TOKENS <= 16 ? 1 : 8)
     for (int i = 0; i < ceil_div(TOKENS / 2, ROWS); i++) {
-        uint32_t to = stage + activation_place<TOKENS>(row, column);
-        copy_async_16(to, from, k < p.K, row < rows);
+        copy_async_16(stage + swizzled(row, column, TOKENS), from, k < p.K, row < rows);
         row += ROWS;
         from += ROWS * p.K;
     }
-}
-
-/* Waits for `threads` threads that name the same barrier; __syncthreads() is barrier 0. */
-__device__ __forceinline__ void named_barrier(int name, int threads) {
-    asm volatile("bar.sync %0, %1;\n" ::"r"(name), "r"(threads) : "memory");
 }
 
 /* Waits for the warps of a team; the teams need not wait for each other. */
@@ -787,53 +680,15 @@ template <int TEAM_WARPS> __device__ __forceinline__ void team_barrier(int team)
     }
 }
 
-/* ---- the inner product ----------------------------------------------------------------------- */
-
-/* Four int8 weights from one nibble of each byte of a word, low nibbles for step 0, high ones for
- * step 1.
- *
- * Per channel the result is 16 q: a high nibble is just that with the low one masked away, a low
- * one needs a shift more. The 16 is divided out of s_channel.
- *
- * With groups, u = q + 8 times the scale s (1 to 15), plus 128 - 8 s, is q s + 128, in 8 .. 233: it
- * fits its byte, so one multiply-add does four weights and nothing carries over. Flipping the top
- * bit subtracts the 128. */
-template <bool GROUPS>
-__device__ __forceinline__ uint32_t dequantize(uint32_t word, int step, uint32_t s) {
-    if (!GROUPS) return (step ? word : word << 4) & 0xf0f0f0f0;
-    uint32_t u = (step ? word >> 4 : word) & 0x0f0f0f0f;
-    return (u * s + (0x80808080 - s * 0x08080808)) ^ 0x80808080;
-}
-
-/* mma's left operands of a step: two m16 tiles, from what the lane has of a unit. ORDERED: before
- * the registers of w are loaded anew. Left to itself the compiler may do it afterwards, from a
- * copy; only mma.sync with 128 tokens is faster that way. */
-template <bool GROUPS, bool ORDERED>
-__device__ __forceinline__ void dequantize_tiles(const uint4 (&w)[2], uint32_t s_group, int step,
-                                                 uint32_t (&left)[2][4]) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint32_t words[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-            uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * i + r % 2);
-            left[i][r] = dequantize<GROUPS>(words[r], step, s);
-            if (ORDERED) asm volatile("" : "+r"(left[i][r]));
-        }
-    }
-}
-
 /* acc [2 m16 tiles][N_TILES n8 tiles] += weights a . activations at `from`, k32. One ldmatrix reads
  * the right operands of two n8 tiles, four mma use them. */
 template <int N_TILES>
 __device__ __forceinline__ void multiply_step(int (&acc)[2][N_TILES][4], const uint32_t (&a)[2][4],
                                               uint32_t from) {
     constexpr int PAIR = N_TILES == 1 ? 1 : 2;
-#pragma unroll
     for (int j = 0; j < N_TILES; j += PAIR) {
         uint32_t b[2 * PAIR];
         load_matrices(b, from + j * 8 * 128);
-#pragma unroll
         for (int t = 0; t < PAIR; t++) {
             mma(acc[0][j + t], a[0], b[2 * t], b[2 * t + 1]);
             mma(acc[1][j + t], a[1], b[2 * t], b[2 * t + 1]);
@@ -841,7 +696,7 @@ __device__ __forceinline__ void multiply_step(int (&acc)[2][N_TILES][4], const u
     }
 }
 
-/* ---- sums of teams, and the output ----------------------------------------------------------- */
+/* ---- sums: of the teams, and to the output --------------------------------------------------- */
 
 __device__ __forceinline__ void add(int (&c)[4], int4 x) {
     c[0] += x.x;
@@ -859,26 +714,26 @@ __device__ __forceinline__ int4 as_int4(const int (&c)[4]) {
 template <int TOKENS, int TEAMS>
 __device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *sums, int team) {
     constexpr int STRIDE = Shape<TOKENS, TEAMS>::TEAM_THREADS;
+    // 1. the other teams leave their sums, once team 0 has read the ones of the tile before
     sums += threadIdx.x % STRIDE;
-    __syncthreads(); // team 0 is through with the tile before
+    __syncthreads();
     if (team > 0) {
-#pragma unroll
         for (int i = 0; i < TOKENS / 4; i++) {
             sums[(i * (TEAMS - 1) + team - 1) * STRIDE] = as_int4(acc[i % 2][i / 2]);
         }
     }
     __syncthreads();
     if (team > 0) return;
+    // 2. team 0 adds them to its own
     for (int t = 0; t < TEAMS - 1; t++) {
-#pragma unroll
         for (int i = 0; i < TOKENS / 4; i++) {
             add(acc[i % 2][i / 2], sums[(i * (TEAMS - 1) + t) * STRIDE]);
         }
     }
 }
 
-/* What a lane needs to turn its sums of M_TILES m16 tiles and 8 tokens into outputs: those of two
- * tokens, each of 2 M_TILES consecutive channels. */
+/* The factors that turn a lane's sums into outputs, for M_TILES m16 tiles and two tokens: 2 M_TILES
+ * consecutive channels of each token. */
 template <int M_TILES> struct Scales {
     using Floats = std::conditional_t<M_TILES == 2, float4, float2>;
     Floats s_channel;
@@ -894,7 +749,6 @@ __device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_ch
     using Floats = typename Scales<M_TILES>::Floats;
     const int lane = threadIdx.x % 32, channel = lane / 4 * 4, first = lane % 4 * 2;
     s.s_channel = *(const Floats *)(s_channel + channel);
-#pragma unroll
     for (int t = 0; t < 2; t++) {
         const float *x = p.residual + (size_t)(m0 + first + t) * p.N + n0 + channel;
         s.s_a[t] = first + t < tokens ? s_a[first + t] : 0;
@@ -902,135 +756,128 @@ __device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_ch
     }
 }
 
-/* Scales a warp's sums, M_TILES m16 tiles from n0 and `tokens` <= 8 N_TILES tokens from m0, and
- * writes them to y or adds them to the residual stream. They are y^T in the registers, but
- * channel_place() has put a lane's channels side by side. s holds the scales of the channels and of
- * the first 8 tokens. */
+/* Scales a lane's sums and writes them: to y (Out: half) or onto the residual stream (float). The
+ * registers hold y^T, but strip_row() has put a lane's channels side by side. `to` is the output of
+ * the lane's first token and channel; s has the scales of the tokens of the first n8 tile. */
+template <int M_TILES, int N_TILES, typename Out>
+__device__ __forceinline__ void write_rows(Out *to, int N, const int (&acc)[M_TILES][N_TILES][4],
+                                           Scales<M_TILES> s, const float *s_a, int tokens) {
+    using Floats = typename Scales<M_TILES>::Floats;
+    using Halves = std::conditional_t<M_TILES == 2, uint2, uint32_t>;
+    constexpr bool ADD = std::is_same_v<Out, float>;
+    constexpr bool AHEAD = N_TILES > 4; // scales are read one n8 tile ahead, if registers are left
+    const int first = threadIdx.x % 4 * 2;
+    auto load = [&](int i, const Out *from) {
+        const int token = first + i / 2 * 8 + i % 2;
+        if (i >= 2 * N_TILES || token >= tokens) return;
+        s.s_a[i % 2] = s_a[token];
+        if constexpr (ADD) s.x[i % 2] = *(const Floats *)from;
+    };
+#pragma unroll
+    for (int i = 0; i < 2 * N_TILES; i++) { // tokens of the lane
+        const int j = i / 2, t = i % 2;
+        float y[2 * M_TILES];
+        uint32_t halves[M_TILES];
+        if (!AHEAD && j > 0) load(i, to);
+        // 1. scale, and add to the residual stream or round to halves
+        for (int c = 0; c < 2 * M_TILES; c++) {
+            float sum = acc[c / 2][j][c % 2 * 2 + t];
+            y[c] = __fmul_rn(__fmul_rn(sum, s.s_a[t]), (&s.s_channel.x)[c]);
+            if (ADD) y[c] = __fadd_rn((&s.x[t].x)[c], y[c]);
+            else if (c % 2) halves[c / 2] = pack(y[c - 1], y[c]);
+        }
+        // 2. write in one piece, which plain stores may not be
+        if (first + j * 8 + t < tokens) {
+            if constexpr (ADD) __stcg((Floats *)to, *(const Floats *)y);
+            else __stcg((Halves *)to, *(const Halves *)halves);
+        }
+        // 3. on to the next token: the neighbour, or 7 further
+        if (AHEAD) load(i + 2, to + 8 * (size_t)N);
+        to += (t ? 7 : 1) * (size_t)N;
+    }
+}
+
+/* A warp's sums, M_TILES m16 tiles from channel n0 and `tokens` <= 8 N_TILES tokens from m0. */
 template <int M_TILES, int N_TILES>
 __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[M_TILES][N_TILES][4],
-                                           Scales<M_TILES> s, const float *s_a, int m0, int tokens,
-                                           int n0) {
-    const int lane = threadIdx.x % 32, first = lane % 4 * 2;
-    const size_t at_first = (size_t)(m0 + first) * p.N + n0 + lane / 4 * 4;
-    auto write = [&](auto *to) {
-        using Floats = typename Scales<M_TILES>::Floats;
-        using Halves = std::conditional_t<M_TILES == 2, uint2, uint32_t>;
-        constexpr bool TO_RESIDUAL = std::is_same_v<decltype(to), float *>;
-        constexpr bool AHEAD = N_TILES > 4; // one n8 tile, where there are registers
-        to += at_first;
-        auto load = [&](int i, auto *from) {
-            const int token = first + i / 2 * 8 + i % 2;
-            if (i >= 2 * N_TILES || token >= tokens) return;
-            s.s_a[i % 2] = s_a[token];
-            if constexpr (TO_RESIDUAL) s.x[i % 2] = *(const Floats *)from;
-        };
-#pragma unroll
-        for (int i = 0; i < 2 * N_TILES; i++) {
-            const int j = i / 2, t = i % 2;
-            float y[2 * M_TILES];
-            uint32_t halves[M_TILES];
-            if (!AHEAD && j > 0) load(i, to);
-#pragma unroll
-            for (int c = 0; c < 2 * M_TILES; c++) {
-                float sum = acc[c / 2][j][c % 2 * 2 + t];
-                y[c] = __fmul_rn(__fmul_rn(sum, s.s_a[t]), (&s.s_channel.x)[c]);
-                if (TO_RESIDUAL) y[c] = __fadd_rn((&s.x[t].x)[c], y[c]);
-                else if (c % 2) halves[c / 2] = pack(y[c - 1], y[c]);
-            }
-            if (first + j * 8 + t < tokens) { // __stcg: whole, which plain stores may not be
-                if constexpr (TO_RESIDUAL) __stcg((Floats *)to, *(const Floats *)y);
-                else __stcg((Halves *)to, *(const Halves *)halves);
-            }
-            if (AHEAD) load(i + 2, to + 8 * (size_t)p.N);
-            to += (t ? 7 : 1) * (size_t)p.N;
-        }
-    };
-    if (p.residual) write(p.residual);
-    else write(p.y);
+                                           const Scales<M_TILES> &s, const float *s_a, int m0,
+                                           int tokens, int n0) {
+    const int lane = threadIdx.x % 32;
+    const size_t at = (size_t)(m0 + lane % 4 * 2) * p.N + n0 + lane / 4 * 4;
+    if (p.residual) write_rows(p.residual + at, p.N, acc, s, s_a, tokens);
+    else write_rows(p.y + at, p.N, acc, s, s_a, tokens);
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
-/* Up to 32 tokens two blocks fit on a multiprocessor: while one waits, the other reads, and the
- * next kernel's blocks find room before this one's are gone. */
+/* With 16 tokens two blocks fit on a multiprocessor: while one waits the other reads, and blocks of
+ * the next kernel find room before all of this one are gone. */
 template <int TOKENS, int TEAMS, bool GROUPS>
-__global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
-    gemm_w4a8_kernel(const __grid_constant__ GemmArgs p) {
+__global__ void __launch_bounds__(THREADS, Shape<TOKENS, TEAMS>::BLOCKS)
+    gemm_w4a8_kernel(const __grid_constant__ GemmArgs p, const __grid_constant__ Tiling tiling) {
     using S = Shape<TOKENS, TEAMS>;
     constexpr bool ORDERED = TOKENS <= 64;
-    extern __shared__ __align__(1024) uint8_t shared[]; // [TEAMS][2][STAGE], team sums
-
-    const int lane = threadIdx.x % 32;
+    extern __shared__ __align__(1024) uint8_t shared[]; // [TEAMS][2][STAGE], sums of the teams
     const int team = threadIdx.x / S::TEAM_THREADS;
     const int warp = threadIdx.x / 32 % S::TEAM_WARPS; // of the team
     const uint32_t stages = shared_address(shared) + team * 2 * S::STAGE;
-    // A lane's row for ldmatrix: n8 tile lane / 16 of two, token lane % 8, 16-byte column lane / 8
-    // % 2. A step's column is then a matter of one XOR.
-    const uint32_t b_row = lane / 16 * 8 * 128 + activation_place<TOKENS>(lane % 8, lane / 8 % 2);
+    // A lane's row for ldmatrix, in bytes from the start of a panel: n8 tile lane / 16 of two,
+    // token lane % 8, 16-byte column lane / 8 % 2. XORed with a step's column it is the step's
+    // address.
+    const int lane = threadIdx.x % 32;
+    const uint32_t b_row = swizzled(lane / 16 * 8 + lane % 8, lane / 8 % 2, 0);
 
-    // The weights of the next four units, on their way. Pairs of units go to the teams in turn: the
-    // 128 k of a pair share a line of activations and a group's scale.
-    uint4 w[CHUNK_UNITS][2] = {};
-    uint32_t s_group[CHUNK_UNITS / 2] = {};
-    const uint4 *from_w = p.w;
-    const uint32_t *from_s_group = p.s_group;
-    int valid = 0; // units from there to the end
-    auto aim = [&](const Work &work) {
-        int strip = work.n * S::TEAM_WARPS + warp;
-        int unit = work.chunk * S::CHUNK + team * 2;
-        from_w = p.w + ((size_t)strip * p.units + unit) * 64 + lane;
-        if (GROUPS) {
-            from_s_group = p.s_group + ((size_t)strip * (p.units / 2) + unit / 2) * 8 + lane / 4;
-        }
-        valid = work.tile < p.tiles && strip < p.N / STRIP ? p.units - unit : 0;
+    UnitsInFlight<CHUNK_UNITS, GROUPS> weights;
+    auto aim_weights = [&](const Position &at) {
+        const int strip = at.tile.n * S::TEAM_WARPS + warp;
+        const bool exists = at.i < tiling.tiles && strip < p.N / STRIP;
+        weights.aim(p, strip, at.chunk * TEAMS * CHUNK_UNITS + team * 2, exists);
     };
     auto load_weights = [&](int u) {
-        const int unit = u / 2 * TEAMS * 2 + u % 2;
-        load_16(w[u][0], from_w + unit * 64, unit < valid);
-        load_16(w[u][1], from_w + unit * 64 + 32, unit < valid);
-        if (GROUPS && u % 2 == 1) {
-            load_4(s_group[u / 2], from_s_group + u / 2 * TEAMS * 8, unit < valid);
-        }
+        weights.load(u, TEAMS);
         // With 128 tokens no register is left to look farther ahead, but the L2 cache can.
-        if (TOKENS == 128) {
-            prefetch(from_w + (S::CHUNK + unit) * 64 + lane, S::CHUNK + unit < valid);
-        }
+        const int unit = TEAMS * CHUNK_UNITS + weights.offset(u, TEAMS);
+        if (TOKENS == 128) prefetch(weights.from + unit * 64, unit < weights.valid);
+    };
+    auto load_half_stage = [&](const Position &at, uint32_t stage, int half) {
+        load_activations<TOKENS, TEAMS>(p, tiling, at, team, stage, half);
     };
 
-    // Weights are nobody's output: they may be read while the kernel before is still at work.
-    Work next = first_work(p);
-    aim(next);
-#pragma unroll
+    // 1. Start to read weights: no kernel writes them, so they need not wait for the one before.
+    Position next(tiling);
+    aim_weights(next);
     for (int u = 0; u < CHUNK_UNITS; u++) load_weights(u);
-    prefetch(p.s_channel + (next.n * S::TEAM_WARPS + warp) * STRIP, valid > 0);
+    prefetch(p.s_channel + (next.tile.n * S::TEAM_WARPS + warp) * STRIP, weights.valid > 0);
     launch_dependents();
+    // 2. Start to copy activations, which the kernel before has written.
     wait_for_previous_kernel();
-    load_activations<TOKENS, TEAMS>(p, next, team, stages, 0);
-    load_activations<TOKENS, TEAMS>(p, next, team, stages, 1);
+    load_half_stage(next, stages, 0);
+    load_half_stage(next, stages, 1);
 
     uint32_t filling = stages; // the stage that is being copied to
-    while (next.tile < p.tiles) {
-        Work now = next;
+    while (next.i < tiling.tiles) {
+        const int i = next.i;
         int acc[2][TOKENS / 8][4] = {};
-        for (int chunk = 0; chunk < p.chunks; chunk++) {
-            next_work(next, p);
-            aim(next);
+        for (int chunk = 0; chunk < tiling.chunks; chunk++) {
+            // 3. This chunk has arrived in `current`; the other stage is free for the next chunk.
+            next.advance(tiling);
+            aim_weights(next);
             copy_async_wait();
-            team_barrier<S::TEAM_WARPS>(team); // all copies are there, and the next stage is free
-            // From here to the end of the chunk there is no branch and no barrier, so that the
-            // compiler can start loads and dequantize under the products before them.
+            team_barrier<S::TEAM_WARPS>(team);
             const uint32_t current = filling;
             filling += S::STAGE;
             if (filling == stages + 2 * S::STAGE) filling = stages;
 
 #pragma unroll
+            // 4. Multiply this chunk and load the next. There is no branch and no barrier, so the
+            // compiler can start loads and dequantize while the products before them run.
             for (int u = 0; u < CHUNK_UNITS; u++) {
-                if (u < 2) load_activations<TOKENS, TEAMS>(p, next, team, filling, u);
-#pragma unroll
+                if (u < 2) load_half_stage(next, filling, u);
                 for (int step = 0; step < 2; step++) {
                     uint32_t left[2][4]; // [m16 tile][register]
-                    dequantize_tiles<GROUPS, ORDERED>(w[u], s_group[u / 2], step, left);
-                    // A unit that is dequantized makes room for the same one of the next chunk.
+                    dequantize_step<GROUPS, ORDERED>(weights.w[u], weights.s_group[u / 2], step,
+                                                     left);
+                    // A dequantized unit makes room for the same one of the next chunk.
                     if (step == 1) load_weights(u);
                     const uint32_t panel = current + u / 2 * TOKENS * 128;
                     const int column = (u % 2 * 2 + step) * 32; // bytes
@@ -1039,20 +886,22 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
             }
         }
 
-        int4 *sums = (int4 *)(shared + TEAMS * 2 * S::STAGE);
+        // 5. The scales are on their way while the teams add up their sums. The tile's position is
+        // computed again rather than kept in registers.
         Scales<2> s;
-        auto load = [&](int m0, int n0) {
-            load_scales(p, p.s_channel + n0, p.s_a + m0, m0, p.M - m0, n0, s);
+        auto output = [&](auto work) {
+            const Tile tile = tile_number(i, tiling);
+            const int m0 = tile.m * TOKENS, n0 = (tile.n * S::TEAM_WARPS + warp) * STRIP;
+            if (team == 0 && n0 < p.N) work(m0, p.M - m0, n0);
         };
-        auto output = [&](auto then) {
-            place_tile(now, p); // again, rather than keep it in registers
-            const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
-            if (team == 0 && n0 < p.N) then(m0, n0);
-        };
-        output(load); // on their way while the teams add up
+        output([&](int m0, int tokens, int n0) {
+            load_scales(p, p.s_channel + n0, p.s_a + m0, m0, tokens, n0, s);
+        });
+        int4 *sums = (int4 *)(shared + TEAMS * 2 * S::STAGE);
         if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
-        output([&](int m0, int n0) {
-            write_tile<2, TOKENS / 8>(p, acc, s, p.s_a + m0, m0, p.M - m0, n0);
+        // 6. Scale and write.
+        output([&](int m0, int tokens, int n0) {
+            write_tile<2, TOKENS / 8>(p, acc, s, p.s_a + m0, m0, tokens, n0);
         });
     }
 }
@@ -1062,594 +911,154 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
  *     y^T [N][M] = w8 a^T,      M <= 8
  *
  * Up to 8 tokens the time is that of reading the weights, if memory never rests. A block has one
- * tile and is gone: strips side by side, each shared by teams of one warp, as above. Its warps have
- * eight units in flight before they wait for the kernel ahead, those of the next kernel's blocks
- * wherever there is room beside them. The activations, all K of them, are in shared memory, and no
- * barrier stops a warp until the end.
- */
+ * tile: strips side by side, each shared by teams of one warp. A warp has eight units in flight
+ * before it waits for the kernel ahead; blocks of the next kernel do the same wherever there is
+ * room beside this one. All K of the activations are in shared memory, so no barrier stops a warp
+ * until the end. */
 
 constexpr int FEW = 8;                 // tokens of a tile
-constexpr int FEW_AHEAD = 8;           // units that a warp has in flight
-constexpr int FEW_CACHED = 4;          // and behind them on their way to the L2 cache
-constexpr size_t FEW_SHARED = 1 << 16; // bytes of activations; above, gemm_w4a8_kernel is chosen
-
-/* Where 16 bytes of a row are: as in activation_place(), panels of as many rows as there are. */
-__device__ __forceinline__ uint32_t few_place(int row, int column, int rows) {
-    return (column / 8 * rows + row) * 128 + (column % 8 ^ row % 8) * 16;
-}
+constexpr int FEW_UNITS = 8;           // that a warp has in flight
+constexpr int FEW_CACHED = 4;          // units more, on their way to the L2 cache
+constexpr size_t FEW_SHARED = 1 << 16; // bytes of activations; above, gemm_w4a8_kernel replaces it
 
 template <bool GROUPS>
-__global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_constant__ GemmArgs p) {
-    extern __shared__ __align__(1024) uint8_t shared[]; // a
+__global__ void __launch_bounds__(THREADS, 2)
+    gemm_few_kernel(const __grid_constant__ GemmArgs p, int teams) {
+    extern __shared__ __align__(1024) uint8_t shared[]; // panels of a
     __shared__ int4 sums[WARPS][2][32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, strips = WARPS / p.teams;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, strips = WARPS / teams;
     const int team = warp / strips, strip = blockIdx.x * strips + warp % strips;
     const int m0 = blockIdx.y * FEW, rows = min(FEW, p.M - m0);
+    const int units = p.K / UNIT, pairs = ceil_div(units, 2); // a pair: one panel
 
-    uint4 w[FEW_AHEAD][2] = {};
-    uint32_t s_group[FEW_AHEAD / 2] = {};
-    const int pairs = ceil_div(p.units, 2), step = 2 * p.teams; // units to a team's next pair
-    const uint4 *from_w = p.w + ((size_t)strip * p.units + team * 2) * 64 + lane;
-    const uint32_t *from_s_group = p.s_group;
-    if (GROUPS) from_s_group += ((size_t)strip * pairs + team) * 8 + lane / 4;
-    const bool there = strip < p.N / STRIP;
-    int valid = there ? p.units - team * 2 : 0; // units from there to the end
-    auto load_weights = [&](int u) {
-        const int unit = u / 2 * step + u % 2;
-        load_16(w[u][0], from_w + unit * 64, unit < valid);
-        load_16(w[u][1], from_w + unit * 64 + 32, unit < valid);
-        if (GROUPS && u % 2 == 1) load_4(s_group[u / 2], from_s_group + unit / 2 * 8, unit < valid);
-    };
-#pragma unroll
-    for (int u = 0; u < FEW_AHEAD; u++) load_weights(u);
-    prefetch(p.s_channel + strip * STRIP, there);
+    // 1. Weights are on their way before the kernel ahead has finished: into registers, and behind
+    // them into the L2 cache.
+    UnitsInFlight<FEW_UNITS, GROUPS> weights;
+    const bool exists = strip < p.N / STRIP;
+    weights.aim(p, strip, team * 2, exists);
+    for (int u = 0; u < FEW_UNITS; u++) weights.load(u, teams);
+    prefetch(p.s_channel + strip * STRIP, exists);
     launch_dependents();
-    const uint8_t *strip_w = (const uint8_t *)(p.w + (size_t)strip * p.units * 64);
-    const int first = FEW_AHEAD * p.teams, cached = min(p.units, first + FEW_CACHED * p.teams);
-    for (int line = first * 8 + team * 32 + lane; line < cached * 8; line += p.teams * 32) {
-        prefetch(strip_w + line * 128, there);
+    const uint8_t *strip_w = (const uint8_t *)(p.w + (size_t)strip * units * 64);
+    const int first = FEW_UNITS * teams, cached = min(units, first + FEW_CACHED * teams);
+    for (int line = first * 8 + team * 32 + lane; line < cached * 8; line += teams * 32) {
+        prefetch(strip_w + line * 128, exists);
     }
+
+    // 2. Copy the activations; past the end of K zeros, which make any weight harmless.
     wait_for_previous_kernel();
     for (int row = 0; row < rows; row++) {
         const int8_t *from = p.a + (size_t)(m0 + row) * p.K;
         for (int i = threadIdx.x; i < pairs * 8; i += THREADS) {
-            bool inside =
-                i * 16 < p.K; // else zeros, which make whatever weights they meet harmless
-            copy_async_16(shared_address(shared) + few_place(row, i, rows),
+            bool inside = i * 16 < p.K;
+            copy_async_16(shared_address(shared) + swizzled(row, i, rows),
                           inside ? from + i * 16 : from, inside, true);
         }
     }
     copy_async_wait();
     __syncthreads();
 
-    // As in gemm_w4a8_kernel; past the last row there are copies of it.
+    // 3. Multiply, as in gemm_w4a8_kernel; past the last row lanes read copies of it.
     const int b = min(lane / 16 * 8 + lane % 8, rows - 1);
-    const uint32_t b_row = few_place(b, lane / 8 % 2, rows);
+    const uint32_t b_row = swizzled(b, lane / 8 % 2, rows);
     int acc[2][1][4] = {};
-    for (int pair = team; pair < pairs; pair += FEW_AHEAD / 2 * p.teams) {
-        from_w += FEW_AHEAD / 2 * step * 64;
-        from_s_group += FEW_AHEAD / 2 * p.teams * 8;
-        valid -= FEW_AHEAD / 2 * step;
-#pragma unroll
-        for (int u = 0; u < FEW_AHEAD; u++) {
-            const int now = pair + u / 2 * p.teams;
+    for (int pair = team; pair < pairs; pair += FEW_UNITS / 2 * teams) {
+        weights.advance(teams);
+        for (int u = 0; u < FEW_UNITS; u++) {
+            const int now = pair + u / 2 * teams;
             if (u % 2 == 0 && now >= pairs) break;
-#pragma unroll
-            for (int k32 = 0; k32 < 2; k32++) {
+            for (int step = 0; step < 2; step++) {
                 uint32_t left[2][4]; // [m16 tile][register]
-                dequantize_tiles<GROUPS, true>(w[u], s_group[u / 2], k32, left);
-                if (k32 == 1) load_weights(u);
+                dequantize_step<GROUPS, true>(weights.w[u], weights.s_group[u / 2], step, left);
+                // a dequantized unit makes room for one FEW_UNITS on
+                if (step == 1) weights.load(u, teams);
                 const uint32_t panel = shared_address(shared) + now * rows * 128;
-                multiply_step<1>(acc, left, panel + (b_row ^ (u % 2 * 2 + k32) * 32));
+                multiply_step<1>(acc, left, panel + (b_row ^ (u % 2 * 2 + step) * 32));
             }
         }
     }
 
-#pragma unroll
+    // 4. One warp per strip adds up the teams' sums and writes.
     for (int i = 0; i < 2; i++) sums[warp][i][lane] = as_int4(acc[i][0]);
-    const float *s_a = p.s_a + m0;
     const int n0 = (blockIdx.x * strips + warp) * STRIP;
     const bool writes = warp < strips && n0 < p.N;
     Scales<2> s;
-    if (writes) load_scales(p, p.s_channel + n0, s_a, m0, rows, n0, s);
+    if (writes) load_scales(p, p.s_channel + n0, p.s_a + m0, m0, rows, n0, s);
     __syncthreads();
     if (!writes) return;
-#pragma unroll
     for (int i = 0; i < 2; i++) {
         for (int &x : acc[i][0]) x = 0;
-        for (int t = 0; t < p.teams; t++) add(acc[i][0], sums[t * strips + warp][i][lane]);
+        for (int t = 0; t < teams; t++) add(acc[i][0], sums[t * strips + warp][i][lane]);
     }
-    write_tile<2, 1>(p, acc, s, s_a, m0, rows, n0);
+    write_tile<2, 1>(p, acc, s, p.s_a + m0, m0, rows, n0);
 }
 
-/* ---- the same for Hopper: wgmma, fed by the TMA ------------------------------------------------
- *
- * mma.sync reaches 65% of what Hopper's tensor cores can do; wgmma reaches the rest. Four warps, a
- * warpgroup, issue it together; it runs in the background and reads its right operand from shared
- * memory by itself. Its left operand may be registers, whose layout is, warp for warp, that of
- * mma.sync; so is that of its sums. So weights are laid out and dequantized as above.
- *
- * To keep it fed everything goes through shared memory, several stages ahead. The TMA copies boxes
- * of matrices there in the background: of a third warpgroup, one thread asks for the activations,
- * one for the weights and one for the scales of groups. Two warpgroups multiply,
- *
- *     CHANNELS  256: each 128 of a tile, as two products side by side
- *               128: each  64
- *                64: both the same, teams that take turns at stages and add their sums at the end.
- */
+/* ---- the choice of a kernel, and launches ---------------------------------------------------- */
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr bool HAVE_WGMMA = true;
-#else
-constexpr bool HAVE_WGMMA = false;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-#error "Hopper's own instructions are those of sm_90a, not sm_90"
-#endif
-#endif
-
-/* Registers that other instructions wrote may be read by the wgmma that follow. */
-__device__ __forceinline__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
-}
-
-/* What was issued since the last commit becomes a group. */
-__device__ __forceinline__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
-}
-
-/* Until at most PENDING groups still run. */
-template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
-}
-
-/* Rows of 128 bytes in shared memory, 8 of them (1024 bytes) a block, 16-byte pieces XORed with the
- * row as activation_place() does it: the descriptor of such a matrix. */
-__device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address) {
-    const uint64_t swizzle_128_bytes = 1, block_stride = 1024 >> 4, unused_stride = 1;
-    return swizzle_128_bytes << 62 | block_stride << 32 | unused_stride << 16 | address >> 4;
-}
-
-/* c [64][N] += a [64][32] . b [N][32] over four warps, each with 16 of the rows; N = 64, 96, 128.
- */
-#define SUMS(j) "+r"(c[j][0]), "+r"(c[j][1]), "+r"(c[j][2]), "+r"(c[j][3])
-__device__ __forceinline__ void wgmma(int (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "{%32, %33, %34, %35}, %36, add; }\n"
-                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void wgmma(int (&c)[12][4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
-                 "{%48, %49, %50, %51}, %52, add; }\n"
-                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
-                   SUMS(9), SUMS(10), SUMS(11)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ void wgmma(int (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "{%64, %65, %66, %67}, %68, add; }\n"
-                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
-                   SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-#undef SUMS
-
-/* A phase of an mbarrier is over when `count` threads have arrived and as many bytes as they have
- * announced. A thread waits for the end of the phase of a parity; that before the first has 1. */
-__device__ __forceinline__ void barrier_init(uint64_t *barrier, int count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count)
-                 : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_and_expect(uint64_t *barrier, int bytes) {
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
-        "r"(bytes)
-        : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity) {
-    asm volatile("{ .reg .pred over;\n"
-                 "again_%=: mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n"
-                 "@!over bra again_%=; }\n" ::"r"(shared_address(barrier)),
-                 "r"(parity)
-                 : "memory");
-}
-
-/* Copies the map's box at (x, y), x in eight bytes, to shared memory, and counts its bytes there.
- */
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int x, int y,
-                                         uint64_t *barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(to),
-                 "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
-                 : "memory");
-}
-
-__device__ __forceinline__ void load_shared_16(uint32_t (&to)[4], uint32_t from) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from));
-}
-
-__device__ __forceinline__ uint32_t load_shared_4(uint32_t from) {
-    uint32_t x;
-    asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(from));
-    return x;
-}
-
-constexpr int WARPGROUP = 128; // threads
-
-enum GemmInput { ACTIVATIONS, WEIGHTS, GROUP_SCALES, N_GEMM_INPUTS };
-
-struct TensorMaps {
-    CUtensorMap of[N_GEMM_INPUTS];
-};
-
-struct Box {
-    int rows, row_bytes; // of a matrix
-    int at;              // in a panel
-};
-
-/* A panel is 128 k of a tile's inputs: activations [TOKENS][128], swizzled; weights
- * [strips][2 units][2 m16 tiles][32 lanes][16]; scales of groups [strips][32]. */
-template <int CHANNELS, int TOKENS, bool GROUPS> struct HopperShape {
-    static constexpr int M_TILES = CHANNELS == 256 ? 2 : 1; // m64 tiles of a warpgroup
-    static constexpr int TEAMS = CHANNELS == 64 ? 2 : 1;
-    static constexpr int STRIPS = CHANNELS / STRIP;
-    static constexpr int INPUTS = GROUPS ? N_GEMM_INPUTS : N_GEMM_INPUTS - 1;
-    static constexpr Box ACTIVATION_BOX = {TOKENS, GROUP, 0};
-    static constexpr Box WEIGHT_BOX = {STRIPS, 2 * 1024, TOKENS *GROUP};
-    static constexpr Box SCALE_BOX = {STRIPS, 32, TOKENS *GROUP + STRIPS * 2 * 1024};
-    static constexpr int PANEL = SCALE_BOX.at + (GROUPS ? 1024 : 0); // a multiple of 1024
-    static constexpr int PANELS = 2 / M_TILES;                       // of a stage
-    static constexpr int STAGE = PANELS * PANEL;
-    static constexpr int SUMS = (TEAMS - 1) * CHANNELS * TOKENS * 4; // bytes
-    static constexpr int STAGES = (224 * 1024 - SUMS) / STAGE;
-};
-
-/* Stage i of all of a block's stages, of all its tiles, is in place i % STAGES; `full` when its
- * data has come, `empty` when the warps that used it are through. */
-template <typename T> struct Stages { __align__(8) uint64_t full[T::STAGES], empty[T::STAGES]; };
-
-/* Has one input copied, stage after stage. */
-template <typename T, GemmInput INPUT>
-__device__ __forceinline__ void feed_stages(const GemmArgs &p, const TensorMaps &maps,
-                                            uint32_t shared, Stages<T> &stages) {
-    constexpr Box box = INPUT == ACTIVATIONS ? T::ACTIVATION_BOX
-                        : INPUT == WEIGHTS   ? T::WEIGHT_BOX
-                                             : T::SCALE_BOX;
-    const int rows = INPUT == ACTIVATIONS ? p.tokens : box.rows;
-    if (INPUT == ACTIVATIONS) wait_for_previous_kernel(); // weights are nobody's output
-    int i = 0;
-    for (Work work = {(int)blockIdx.x}; work.tile < p.tiles; work.tile += gridDim.x) {
-        place_tile(work, p);
-        const int row = (INPUT == ACTIVATIONS ? work.m : work.n) * rows;
-        for (int panel = 0; panel < p.chunks * T::PANELS; i++) {
-            const int stage = i % T::STAGES;
-            barrier_wait(&stages.empty[stage], i / T::STAGES % 2 ^ 1);
-            barrier_arrive_and_expect(&stages.full[stage], T::PANELS * rows * box.row_bytes);
-#pragma unroll
-            for (int j = 0; j < T::PANELS; j++, panel++) {
-                copy_box(shared + stage * T::STAGE + j * T::PANEL + box.at, &maps.of[INPUT],
-                         panel * (box.row_bytes / 8), row, &stages.full[stage]);
-            }
-        }
-    }
-}
-
-/* Each tile [CHANNELS][TOKENS] is one block's. p.chunks: stages of K. */
-template <int CHANNELS, int TOKENS, bool GROUPS>
-__global__ void __launch_bounds__(3 * WARPGROUP, 1)
-    gemm_w4a8_hopper_kernel(const __grid_constant__ GemmArgs p,
-                            const __grid_constant__ TensorMaps maps) {
-    if constexpr (HAVE_WGMMA) {
-        using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
-        extern __shared__ __align__(1024) uint8_t shared[]; // [STAGES][STAGE], sums of a team
-        __shared__ Stages<T> stages;
-        // s_a of the tile's tokens and s_channel of the warpgroup's channels, for each warpgroup.
-        constexpr int CHANNELS_EACH = 64 * T::M_TILES;
-        __shared__ __align__(16) float scales[2][TOKENS + CHANNELS_EACH];
-        const uint32_t at_shared = shared_address(shared);
-        // __shfl_sync: so that the compiler knows that they are the same for a whole warp.
-        const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
-        const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
-        const int lane = threadIdx.x % 32;
-        if (threadIdx.x == 0) {
-            for (int i = 0; i < T::STAGES; i++) {
-                barrier_init(&stages.full[i], T::INPUTS);
-                barrier_init(&stages.empty[i], 8 / T::TEAMS); // warps
-            }
-            asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-        }
-        __syncthreads();
-        launch_dependents();
-        if (warpgroup == 2) {
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n"); // registers, to the others
-            if (lane > 0) return;
-            if (warp == 0) feed_stages<T, ACTIVATIONS>(p, maps, at_shared, stages);
-            if (warp == 1) feed_stages<T, WEIGHTS>(p, maps, at_shared, stages);
-            if (warp == 2 && GROUPS) feed_stages<T, GROUP_SCALES>(p, maps, at_shared, stages);
-            return;
-        }
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
-        const int team = T::TEAMS > 1 ? warpgroup : 0;
-        // A warp's 16 channels of an m64 tile: one m16 tile of a strip, or both with two m64 tiles.
-        const int channel = T::TEAMS > 1 ? 0 : warpgroup * CHANNELS_EACH; // the warpgroup's first
-        const int first = channel / 16 + T::M_TILES * warp;
-        const int strip = first / 2, tile = first % 2;
-        constexpr int AT_WEIGHTS = T::WEIGHT_BOX.at, AT_SCALES = T::SCALE_BOX.at;
-        const uint32_t at_w = AT_WEIGHTS + strip * 2048 + tile * 512 + lane * 16;
-        const uint32_t at_s = AT_SCALES + strip * 32 + lane / 4 * 4;
-        constexpr int UNITS = 2 / T::M_TILES; // of a group of four wgmma
-
-        float *s_a = scales[warpgroup], *s_channel = s_a + TOKENS;
-
-        wait_for_previous_kernel();
-        int i0 = 0; // the tile's first stage
-        for (Work work = {(int)blockIdx.x}; work.tile < p.tiles;
-             work.tile += gridDim.x, i0 += p.chunks) {
-            place_tile(work, p);
-            const int m0 = work.m * p.tokens, tokens = min(p.tokens, p.M - m0);
-            const int n0 = work.n * CHANNELS + strip * STRIP + tile * 2;
-            named_barrier(1 + warpgroup, WARPGROUP); // the scales of the tile before are read
-            const int i_scale = threadIdx.x % WARPGROUP, n = work.n * CHANNELS + channel + i_scale;
-            if (i_scale < TOKENS) {
-                copy_async_4(shared_address(s_a + i_scale), p.s_a + m0 + i_scale, i_scale < tokens);
-            }
-            if (i_scale < CHANNELS_EACH) {
-                copy_async_4(shared_address(s_channel + i_scale), p.s_channel + n, n < p.N);
-            }
-            int acc[T::M_TILES][TOKENS / 8][4] = {};
-            uint32_t left[2][UNITS][2][T::M_TILES][4]; // one half is read by wgmma, one is made
-            int used = -1;                             // the stage before
-            for (int i = i0 + team; i < i0 + p.chunks; i += T::TEAMS) {
-                const int stage = i % T::STAGES;
-                const uint32_t panels = at_shared + stage * T::STAGE;
-                uint32_t s_group = 0;
-                barrier_wait(&stages.full[stage], i / T::STAGES % 2);
-#pragma unroll
-                for (int group = 0; group < 2; group++) {
-#pragma unroll
-                    for (int u = group * UNITS; u < (group + 1) * UNITS; u++) {
-                        const uint32_t panel = panels + u / 2 * T::PANEL;
-                        uint32_t words[T::M_TILES][4];
-#pragma unroll
-                        for (int j = 0; j < T::M_TILES; j++) {
-                            load_shared_16(words[j], panel + at_w + u % 2 * 1024 + j * 512);
-                        }
-                        if (GROUPS && u % 2 == 0) s_group = load_shared_4(panel + at_s);
-#pragma unroll
-                        for (int n = 0; n < 8 * T::M_TILES; n++) {
-                            const int step = n / (4 * T::M_TILES), j = n / 4 % T::M_TILES,
-                                      r = n % 4;
-                            uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * (tile + j) + r % 2);
-                            left[group][u % UNITS][step][j][r] =
-                                dequantize<GROUPS>(words[j][r], step, s);
-                        }
-                    }
-                    wgmma_fence();
-#pragma unroll
-                    for (int step = group * 2 * UNITS; step < (group + 1) * 2 * UNITS; step++) {
-                        const uint32_t right = panels + step / 4 * T::PANEL + step % 4 * 32;
-#pragma unroll
-                        for (int j = 0; j < T::M_TILES; j++) {
-                            wgmma(acc[j], left[group][step / 2 % UNITS][step % 2][j],
-                                  wgmma_matrix(right));
-                        }
-                    }
-                    wgmma_commit();
-                    wgmma_wait<1>(); // the four before are through
-                    if (group == 0 && used >= 0 && lane == 0) barrier_arrive(&stages.empty[used]);
-                }
-                used = stage;
-            }
-            wgmma_wait<0>();
-            if (used >= 0 && lane == 0) barrier_arrive(&stages.empty[used]);
-            copy_async_wait();
-
-            if constexpr (T::TEAMS > 1) {
-                int4 *sums = (int4 *)(shared + T::STAGES * T::STAGE) + threadIdx.x % WARPGROUP;
-                named_barrier(3, 2 * WARPGROUP); // those of the tile before are added
-                for (int j = 0; j < TOKENS / 8 && team == 1; j++) {
-                    sums[j * WARPGROUP] = as_int4(acc[0][j]);
-                }
-                named_barrier(3, 2 * WARPGROUP);
-                if (team == 1) continue;
-#pragma unroll
-                for (int j = 0; j < TOKENS / 8; j++) add(acc[0][j], sums[j * WARPGROUP]);
-            }
-            named_barrier(1 + warpgroup, WARPGROUP); // the scales are there
-            if (n0 >= p.N) continue;
-            Scales<T::M_TILES> s;
-            load_scales(p, s_channel + (n0 - work.n * CHANNELS - channel), s_a, m0, tokens, n0, s);
-            write_tile<T::M_TILES, TOKENS / 8>(p, acc, s, s_a, m0, tokens, n0);
-        }
-    }
-}
-
-/* ---- launching ------------------------------------------------------------------------------- */
-
-static void set_tiles(GemmArgs &p, int channels, int tokens, int chunk) {
-    p.tiles_m = ceil_div(p.M, tokens);
-    p.tiles_n = ceil_div(p.N, channels);
-    p.tiles = p.tiles_m * p.tiles_n;
-    p.chunks = ceil_div(p.K, chunk);
-}
-
-/* Every tile is one block's, and each block gets the same number of tiles. */
 template <int TOKENS, int TEAMS, bool GROUPS>
-static void launch_gemm(GemmArgs p, cudaStream_t stream) {
+static void launch_gemm(const GemmArgs &p, cudaStream_t stream) {
     using S = Shape<TOKENS, TEAMS>;
-    int blocks = multiprocessors() * (TOKENS <= 32 ? 2 : 1);
-    set_tiles(p, S::CHANNELS, TOKENS, S::CHUNK * UNIT);
-    p.units = p.K / UNIT;
+    const Tiling tiling = make_tiling(p, S::CHANNELS, TOKENS, TEAMS * CHUNK);
+    const int rounds = ceil_div(tiling.tiles, multiprocessors() * S::BLOCKS); // tiles of a block
     constexpr auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS>;
-    constexpr int shared = TEAMS * 2 * S::STAGE + S::TEAM_SUMS;
-    static const cudaError_t allowed =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    cuda_check(allowed, "shared memory");
-    blocks = ceil_div(p.tiles, ceil_div(p.tiles, blocks));
-    launch(kernel, {dim3(blocks), THREADS, shared}, stream, p);
+    allow_shared(kernel, S::SHARED);
+    launch(kernel, {dim3(ceil_div(tiling.tiles, rounds)), THREADS, S::SHARED}, stream, p, tiling);
 }
 
-/* Shared memory that a block of gemm_few_kernel may have, beside its sums. */
-static size_t few_shared() {
-    return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 17 * 1024;
-}
+/* Only as many teams as keep the multiprocessors busy: each team is one more sum to add. */
+template <bool GROUPS> static void launch_few(const GemmArgs &p, cudaStream_t stream) {
+    const size_t shared = (size_t)min(FEW, p.M) * ceil_div(p.K, 128) * 128;
+    if (shared > FEW_SHARED) return launch_gemm<16, 8, GROUPS>(p, stream);
 
-static size_t few_bytes(int M, int K) {
-    return (size_t)M * ceil_div(K, 128) * 128;
-}
-
-/* No more teams than keep most multiprocessors busy: each is one more sum to add. */
-template <bool GROUPS> static void launch_few(GemmArgs p, cudaStream_t stream) {
-    const int strips = p.N / STRIP, rows = min(FEW, p.M);
-    size_t shared = few_bytes(rows, p.K);
-    if (shared > few_shared()) return launch_gemm<16, 8, GROUPS>(p, stream); // stands in for it
-    p.units = p.K / UNIT;
-    p.teams = WARPS;
-    while (p.teams > 1 && strips * p.teams / 2 * 5 >= WARPS * multiprocessors() * 7) p.teams /= 2;
+    const int strips = p.N / STRIP;
+    // fewer teams, as long as the blocks fill the multiprocessors 1.4 times
+    int teams = WARPS;
+    while (teams > 1 && strips * teams / 2 * 5 >= WARPS * multiprocessors() * 7) teams /= 2;
     constexpr auto kernel = gemm_few_kernel<GROUPS>;
     allow_shared(kernel, shared);
-    const dim3 grid(ceil_div(strips * p.teams, WARPS), ceil_div(p.M, FEW));
-    launch(kernel, {grid, THREADS, shared, CARVEOUT}, stream, p);
+    const dim3 grid(ceil_div(strips * teams, WARPS), ceil_div(p.M, FEW));
+    launch(kernel, {grid, THREADS, shared, CARVEOUT}, stream, p, teams);
 }
 
-/* [rows][bytes] at `at` for the TMA, to be copied in boxes. What a box has beyond the matrix is
- * zero: products with it vanish, and outputs from it are not written. */
-static CUtensorMap tensor_map(const void *at, size_t rows, size_t bytes, Box box,
-                              CUtensorMapSwizzle swizzle) {
-    static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
-        void *f = NULL;
-        cudaDriverEntryPointQueryResult found;
-        cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
-                                                    cudaEnableDefault, &found),
-                   "cuTensorMapEncodeTiled");
-        return (PFN_cuTensorMapEncodeTiled_v12000)f;
-    }();
-    const cuuint64_t size[2] = {bytes / 8, rows}, stride[1] = {bytes};
-    const cuuint32_t copied[2] = {box.row_bytes / 8u, (cuuint32_t)box.rows}, step[2] = {1, 1};
-    CUtensorMap map;
-    CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 2, (void *)at, size, stride,
-                             copied, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) die("cuTensorMapEncodeTiled: error %d", result);
-    return map;
-}
-
-template <int CHANNELS, int TOKENS, bool GROUPS>
-static void launch_hopper_gemm(GemmArgs p, cudaStream_t stream) {
-    using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
-    if (!wgmma_code()) return launch_gemm<128, 1, GROUPS>(p, stream); // stands in for it
-    set_tiles(p, CHANNELS, TOKENS, T::PANELS * GROUP);
-    const size_t strips = p.N / STRIP, K = p.K;
-    TensorMaps maps = {};
-    p.tokens = ceil_div(p.M, p.tiles_m); // the TMA is slow with rows that are not there
-    const Box activations = {p.tokens, T::ACTIVATION_BOX.row_bytes, 0};
-    maps.of[ACTIVATIONS] = tensor_map(p.a, p.M, K, activations, CU_TENSOR_MAP_SWIZZLE_128B);
-    maps.of[WEIGHTS] =
-        tensor_map(p.w, strips, K * STRIP / 2, T::WEIGHT_BOX, CU_TENSOR_MAP_SWIZZLE_NONE);
-    if (GROUPS) {
-        maps.of[GROUP_SCALES] = tensor_map(p.s_group, strips, K / GROUP * STRIP, T::SCALE_BOX,
-                                           CU_TENSOR_MAP_SWIZZLE_NONE);
+template <bool GROUPS>
+static void launch_mma(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream) {
+    switch (kernel) {
+    case GEMM_FEW:
+        return launch_few<GROUPS>(p, stream);
+    case GEMM_16X8:
+        return launch_gemm<16, 8, GROUPS>(p, stream);
+    case GEMM_64X2:
+        return launch_gemm<64, 2, GROUPS>(p, stream);
+    default:
+        return launch_gemm<128, 1, GROUPS>(p, stream); // and where Hopper's cannot run
     }
-    constexpr auto kernel = gemm_w4a8_hopper_kernel<CHANNELS, TOKENS, GROUPS>;
-    constexpr int shared = T::STAGES * T::STAGE + T::SUMS;
-    static const cudaError_t allowed =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    cuda_check(allowed, "shared memory");
-    const int blocks = ceil_div(p.tiles, ceil_div(p.tiles, multiprocessors()));
-    launch(kernel, {dim3(blocks), 3 * WARPGROUP, shared}, stream, p, maps);
 }
 
-/* What a round of tiles, one on each multiprocessor, takes a wgmma kernel: microseconds, and those
- * for 1024 k, per channel and with groups. A fit to what an H100 took for 10 shapes. Of equal tiles
- * 128 x 64 reads least through the L2 cache, as a weight is half a byte; 96 tokens are for shapes
- * that leave a round of 128 half empty. */
-static const struct HopperCost {
-    GemmKernel kernel;
-    int channels, tokens;
-    float round[2], round_per_1024[2];
-} hopper_costs[] = {
-    {GEMM_HOPPER_64X64, 64, 64, {1.4f, 1.6f}, {0.98f, 1.20f}},
-    {GEMM_HOPPER_128X64, 128, 64, {1.4f, 1.7f}, {1.65f, 2.19f}},
-    {GEMM_HOPPER_128X96, 128, 96, {1.7f, 1.8f}, {2.01f, 2.51f}},
-    {GEMM_HOPPER_128X128, 128, 128, {2.4f, 2.2f}, {2.49f, 2.77f}},
-    {GEMM_HOPPER_256X96, 256, 96, {3.0f, 2.8f}, {3.42f, 4.38f}},
-    {GEMM_HOPPER_256X128, 256, 128, {3.6f, 3.3f}, {4.65f, 5.19f}},
-};
+/* Section 7. To do without it, delete the section, these two lines and the two that call them. */
+static bool choose_hopper(const GpuLinear *l, int M, GemmKernel *kernel);
+static bool launch_hopper(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream);
 
-/* Measured, not derived: build and run `make bench` before changing a number. */
+/* The largest tile of mma.sync that leaves few multiprocessors idle; a rule of thumb, not fitted to
+ * one GPU. The choice for Hopper was measured: see hopper_kernels. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     const int sms = multiprocessors();
-    if (M <= FEW && (size_t)M * l->K <= FEW_SHARED) return GEMM_FEW;
+    if (M <= FEW) return GEMM_FEW;
     if (M <= 16) return GEMM_16X8;
-    if (wgmma_code() && !portable) {
-        GemmKernel best = GEMM_HOPPER_64X64;
-        float least = INFINITY;
-        for (const HopperCost &c : hopper_costs) {
-            bool groups = l->s_group != NULL;
-            int rounds = ceil_div(ceil_div(l->N, c.channels) * ceil_div(M, c.tokens), sms);
-            float cost = rounds * (c.round[groups] + c.round_per_1024[groups] * l->K / 1024);
-            if (cost < least) least = cost, best = c.kernel;
-        }
-        return best;
-    }
-    // Of mma.sync the largest tile that still leaves few multiprocessors idle.
-    const int tiles_128 = ceil_div(M, 128) * ceil_div(l->N, 256);
-    const int tiles_64 = ceil_div(M, 64) * ceil_div(l->N, 128);
-    if (M > 64 && tiles_128 >= sms) return GEMM_128;
-    return 2 * tiles_64 >= sms ? GEMM_64X2 : GEMM_16X8;
+    if (GemmKernel k = GEMM_128X1; !portable && choose_hopper(l, M, &k)) return k;
+    if (M > 64 && ceil_div(M, 128) * ceil_div(l->N, 256) >= sms) return GEMM_128X1;
+    return 2 * ceil_div(M, 64) * ceil_div(l->N, 128) >= sms ? GEMM_64X2 : GEMM_16X8;
 }
-
-/* In the order of GemmKernel. */
-template <bool GROUPS>
-static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
-    launch_few<GROUPS>,
-    launch_gemm<16, 8, GROUPS>,
-    launch_gemm<64, 2, GROUPS>,
-    launch_gemm<128, 1, GROUPS>,
-    launch_hopper_gemm<64, 64, GROUPS>,
-    launch_hopper_gemm<128, 64, GROUPS>,
-    launch_hopper_gemm<128, 96, GROUPS>,
-    launch_hopper_gemm<128, 128, GROUPS>,
-    launch_hopper_gemm<256, 96, GROUPS>,
-    launch_hopper_gemm<256, 128, GROUPS>,
-};
 
 void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
                   half *y, float *residual, cudaStream_t stream) {
-    GemmArgs p = {};
-    p.M = M;
-    p.N = l->N;
-    p.K = l->K;
-    p.w = (const uint4 *)l->w;
-    p.s_group = (const uint32_t *)l->s_group;
-    p.s_channel = l->s_channel;
-    p.a = a;
-    p.s_a = s_a;
-    p.y = y;
-    p.residual = residual;
-    (l->s_group ? gemm_launchers<true> : gemm_launchers<false>)[kernel](p, stream);
+    // 1. section 7 runs its own kernels
+    const GemmArgs p = {
+        M,   l->N, l->K,    (const uint4 *)l->w, (const uint32_t *)l->s_group, l->s_channel, a,
+        s_a, y,    residual};
+    if (launch_hopper(kernel, p, stream)) return;
+    // 2. else mma.sync
+    if (l->s_group) launch_mma<true>(kernel, p, stream);
+    else launch_mma<false>(kernel, p, stream);
 }
 
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
@@ -1664,16 +1073,107 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
  *     h = silu(gate) * up                             SwiGLU, arXiv 2002.05202
  *     s_a = max|h| / 127,  a = rint(h / s_a)          at the end of either, in the same pass
  *
- * What is kept in which precision, and why no value can overflow:
+ * Which numbers have which precision, and why no value can overflow:
  *   - the residual stream x is float32: in LLaMA 3.1 8B it reaches thousands, and grows by sums;
  *   - q, k, v, gate and up are halves: linears of a normed row, so that |y_n| <= |w_n| |h|, far
  *     below 65504; attention's output is a mean of v's;
- *   - the product silu(gate) * up could pass 65504. It stays float32 until it is divided by its
- *     row's own scale: s_a for int8; a power of two, nearly always 1, for halves;
+ *   - the product silu(gate) * up could pass 65504. It stays float32 until it is divided by the
+ *     scale of its row: s_a for int8; a power of two, nearly always 1, for halves;
  *   - o and down add their float32 sums to x.
  *
- * A row is one block's. It stays in shared memory between the passes over it.
+ * A block has one row, which stays in shared memory between the passes over it.
  * ============================================================================================== */
+
+/* ---- eight numbers, and their int8 ----------------------------------------------------------- */
+
+/* Eight consecutive values, which one thread handles: 16 bytes of halves, 8 of int8. */
+struct Eight {
+    float v[8];
+};
+
+__device__ __forceinline__ Eight from_halves(uint4 bits) {
+    const half2 *pairs = (const half2 *)&bits;
+    Eight e;
+    for (int i = 0; i < 4; i++) {
+        float2 f = __half22float2(pairs[i]);
+        e.v[2 * i] = f.x;
+        e.v[2 * i + 1] = f.y;
+    }
+    return e;
+}
+
+__device__ __forceinline__ uint4 to_halves(const Eight &e) {
+    uint4 bits;
+    half2 *pairs = (half2 *)&bits;
+    for (int i = 0; i < 4; i++) pairs[i] = __floats2half2_rn(e.v[2 * i], e.v[2 * i + 1]);
+    return bits;
+}
+
+__device__ __forceinline__ Eight from_floats(const float4 *p) {
+    float4 a = p[0], b = p[1];
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+
+/* The largest |x| as the bits of a float: integers of the same order. NaN and infinity are above
+ * all numbers. */
+__device__ __forceinline__ uint32_t magnitude(const Eight &e) {
+    uint32_t largest = 0;
+    for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(e.v[i]) & 0x7fffffff);
+    return largest;
+}
+
+constexpr uint32_t INFINITE = 0x7f800000;
+
+/* s_a of a row whose largest magnitude() is `largest`; NaN if that is not finite. */
+__device__ __forceinline__ float activation_scale(uint32_t largest) {
+    return __fdiv_rn(__uint_as_float(largest >= INFINITE ? 0x7fc00000 : largest), 127.0f);
+}
+
+__device__ __forceinline__ int quantize_one(float x, float s_a) {
+    float r = s_a > 0 ? rintf(__fdiv_rn(x, s_a)) : 0;
+    return (int)fminf(fmaxf(r, -128.0f), 127.0f);
+}
+
+__device__ __forceinline__ uint32_t lowest_bytes(const uint32_t (&r)[4]) {
+    return __byte_perm(__byte_perm(r[0], r[1], 0x0040), __byte_perm(r[2], r[3], 0x0040), 0x5410);
+}
+
+/* quantize_one() of eight numbers that are at most 127 s_a, without a division for each. */
+__device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
+    // 1. Multiply with a little less than 1 / s_a, and with a little more. If both products round
+    // to the same integer, so does the quotient between them. The lowest byte of 1.5 * 2^23 + r is
+    // r in two's complement.
+    constexpr float SHIFT = 12582912, LITTLE = 0x1p-20f;
+    const float inverse = __fdiv_rn(1, s_a);
+    uint32_t a[2];
+    bool sure = s_a >= 0x1p-126f; // the inverse is finite
+    for (int i = 0; i < 2; i++) {
+        auto rounded = [&](float by) {
+            uint32_t r[4];
+            for (int j = 0; j < 4; j++) {
+                r[j] = __float_as_uint(__fmaf_rn(e.v[4 * i + j], by, SHIFT));
+            }
+            return lowest_bytes(r);
+        };
+        a[i] = rounded(__fmul_rn(inverse, 1 - LITTLE));
+        sure &= a[i] == rounded(__fmul_rn(inverse, 1 + LITTLE));
+    }
+    // 2. Else a quotient is near a tie: divide.
+    for (int i = 0; i < 2 && !sure; i++) {
+        uint32_t r[4];
+        for (int j = 0; j < 4; j++) r[j] = quantize_one(e.v[4 * i + j], s_a);
+        a[i] = lowest_bytes(r);
+    }
+    return make_uint2(a[0], a[1]);
+}
+
+/* ---- RMSNorm, SwiGLU, the quantizer ---------------------------------------------------------- */
+
+/* silu(gate) * up, silu(x) = x / (1 + e^-x). __fdividef() gives 0 where the divisor is above 2^126,
+ * as good as right. */
+__device__ __forceinline__ float swiglu(float gate, float up) {
+    return __fmul_rn(__fdividef(gate, __fadd_rn(1, expf(-gate))), up);
+}
 
 /* A row of floats in shared memory, the i-th Eight in two halves so that no two threads of a
  * quarter warp meet in a bank. */
@@ -1692,6 +1192,7 @@ struct SharedRow {
 
 /* Over all threads of a block, each of which gets the result. */
 __device__ static float block_sum(float x) {
+    // within each warp, then each warp adds up the sums of all
     __shared__ float sums[32];
     for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
@@ -1702,6 +1203,7 @@ __device__ static float block_sum(float x) {
 }
 
 __device__ static uint32_t block_max(uint32_t x) {
+    // as block_sum()
     __shared__ uint32_t maxima[32];
     x = __reduce_max_sync(~0u, x);
     if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = x;
@@ -1710,26 +1212,28 @@ __device__ static uint32_t block_max(uint32_t x) {
     return __reduce_max_sync(~0u, x);
 }
 
-/* The end of both kernels: row blockIdx.x, of K values whose largest magnitude is `most`. */
-__device__ static void write_row(const SharedRow &row, int K, uint32_t most,
+/* The end of both kernels: row blockIdx.x, of K values whose largest magnitude() is `largest`. */
+__device__ static void write_row(const SharedRow &row, int K, uint32_t largest,
                                  const LinearInput &out) {
+    // 1. the scale of the row
     float s = 1;
     if (out.a) {
-        s = activation_scale(most);
-    } else if (out.scale && most < INFINITE) {
-        // 2^e, the least with max|h| / 2^e < 2^15; its bits are the exponent + 127 alone.
-        int exponent = (int)(most >> 23) - 127;
+        s = activation_scale(largest);
+    } else if (out.scale && largest < INFINITE) {
+        // the least 2^e with max|h| / 2^e < 2^15; the bits of 2^e are the exponent + 127 alone
+        int exponent = (int)(largest >> 23) - 127;
         if (exponent > 14) s = __int_as_float((exponent - 14 + 127) << 23);
     }
     if (out.scale && threadIdx.x == 0) out.scale[blockIdx.x] = s;
-    const size_t at = (size_t)blockIdx.x * (K / 8);
+    // 2. the row itself, as int8 or as halves
+    const size_t start = (size_t)blockIdx.x * (K / 8);
     for (int i = threadIdx.x; i < K / 8; i += blockDim.x) {
         Eight e = row.get(i);
         if (out.a) {
-            ((uint2 *)out.a)[at + i] = quantize_eight(e, s);
+            ((uint2 *)out.a)[start + i] = quantize_eight(e, s);
         } else {
             for (int j = 0; j < 8; j++) e.v[j] /= s;
-            ((uint4 *)out.h)[at + i] = to_halves(e);
+            ((uint4 *)out.h)[start + i] = to_halves(e);
         }
     }
 }
@@ -1739,11 +1243,12 @@ __global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, flo
                                LinearInput out) {
     extern __shared__ float4 shared_row[];
     SharedRow row = {shared_row, dim / 8};
+    // 1. No kernel writes the weights: they are on their way while the one before is still at work.
     launch_dependents();
-    // Nobody writes the weights: they are on their way while the kernel before is still at work.
     Eight w = {};
     if (threadIdx.x < dim / 8) w = from_floats((const float4 *)weight + 2 * threadIdx.x);
     wait_for_previous_kernel();
+    // 2. the mean square
     const float4 *x_row = (const float4 *)(x + (size_t)blockIdx.x * dim);
     float squares = 0;
     for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
@@ -1752,15 +1257,16 @@ __global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, flo
         row.put(i, e);
     }
     const float scale = rsqrtf(block_sum(squares) / dim + eps);
-    uint32_t most = 0;
+    // 3. scale the row, and find the largest magnitude
+    uint32_t largest = 0;
     for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
         Eight e = row.get(i);
         if (i >= blockDim.x) w = from_floats((const float4 *)weight + 2 * i);
-        for (int j = 0; j < 8; j++) e.v[j] = __fmul_rn(__fmul_rn(e.v[j], w.v[j]), scale);
-        most = max(most, magnitude(e));
+        for (int j = 0; j < 8; j++) e.v[j] *= w.v[j] * scale;
+        largest = max(largest, magnitude(e));
         row.put(i, e);
     }
-    write_row(row, dim, block_max(most), out);
+    write_row(row, dim, block_max(largest), out);
 }
 
 /* gate_up [T][2][hidden_dim]. Twin: swiglu(), quantize_row(). */
@@ -1769,19 +1275,20 @@ __global__ void swiglu_kernel(const half *gate_up, int hidden_dim, LinearInput o
     SharedRow row = {shared_row, hidden_dim / 8};
     launch_dependents();
     wait_for_previous_kernel();
+    // the product stays float32 in shared memory, until the scale of the row is known
     const uint4 *gate = (const uint4 *)(gate_up + (size_t)blockIdx.x * 2 * hidden_dim);
     const uint4 *up = gate + hidden_dim / 8;
-    uint32_t most = 0;
+    uint32_t largest = 0;
     for (int i = threadIdx.x; i < hidden_dim / 8; i += blockDim.x) {
         Eight e = from_halves(gate[i]), u = from_halves(up[i]);
         for (int j = 0; j < 8; j++) e.v[j] = swiglu(e.v[j], u.v[j]);
-        most = max(most, magnitude(e));
+        largest = max(largest, magnitude(e));
         row.put(i, e);
     }
-    write_row(row, hidden_dim, block_max(most), out);
+    write_row(row, hidden_dim, block_max(largest), out);
 }
 
-/* Threads of a block for a row of K: few rows are to be done soon, many side by side. */
+/* Threads of a block for a row of K: few rows should be done soon, many go side by side. */
 static int row_threads(int T, int K) {
     int threads = min(1024, (K / 8 + 31) / 32 * 32);
     return T <= 2 * multiprocessors() ? threads : min(threads, 256);
@@ -1802,43 +1309,24 @@ void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cud
            hidden_dim, out);
 }
 
-/* The block's row of x [T][dim] = the embedding [vocab_size][dim] of a token. */
-__device__ static void embed_row(const half *embedding, int token, int dim, float *x) {
-    const uint4 *from = (const uint4 *)(embedding + (size_t)token * dim);
-    float4 *to = (float4 *)(x + (size_t)blockIdx.x * dim);
-    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
-        Eight e = from_halves(from[i]);
-        to[2 * i] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
-        to[2 * i + 1] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
-    }
-}
-
-__global__ void embed_kernel(const half *embedding, const int *tokens, int dim, float *x) {
-    launch_dependents();
-    wait_for_previous_kernel();
-    embed_row(embedding, tokens[blockIdx.x], dim, x);
-}
-
-/* Quantizes a row of halves, `eights` times 8, into a and *s_a. A thread keeps KEPT of them in
- * registers between the two passes. */
+/* Quantizes a row of halves, `eights` times 8, into a and *s_a. Twin: quantize_row(). */
 __device__ __forceinline__ void quantize_halves(const uint4 *row, int eights, uint2 *a,
                                                 float *s_a) {
+    // 1. the largest magnitude; a thread keeps its first eights in registers for the second pass
     constexpr int KEPT = 4;
     uint4 kept[KEPT] = {};
-    uint32_t most = 0;
-#pragma unroll
+    uint32_t largest = 0;
     for (int j = 0; j < KEPT; j++) {
         int i = threadIdx.x + j * blockDim.x;
         if (i < eights) kept[j] = __ldcg(row + i);
     }
-#pragma unroll
-    for (int j = 0; j < KEPT; j++) most = max(most, magnitude(from_halves(kept[j])));
+    for (int j = 0; j < KEPT; j++) largest = max(largest, magnitude(from_halves(kept[j])));
     for (int i = threadIdx.x + KEPT * blockDim.x; i < eights; i += blockDim.x) {
-        most = max(most, magnitude(from_halves(__ldcg(row + i))));
+        largest = max(largest, magnitude(from_halves(__ldcg(row + i))));
     }
-    const float s = activation_scale(block_max(most));
+    const float s = activation_scale(block_max(largest));
     if (threadIdx.x == 0) *s_a = s;
-#pragma unroll
+    // 2. the codes
     for (int j = 0; j < KEPT; j++) {
         int i = threadIdx.x + j * blockDim.x;
         if (i < eights) a[i] = quantize_eight(from_halves(kept[j]), s);
@@ -1848,13 +1336,13 @@ __device__ __forceinline__ void quantize_halves(const uint4 *row, int eights, ui
     }
 }
 
-/* Twin: quantize_row(). One block a row. */
+/* One block per row. */
 __global__ void __launch_bounds__(THREADS)
     quantize_kernel(const half *x, int K, int8_t *a, float *s_a) {
     launch_dependents();
     wait_for_previous_kernel();
-    const size_t at = (size_t)blockIdx.x * (K / 8);
-    quantize_halves((const uint4 *)x + at, K / 8, (uint2 *)a + at, s_a + blockIdx.x);
+    const size_t start = (size_t)blockIdx.x * (K / 8);
+    quantize_halves((const uint4 *)x + start, K / 8, (uint2 *)a + start, s_a + blockIdx.x);
 }
 
 void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream_t stream) {
@@ -1863,58 +1351,20 @@ void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream
 
 /* ---- 16-bit linears -------------------------------------------------------------------------- */
 
-constexpr int GEMV_ROWS = 2;  // of a warp
-constexpr int GEMV_LOADS = 4; // of a row in flight
+/* A function of cuBLAS, which is loaded only now: linked, it would cost every start 0.1 s. */
+template <typename F> static F *load_cublas(const char *name) {
+    static const std::string file = "libcublas.so." + std::to_string(CUBLAS_VER_MAJOR);
+    static void *library = dlopen(file.c_str(), RTLD_NOW);
+    F *f = library ? (F *)dlsym(library, name) : NULL;
+    if (!f) die("cuBLAS: %s", dlerror());
+    return f;
+}
 
-/* y [N] = (x [K] . w [N][K]) * scale, or with `add` y += that; to y16 or y32, whichever is not
- * NULL. A warp reads two rows of weights, straight into registers, always four loads ahead. */
-__global__ void __launch_bounds__(THREADS, 3)
-    gemv_kernel(const half *w, int N, int K, const half *x, const float *scale, half *y16,
-                float *y32, bool add) {
-    extern __shared__ uint4 shared_x[]; // [K / 8]
-    const int lane = threadIdx.x % 32, pieces = K / 8;
-    const int n = (blockIdx.x * WARPS + threadIdx.x / 32) * GEMV_ROWS;
-    const uint4 *rows[GEMV_ROWS];
-#pragma unroll
-    for (int r = 0; r < GEMV_ROWS; r++) rows[r] = (const uint4 *)(w + (size_t)(n + r) * K) + lane;
-    uint4 next[GEMV_LOADS][GEMV_ROWS];
-    auto load = [&](int u, int i) {
-#pragma unroll
-        for (int r = 0; r < GEMV_ROWS; r++) {
-            next[u][r] = make_uint4(0, 0, 0, 0);
-            load_16(next[u][r], rows[r] + i, i + lane < pieces && n + r < N);
-        }
-    };
-#pragma unroll
-    for (int u = 0; u < GEMV_LOADS; u++) load(u, 32 * u);
-    launch_dependents();
-    wait_for_previous_kernel();
-    for (int i = threadIdx.x; i < pieces; i += THREADS) shared_x[i] = ((const uint4 *)x)[i];
-    __syncthreads();
+#define CUBLAS(f) load_cublas<decltype(f)>(#f)
 
-    float sum[GEMV_ROWS] = {};
-    for (int i = 0; i < pieces; i += 32 * GEMV_LOADS) {
-#pragma unroll
-        for (int u = 0; u < GEMV_LOADS; u++) {
-            int piece = i + 32 * u + lane;
-            Eight b = from_halves(shared_x[min(piece, pieces - 1)]); // past the end w is 0
-#pragma unroll
-            for (int r = 0; r < GEMV_ROWS; r++) {
-                Eight a = from_halves(next[u][r]);
-#pragma unroll
-                for (int j = 0; j < 8; j++) sum[r] += a.v[j] * b.v[j];
-            }
-            load(u, i + 32 * (u + GEMV_LOADS));
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < GEMV_ROWS; r++) {
-        for (int i = 16; i > 0; i /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], i);
-        if (lane != 0 || n + r >= N) continue;
-        float y = scale ? sum[r] * *scale : sum[r];
-        if (y16) y16[n + r] = __float2half(y);
-        else y32[n + r] = add ? y32[n + r] + y : y;
-    }
+static void cublas_check(cublasStatus_t status) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    die("cuBLAS: %s", CUBLAS(cublasGetStatusString)(status));
 }
 
 /* x [T][dim] += y * scale [T] */
@@ -1929,18 +1379,13 @@ __global__ void add_scaled_kernel(const float *y, const float *scale, int dim, f
 /* y16 or y32 [T][N] = in [T][K] W^T, or with `add` += . */
 static void linear_halves(GpuState *s, const Matrix *w, const half *in, const float *scale, int T,
                           half *y16, float *y32, bool add) {
-    if (T == 1) {
-        int rows = WARPS * GEMV_ROWS;
-        allow_shared(gemv_kernel, w->K * sizeof(half));
-        launch(gemv_kernel, {dim3(ceil_div(w->N, rows)), THREADS, w->K * sizeof(half)}, s->stream,
-               w->w, w->N, w->K, in, scale, y16, y32, add);
-        return;
-    }
-    if (scale) { // of each row apart
+    // 1. with a scale for each row, which cuBLAS cannot apply
+    if (scale) {
         linear_halves(s, w, in, NULL, T, NULL, s->y, false);
         launch(add_scaled_kernel, {dim3(T), THREADS}, s->stream, s->y, scale, w->N, y32);
         return;
     }
+    // 2. cuBLAS, whose matrices are column-major: y^T = W in^T
     const float one = 1, beta = add;
     cublas_check(CUBLAS(cublasGemmEx_64)(s->cublas, CUBLAS_OP_T, CUBLAS_OP_N, w->N, T, w->K, &one,
                                          w->w, CUDA_R_16F, w->K, in, CUDA_R_16F, w->K, &beta,
@@ -1952,19 +1397,58 @@ static void linear_halves(GpuState *s, const Matrix *w, const half *in, const fl
  *
  *     y[t][n] = (sum_k x[t][k] q[n][k]) * s_channel[n]      x halves, q int8, the sum in float32
  *
- * The time is that of reading q, once, from global memory straight into registers, in the order of
- * the file: the order of k in a sum does not matter, so that 16 consecutive bytes of a row are a
- * lane's part of four steps of mma. Bytes become halves in registers, exactly. A token is a column
- * of the product: it gets the same bits whatever stands beside it. */
+ * The time is that of reading q once, from global memory straight into registers, in the order of
+ * the file. The order of k in a sum does not matter: so 16 consecutive bytes of a row are a lane's
+ * part of four steps of mma, and x is read in the same order. Bytes become halves in registers,
+ * exactly. A token is a column of the product: its sums do not depend on its neighbours. */
+
+/* c [16][8] += a [16][16] . b [8][16] over a warp, halves; the layout is that of the int8 mma
+ * with pairs of halves for the four bytes. */
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 constexpr int LM_STRIP = 32;  // channels of a warp: two m16 tiles
 constexpr int LM_CHUNK = 128; // k between two barriers, and of the weights in flight
 
-/* What stands in two bytes of a word, q + 128, as halves: 0x6400 + u are the bits of 1024 + u. */
-__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t biased, uint32_t which) {
-    uint32_t x = __byte_perm(biased, 0x64646464, which), y = 0x64806480; // 1024 + 128
+/* Two int8 of a word as halves: bytes 0 and 1, or with `upper` 2 and 3. `biased` holds q + 128 = u;
+ * 0x6400 + u are the bits of 1024 + u. */
+__device__ __forceinline__ uint32_t bytes_to_halves(uint32_t biased, bool upper) {
+    uint32_t x = __byte_perm(biased, 0x64646464, upper ? 0x4342 : 0x4140);
+    uint32_t y = 0x64806480; // 1024 + 128
     half2 z = __hsub2(*(half2 *)&x, *(half2 *)&y);
     return *(uint32_t *)&z;
+}
+
+/* sum [m16 tile][n8 tile] += 64 k of a warp's weights w [channel g, + 8, + 16, + 24] times x, which
+ * is in shared memory at `x`, rows of `row` bytes. */
+template <int N_TILES>
+__device__ __forceinline__ void multiply_bytes(const uint4 (&w)[4], const uint8_t *x, int row,
+                                               float (&sum)[2][N_TILES][4]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const uint32_t *words = (const uint32_t *)w; // [channel][4]
+    for (int i = 0; i < 4; i += 2) {             // two words of each channel are two steps of mma
+        // left operands: [step][m16 tile]
+        uint32_t left[2][2][4];
+        for (int j = 0; j < 16; j++) { // step, tile, half of k, half of the tile
+            const int step = j / 8, tile = j / 4 % 2, late = j / 2 % 2, lower = j % 2;
+            const uint32_t word = words[(tile * 2 + lower) * 4 + i + step];
+            left[step][tile][late * 2 + lower] = bytes_to_halves(word ^ 0x80808080, late);
+        }
+        for (int j = 0; j < N_TILES; j++) {
+            // right operand: 16 bytes of x are the two steps of this lane
+            const uint8_t *from = x + (j * 8 + g) * row + (t * 16 + i * 4) * sizeof(half);
+            const uint4 b = *(const uint4 *)from;
+            for (int tile = 0; tile < 2; tile++) {
+                mma(sum[tile][j], left[0][tile], b.x, b.y);
+                mma(sum[tile][j], left[1][tile], b.z, b.w);
+            }
+        }
+    }
 }
 
 /* y [T][N], T <= TOKENS; K a multiple of 16. A block has 256 channels. */
@@ -1977,67 +1461,47 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int n0 = (blockIdx.x * WARPS + threadIdx.x / 32) * LM_STRIP + g; // and 8, 16, 24 on
     const int8_t *from = q + (size_t)n0 * K + t * 16;
+    // how weights and x are read: zeros past the end, which make any partner harmless
     uint4 w[2][4] = {}; // [64 k][channel]
     auto load_weights = [&](uint4(&to)[4], int k) {
-#pragma unroll
         for (int r = 0; r < 4; r++) {
             load_16(to[r], (const uint4 *)(from + (size_t)r * 8 * K + k),
                     k + t * 16 < K && n0 + r * 8 < N);
         }
     };
-    auto load_x = [&](int k, int stage) { // zeros past the end, which make any weight harmless
+    auto load_x = [&](int k, int stage) {
         constexpr int PIECES = LM_CHUNK / 8;
         for (int i = threadIdx.x; i < TOKENS * PIECES; i += THREADS) {
-            int row = i / PIECES, at = k + i % PIECES * 8;
-            bool there = row < T && at < K;
+            int row = i / PIECES, column = k + i % PIECES * 8;
+            bool exists = row < T && column < K;
             copy_async_16(shared_address(shared[stage] + row * ROW + i % PIECES * 16),
-                          there ? x + (size_t)row * K + at : x, there, true);
+                          exists ? x + (size_t)row * K + column : x, exists, true);
         }
     };
-#pragma unroll
+    // 1. the first weights, then x, which the kernel before has written
     for (int c = 0; c < 2; c++) load_weights(w[c], c * 64);
     launch_dependents();
     wait_for_previous_kernel();
     load_x(0, 0);
 
+    // 2. multiply a chunk while the next one is on its way
     float sum[2][TOKENS / 8][4] = {};
     int stage = 0;
     for (int k = 0; k < K; k += LM_CHUNK, stage = 1 - stage) {
         copy_async_wait();
-        __syncthreads(); // the chunk of x is there, and the other stage free
+        // the chunk of x has arrived, and the other stage is free
+        __syncthreads();
         load_x(k + LM_CHUNK, 1 - stage);
-#pragma unroll
         for (int c = 0; c < 2; c++) {
-            const uint32_t *words = (const uint32_t *)w[c]; // [channel][4]
-#pragma unroll
-            for (int i = 0; i < 4; i += 2) { // words, and the two steps of mma they are
-                uint32_t left[2][2][4];      // [step][m16 tile]
-#pragma unroll
-                for (int j = 0; j < 16; j++) { // step, tile, k, half of the tile
-                    const int step = j / 8, tile = j / 4 % 2, late = j / 2 % 2, half = j % 2;
-                    left[step][tile][late * 2 + half] =
-                        bytes_to_halves(words[(tile * 2 + half) * 4 + i + step] ^ 0x80808080,
-                                        late ? 0x4342 : 0x4140);
-                }
-#pragma unroll
-                for (int j = 0; j < TOKENS / 8; j++) {
-                    const uint4 b = *(const uint4 *)(shared[stage] + (j * 8 + g) * ROW +
-                                                     (c * 64 + t * 16 + i * 4) * sizeof(half));
-                    for (int tile = 0; tile < 2; tile++) {
-                        mma(sum[tile][j], left[0][tile], b.x, b.y);
-                        mma(sum[tile][j], left[1][tile], b.z, b.w);
-                    }
-                }
-            }
+            multiply_bytes(w[c], shared[stage] + c * 64 * sizeof(half), ROW, sum);
             load_weights(w[c], k + LM_CHUNK + c * 64);
         }
     }
-#pragma unroll
-    for (int r = 0; r < 4; r++) {
+    // 3. scale and write
+    for (int r = 0; r < 4; r++) { // channels of the lane
         const int n = n0 + r * 8;
         if (n >= N) continue;
         const float s = s_channel[n];
-#pragma unroll
         for (int j = 0; j < TOKENS / 8; j++) {
             for (int i = 0; i < 2; i++) {
                 const int token = j * 8 + t * 2 + i;
@@ -2049,6 +1513,7 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 16 ? 2 : 1)
 
 /* y [T][N] = x [T][K] W^T for a W in 8 bits. */
 static void linear_bytes(GpuState *s, const Matrix *w, const half *x, int T, float *y) {
+    // the smallest kernel that holds the tokens, 64 at a time
     for (int t = 0; t < T; t += 64) {
         const int n = min(64, T - t);
         auto *kernel = n <= 8    ? linear_bytes_kernel<8>
@@ -2060,6 +1525,8 @@ static void linear_bytes(GpuState *s, const Matrix *w, const half *x, int T, flo
                w->s_channel, w->N, w->K, x + (size_t)t * w->K, n, y + (size_t)t * w->N);
     }
 }
+
+/* ---- the linears of section 1 ---------------------------------------------------------------- */
 
 /* y [T][N] = W applied to linear_input(). */
 static void linear(GpuState *s, const Matrix *w, int T, half *y) {
@@ -2079,48 +1546,26 @@ static void lm_head(GpuState *s, int first, int n) {
     const Matrix *w = &s->model->lm_head;
     if (w->bytes) linear_bytes(s, w, h, n, s->logits);
     else linear_halves(s, w, h, NULL, n, NULL, s->logits, false);
-    s->rows = n;
+    s->n_logits = n;
 }
 
-/* ---- the choice of the likeliest token ------------------------------------------------------- */
+/* ---- tokens: embedding, the likeliest one, scores -------------------------------------------- */
 
-static __host__ __device__ int chosen_token(Choice choice) {
-    return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
-}
-
-__device__ __forceinline__ Choice choice(float logit, int token) {
-    if (!isfinite(logit)) return ~0ull;
-    uint32_t bits = __float_as_uint(logit); // of a float, as an integer of the same order
-    bits = bits >> 31 ? ~bits : bits | 0x80000000;
-    return (Choice)bits << 32 | (uint32_t)~token;
-}
-
-/* Row blockIdx.y of logits, shared by gridDim.x blocks, into chosen; and its position moves on.
- * Twin: argmax(). */
-__global__ void choose_kernel(const float *logits, int vocab_size, Choice *chosen, int *positions) {
-    launch_dependents();
-    wait_for_previous_kernel();
-    const float *row = logits + (size_t)blockIdx.y * vocab_size;
-    Choice best = 0;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab_size;
-         i += gridDim.x * blockDim.x) {
-        best = max(best, choice(row[i], i));
+/* The block's row of x [T][dim] = the embedding [vocab_size][dim] of a token. */
+__device__ static void embed_row(const half *embedding, int token, int dim, float *x) {
+    const uint4 *from = (const uint4 *)(embedding + (size_t)token * dim);
+    float4 *to = (float4 *)(x + (size_t)blockIdx.x * dim);
+    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
+        Eight e = from_halves(from[i]);
+        to[2 * i] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
+        to[2 * i + 1] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
     }
-    for (int i = 16; i > 0; i /= 2) best = max(best, __shfl_xor_sync(~0u, best, i));
-    if (threadIdx.x % 32 == 0) atomicMax(chosen + blockIdx.y, best);
-    if (blockIdx.x == 0 && threadIdx.x == 0) positions[blockIdx.y]++;
 }
 
-/* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
-__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
-    // In this order: no kernel of a step starts before the step before has finished. So they may
-    // read what that left, positions and cache, without waiting for each other.
-    wait_for_previous_kernel();
+__global__ void embed_kernel(const half *embedding, const int *tokens, int dim, float *x) {
     launch_dependents();
-    const int token = max(0, chosen_token(chosen[blockIdx.x])); // the host sees to what is none
-    __syncthreads();
-    if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
-    embed_row(embedding, token, dim, x);
+    wait_for_previous_kernel();
+    embed_row(embedding, tokens[blockIdx.x], dim, x);
 }
 
 static void embed(GpuState *s, int T) {
@@ -2129,10 +1574,33 @@ static void embed(GpuState *s, int T) {
            dim, s->x);
 }
 
-static void embed_chosen(GpuState *s) {
-    const int dim = s->model->config.dim, T = s->n_sequences;
-    launch(embed_chosen_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding,
-           s->chosen, dim, s->x);
+static __host__ __device__ int chosen_token(Choice choice) {
+    return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
+}
+
+/* The bits of a float as an integer of the same order. */
+__device__ __forceinline__ uint32_t ordered_bits(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return bits >> 31 ? ~bits : bits | 0x80000000;
+}
+
+/* Row blockIdx.y of logits, shared by gridDim.x blocks, into chosen; and the position of the
+ * sequence moves on. Twin: argmax(). */
+__global__ void choose_kernel(const float *logits, int vocab_size, Choice *chosen, int *positions) {
+    launch_dependents();
+    wait_for_previous_kernel();
+    // 1. this thread's part of the row
+    const float *row = logits + (size_t)blockIdx.y * vocab_size;
+    Choice best = 0;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocab_size;
+         i += gridDim.x * blockDim.x) {
+        const Choice choice = (Choice)ordered_bits(row[i]) << 32 | (uint32_t)~i;
+        best = max(best, isfinite(row[i]) ? choice : ~0ull);
+    }
+    // 2. the warp, and all blocks of the row
+    for (int i = 16; i > 0; i /= 2) best = max(best, __shfl_xor_sync(~0u, best, i));
+    if (threadIdx.x % 32 == 0) atomicMax(chosen + blockIdx.y, best);
+    if (blockIdx.x == 0 && threadIdx.x == 0) positions[blockIdx.y]++;
 }
 
 static void choose(GpuState *s, int sequence, int n) {
@@ -2140,28 +1608,48 @@ static void choose(GpuState *s, int sequence, int n) {
            s->model->config.vocab_size, s->chosen + sequence, s->positions + sequence);
 }
 
-/* What the target of each row of logits costs; one block a row. Twin: score(). */
+/* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
+__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
+    // In this order: no kernel of a step starts before the step before has finished. So they may
+    // read its positions and cache without waiting for each other.
+    wait_for_previous_kernel();
+    launch_dependents();
+    const int token = max(0, chosen_token(chosen[blockIdx.x])); // -1 is reported by the host
+    __syncthreads();
+    if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
+    embed_row(embedding, token, dim, x);
+}
+
+static void embed_chosen(GpuState *s) {
+    const int dim = s->model->config.dim, T = s->n_sequences;
+    launch(embed_chosen_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding,
+           s->chosen, dim, s->x);
+}
+
+/* The negative log-likelihood of each row's target; one block per row. Twin: score(). */
 __global__ void score_kernel(const float *logits, int vocab_size, const int *targets,
                              Score *scores) {
     __shared__ double sums[32];
     launch_dependents();
     wait_for_previous_kernel();
     const float *row = logits + (size_t)blockIdx.x * vocab_size;
-    float most = -INFINITY;
-    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) most = fmaxf(most, row[i]);
-    uint32_t bits = __float_as_uint(most); // as in choice()
-    bits = block_max(bits >> 31 ? ~bits : bits | 0x80000000);
-    most = __uint_as_float(bits >> 31 ? bits & 0x7fffffff : ~bits);
+    // 1. the largest logit
+    float largest = -INFINITY;
+    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) largest = fmaxf(largest, row[i]);
+    const uint32_t bits = block_max(ordered_bits(largest));
+    largest = __uint_as_float(bits >> 31 ? bits & 0x7fffffff : ~bits);
+    // 2. the sum of the exponentials
     double sum = 0;
-    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) sum += expf(row[i] - most);
+    for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) sum += expf(row[i] - largest);
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
     if (threadIdx.x > 0) return;
     sum = 0;
     for (int i = 0; i < (int)blockDim.x / 32; i++) sum += sums[i];
+    // 3. the target
     const float target = row[targets[blockIdx.x]];
-    scores[blockIdx.x] = {log(sum) + most - target, target == most};
+    scores[blockIdx.x] = {log(sum) + largest - target, target == largest};
 }
 
 /* ================================================================================================
@@ -2175,12 +1663,30 @@ __global__ void score_kernel(const float *logits, int vocab_size, const int *tar
  *     m' = max(m, max s),   l' = l e^(m - m') + sum e^(s - m'),   o' = o e^(m - m') + e^(s - m') v
  *
  * A prompt is bound by arithmetic: many queries share a tile of keys in shared memory. A decoded
- * token is bound by reading the cache: each KV head's positions are spread over warps and blocks,
- * whose m, l, o are joined at the end by the same rule (arXiv 2311.01282), and keys and values go
- * from global memory straight into the registers in which mma wants them.
+ * token is bound by reading the cache: the positions of each KV head are spread over warps and
+ * blocks, whose m, l, o are joined at the end by the same rule (arXiv 2311.01282). Keys and values
+ * go from global memory straight into the registers in which mma wants them.
  *
- * In both the query heads of one KV head share its loads: they are rows of the same products.
+ * In both the query heads of one KV head share the loads: they are rows of the same products.
  * Twin: attention() and rope() in qqq.c. head_dim is 64 or 128.
+ *
+ * The sums c0 .. c3 of a product that a lane 4 g + t holds, in mma's layout for halves:
+ *
+ *     prompt: rows are queries                   token: rows are positions, columns query heads
+ *
+ *       s [16 rows][64 keys] = q k^T               s^T [16 positions][8 heads] = k q^T
+ *
+ *            keys 2t  2t+1  .. of 8 tiles               heads 2t  2t+1
+ *          row g   c0  c1                          position g   c0  c1
+ *          row g+8 c2  c3                          position g+8 c2  c3
+ *
+ *       o [16][head_dim] += p v                    o^T [head_dim][8 heads] += v^T p^T
+ *
+ *     mma's left operand wants rows g, g + 8 and   v^T as a left operand: dimensions g, g + 8 and
+ *     keys 2t, 2t+1, 2t+8, 2t+9: exactly c0 .. c3  positions 2t, 2t+1, 2t+8, 2t+9, straight from
+ *     of two neighbouring tiles of s. So p = e^s   the cache; p^T as a right operand: c0 .. c3
+ *     moves from one product to the next within    transposed, 8 x 8 at a time.
+ *     a lane.
  * ============================================================================================== */
 
 /* As load_matrices(), each 8x8 matrix transposed. */
@@ -2190,7 +1696,14 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&b)[4], uint3
                  : "r"(address));
 }
 
-/* Turns the pair of halves (first, second), head_dim / 2 apart, by an angle: twice, for the two
+/* An 8x8 matrix of 16-bit numbers, two per lane, becomes its transpose. */
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
+    return y;
+}
+
+/* Rotates the pair of halves (first, second), head_dim / 2 apart, by an angle: twice, for the two
  * dimensions that a register holds. angles: cos, sin, cos, sin. */
 __device__ __forceinline__ void rotate_pairs(uint32_t &first, uint32_t &second, float4 angles) {
     float2 a = __half22float2(*(half2 *)&first), b = __half22float2(*(half2 *)&second);
@@ -2202,6 +1715,25 @@ __device__ __forceinline__ void rotate_pairs(uint32_t &first, uint32_t &second, 
 __device__ __forceinline__ float score_scale(int head_dim) {
     return 1.44269504f / sqrtf(head_dim);
 }
+
+/* m and l of one row. */
+struct Softmax {
+    float m = -INFINITY, l = 0;
+    /* For scores up to `largest`; returns the factor by which earlier sums shrink. */
+    __device__ __forceinline__ float raise(float largest) {
+        largest = fmaxf(m, largest);
+        const float shrink = exp2f(m - largest);
+        m = largest;
+        l *= shrink;
+        return shrink;
+    }
+    /* The weight of a score, counted in l. */
+    __device__ __forceinline__ float weight(float s) {
+        const float p = exp2f(s - m);
+        l += p;
+        return p;
+    }
+};
 
 /* ---- the cache ---------------------------------------------------------------------------------
  *
@@ -2251,16 +1783,12 @@ template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void store_row(const HeadVector<HEAD_DIM> &x, uint8_t *rows,
                                           half *scales, size_t row) {
     uint8_t *to = rows + row * (HEAD_DIM * BITS / 8);
-    if constexpr (BITS == 16) {
-        x.store((half *)to);
-        return;
-    }
+    if constexpr (BITS == 16) return x.store((half *)to);
     // 1. the scale, rounded to a half before it divides
     const half s = __float2half_rn(__fdiv_rn(x.largest(), 127.0f));
     const float scale = __half2float(s);
     if (threadIdx.x % 32 == 0) scales[row] = s;
-        // 2. two neighbours at a time: of the lower half of the dimensions, of the upper one
-#pragma unroll
+    // 2. two neighbours at a time: of the lower half of the dimensions, of the upper half
     for (int i = 0; i < 2; i++) {
         uint32_t q[2];
         for (int j = 0; j < 2; j++) {
@@ -2272,36 +1800,35 @@ __device__ __forceinline__ void store_row(const HeadVector<HEAD_DIM> &x, uint8_t
     }
 }
 
-/* The key (or value) of the token at `pos`, into a row of the cache. One warp. */
+/* The key (after RoPE) or the value of the token at `pos`, into a row of the cache. One warp. */
 template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ HeadVector<HEAD_DIM> store_token(const GpuCache &cache, size_t row,
-                                                            int pos, bool is_key, const half *qkv,
-                                                            const float4 *rope) {
+__device__ __forceinline__ void store_token(const GpuCache &cache, size_t row, int pos, bool is_key,
+                                            const half *qkv, const float4 *rope) {
     HeadVector<HEAD_DIM> x;
     x.load(qkv);
     if (is_key) x.rotate(rope + (size_t)pos * (HEAD_DIM / 4));
     store_row<HEAD_DIM, BITS>(x, is_key ? cache.keys : cache.values,
                               is_key ? cache.k_scales : cache.v_scales, row);
-    return x;
 }
 
-/* k (after RoPE) and v of tokens at pos .. pos + T - 1 into the cache, T = gridDim.x. qkv
- * [T][qkv_dim]: all query heads, then k, then v. One block per token. */
+/* Keys and values of a prompt's tokens into the cache. qkv [T][qkv_dim]: all query heads, then k,
+ * then v. One block per token. */
 template <int HEAD_DIM, int BITS>
-__global__ void write_cache_kernel(const half *qkv, int q_dim, Rows rows, const float4 *rope,
+__global__ void write_cache_kernel(const half *qkv, int q_dim, Batch batch, const float4 *rope,
                                    GpuCache cache) {
     launch_dependents();
     wait_for_previous_kernel();
-    const int heads = cache.n_kv_heads, pos = rows.pos + blockIdx.x;
+    // a warp per key or value: first all keys, then all values
+    const int heads = cache.n_kv_heads, pos = batch.pos + blockIdx.x;
     const half *row = qkv + (size_t)blockIdx.x * (q_dim + 2 * heads * HEAD_DIM) + q_dim;
     for (int i = threadIdx.x / 32; i < 2 * heads; i += blockDim.x / 32) {
-        store_token<HEAD_DIM, BITS>(cache, cache.row(rows.sequence, i % heads) + pos, pos,
+        store_token<HEAD_DIM, BITS>(cache, cache.row(batch.sequence, i % heads) + pos, pos,
                                     i < heads, row + i * HEAD_DIM, rope);
     }
 }
 
-/* What the attention of a prompt reads of a cache in 8 bits: its positions 0 .. gridDim.x - 1 in
- * 16 bits, as sequence 0 of `to`. */
+/* Positions 0 .. gridDim.x - 1 of a cache in 8 bits, in 16 bits, as sequence 0 of `to`: a prompt
+ * reads them so. */
 template <int HEAD_DIM>
 __global__ void read_cache_kernel(GpuCache cache, int sequence, GpuCache to) {
     launch_dependents();
@@ -2310,6 +1837,7 @@ __global__ void read_cache_kernel(GpuCache cache, int sequence, GpuCache to) {
     for (int i = threadIdx.x / 32; i < 2 * heads; i += blockDim.x / 32) {
         const bool is_key = i < heads;
         const size_t row = cache.row(sequence, i % heads) + pos;
+        // q s, two neighbours of each half of the dimensions
         const char2 *from = (const char2 *)((is_key ? cache.keys : cache.values) + row * HEAD_DIM);
         const float s = __half2float((is_key ? cache.k_scales : cache.v_scales)[row]);
         HeadVector<HEAD_DIM> x;
@@ -2326,232 +1854,191 @@ __global__ void read_cache_kernel(GpuCache cache, int sequence, GpuCache to) {
 
 constexpr int KEYS = 64; // of a tile
 
-/* A tile of keys or values in shared memory, [KEYS][HEAD_DIM] halves: where the 16-byte piece
- * `column` of `row` is. XORed as in activation_place(), for the same reason. */
-template <int HEAD_DIM> __device__ __forceinline__ uint32_t key_place(int row, int column) {
-    return row * HEAD_DIM * 2 + (column / 8 * 8 + (column % 8 ^ row % 8)) * 16;
-}
-
 /* Tokens of a block. */
 static __host__ __device__ int prompt_tokens(int group) {
     return 16 * WARPS / group;
 }
 
-/* One block is one KV head and up to 128 rows of queries, 16 a warp. A row is a token and one of
- * the `group` query heads: row r is token r / group, head r % group. */
-template <int HEAD_DIM>
-__global__ void __launch_bounds__(THREADS, 1)
-    attention_prefill_kernel(const half *qkv, Rows rows, int group, const float4 *rope,
-                             GpuCache cache, half *out) {
-    constexpr int STEPS = HEAD_DIM / 16, PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
-    extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
-    const uint32_t tiles = shared_address(shared);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, T = rows.T, pos = rows.pos;
-    const int tokens = prompt_tokens(group);              // of this block
-    const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens; // the longest first
-    const int kv_head = blockIdx.x, q_dim = cache.n_kv_heads * group * HEAD_DIM;
-    const int qkv_dim = q_dim + 2 * cache.n_kv_heads * HEAD_DIM;
-    const int n_keys = pos + min(t0 + tokens, T); // of the last token
-    const size_t cached = cache.row(rows.sequence, kv_head) * HEAD_DIM;
-    launch_dependents();
-    wait_for_previous_kernel();
+/* A lane's rows of queries, g and g + 8 of the warp's 16. Row r of a block is token r / group, head
+ * r % group. */
+template <int HEAD_DIM> struct QueryRows {
+    static constexpr int STEPS = HEAD_DIM / 16;
+    uint32_t q[STEPS][4] = {}; // mma's left operand
+    int position[2];           // of the two rows, in the cache; -1: there is none
+    size_t offset[2];          // of the two rows, in a [T][q_dim]
 
-    auto load_tile = [&](int first, int stage) { // 64 positions, zeros past the end
-        const half *keys = (half *)cache.keys + cached, *values = (half *)cache.values + cached;
-        for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
-            int row = i / PIECES, column = i % PIECES;
-            uint32_t to = tiles + stage * 2 * TILE + key_place<HEAD_DIM>(row, column);
-            bool there = first + row < n_keys;
-            size_t from = (size_t)(there ? first + row : 0) * HEAD_DIM + column * 8;
-            copy_async_16(to, keys + from, there, true);
-            copy_async_16(to + TILE, values + from, there, true);
-        }
-    };
-    load_tile(0, 0);
-
-    // This lane's two rows of queries, as mma's left operand, turned by RoPE: dimension i and its
-    // partner i + HEAD_DIM / 2 are STEPS / 2 steps apart in the same lane.
-    uint32_t q[STEPS][4] = {};
-    int position[2]; // of the two rows, in the cache; -1: there is none
-    size_t place[2]; // of their heads in a [T][q_dim]
-    for (int i = 0; i < 2; i++) {
-        int row = warp * 16 + lane / 4 + 8 * i, t = t0 + row / group;
-        bool there = row < tokens * group && t < T;
-        position[i] = there ? pos + t : -1;
-        place[i] = (size_t)t * q_dim + (kv_head * group + row % group) * HEAD_DIM;
-        if (!there) continue;
-        const uint32_t *from = (const uint32_t *)(qkv + place[i] + (size_t)t * (qkv_dim - q_dim));
-        const float4 *angles = rope + (size_t)(pos + t) * (HEAD_DIM / 4);
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            for (int j = 0; j < 2; j++) q[s][i + 2 * j] = from[s * 8 + j * 4 + lane % 4];
-        }
-#pragma unroll
-        for (int s = 0; s < STEPS / 2; s++) {
-            for (int j = 0; j < 2; j++) {
-                rotate_pairs(q[s][i + 2 * j], q[s + STEPS / 2][i + 2 * j],
-                             angles[s * 8 + j * 4 + lane % 4]);
-            }
-        }
-    }
-
-    float o[HEAD_DIM / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {};
-    const float scale = score_scale(HEAD_DIM);
-    for (int first = 0, stage = 0; first < n_keys; first += KEYS, stage ^= 1) {
-        copy_async_wait();
-        __syncthreads(); // the tile is there, and the other one free
-        if (first + KEYS < n_keys) load_tile(first + KEYS, stage ^ 1);
-        const uint32_t k_tile = tiles + stage * 2 * TILE, v_tile = k_tile + TILE;
-
-        // s [16 rows][64 keys] = q k^T. One ldmatrix: 8 keys x 32 dimensions or two steps.
-        float s[KEYS / 8][4] = {};
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-#pragma unroll
-            for (int step = 0; step < STEPS; step += 2) {
-                uint32_t b[4];
-                load_matrices(b,
-                              k_tile + key_place<HEAD_DIM>(j * 8 + lane % 8, step * 2 + lane / 8));
-                mma(s[j], q[step], b[0], b[1]);
-                mma(s[j], q[step + 1], b[2], b[3]);
-            }
-        }
-#pragma unroll
+    /* From token t0 on. RoPE is applied: dimension i and its partner i + HEAD_DIM / 2 are STEPS / 2
+     * steps apart in the same lane. */
+    __device__ __forceinline__ void load(const half *qkv, const Batch &batch, int t0, int tokens,
+                                         int group, int n_kv_heads, const float4 *rope) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const int q_dim = n_kv_heads * group * HEAD_DIM, kv_dim = n_kv_heads * HEAD_DIM;
         for (int i = 0; i < 2; i++) {
-            float most = m[i];
-#pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) {
-                for (int e = 0; e < 2; e++) {
-                    float &x = s[j][2 * i + e];
-                    bool seen = first + j * 8 + lane % 4 * 2 + e <= position[i];
-                    x = seen ? x * scale : -INFINITY;
-                    most = fmaxf(most, x);
+            // 1. which token and head the row is
+            const int row = warp * 16 + lane / 4 + 8 * i, t = t0 + row / group;
+            const bool exists = row < tokens * group && t < batch.T;
+            position[i] = exists ? batch.pos + t : -1;
+            offset[i] = (size_t)t * q_dim + (blockIdx.x * group + row % group) * HEAD_DIM;
+            if (!exists) continue;
+            // 2. all of it, as left operands of STEPS steps
+            const uint32_t *from = (const uint32_t *)(qkv + offset[i] + (size_t)t * 2 * kv_dim);
+            const float4 *angles = rope + (size_t)position[i] * (HEAD_DIM / 4);
+            for (int s = 0; s < STEPS; s++) {
+                for (int j = 0; j < 2; j++) q[s][i + 2 * j] = from[s * 8 + j * 4 + lane % 4];
+            }
+            // 3. RoPE
+            for (int s = 0; s < STEPS / 2; s++) {
+                for (int j = 0; j < 2; j++) {
+                    rotate_pairs(q[s][i + 2 * j], q[s + STEPS / 2][i + 2 * j],
+                                 angles[s * 8 + j * 4 + lane % 4]);
                 }
-            }
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-            float base = most == -INFINITY ? 0 : most; // a row that is not there
-            float shrink = exp2f(m[i] - base);
-            m[i] = most;
-            l[i] *= shrink;
-#pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) {
-                for (int e = 0; e < 2; e++) {
-                    float &x = s[j][2 * i + e];
-                    x = exp2f(x - base);
-                    l[i] += x;
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < HEAD_DIM / 8; j++) {
-                for (int e = 0; e < 2; e++) o[j][2 * i + e] *= shrink;
-            }
-        }
-
-        // o += p v: sums of one mma are, lane for lane, the left operand of the next.
-#pragma unroll
-        for (int j = 0; j < KEYS / 16; j++) {
-            const uint32_t p[4] = {pack(s[2 * j][0], s[2 * j][1]), pack(s[2 * j][2], s[2 * j][3]),
-                                   pack(s[2 * j + 1][0], s[2 * j + 1][1]),
-                                   pack(s[2 * j + 1][2], s[2 * j + 1][3])};
-#pragma unroll
-            for (int d = 0; d < HEAD_DIM / 8; d += 2) {
-                uint32_t b[4]; // 16 keys x 16 dimensions
-                load_matrices_transposed(
-                    b, v_tile + key_place<HEAD_DIM>(j * 16 + lane % 16, d + lane / 16));
-                mma(o[d], p, b[0], b[1]);
-                mma(o[d + 1], p, b[2], b[3]);
             }
         }
     }
+};
 
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        l[i] += __shfl_xor_sync(~0u, l[i], 1);
-        l[i] += __shfl_xor_sync(~0u, l[i], 2);
-        if (position[i] < 0) continue;
-        uint32_t *to = (uint32_t *)(out + place[i]);
-#pragma unroll
-        for (int d = 0; d < HEAD_DIM / 8; d++) {
-            to[d * 4 + lane % 4] = pack(o[d][2 * i] / l[i], o[d][2 * i + 1] / l[i]);
+/* s [16 rows][KEYS] += q k^T, from a tile of keys in shared memory. One ldmatrix reads 8 keys x 32
+ * dimensions, or two steps. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void score_tile(const QueryRows<HEAD_DIM> &rows, uint32_t k_tile,
+                                           float (&s)[KEYS / 8][4]) {
+    const int lane = threadIdx.x % 32;
+    for (int j = 0; j < KEYS / 8; j++) {
+        for (int step = 0; step < rows.STEPS; step += 2) {
+            uint32_t b[4];
+            load_matrices(b, k_tile + swizzled(j * 8 + lane % 8, step * 2 + lane / 8, KEYS));
+            mma(s[j], rows.q[step], b[0], b[1]);
+            mma(s[j], rows.q[step + 1], b[2], b[3]);
         }
     }
 }
 
-/* ---- a decoded token ------------------------------------------------------------------------- */
+/* Scores of keys first .. first + KEYS - 1 become weights; the sums so far shrink. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void softmax_tile(const QueryRows<HEAD_DIM> &rows, int first,
+                                             Softmax (&softmax)[2], float (&s)[KEYS / 8][4],
+                                             float (&o)[HEAD_DIM / 8][4]) {
+    const int t = threadIdx.x % 4;
+    const float scale = score_scale(HEAD_DIM);
+    for (int i = 0; i < 2; i++) { // the lane's two rows
+        // 1. hide the future, and find the largest score of the row, which four lanes share
+        float largest = -INFINITY;
+        for (int j = 0; j < KEYS / 8; j++) {
+            for (int e = 0; e < 2; e++) {
+                float &x = s[j][2 * i + e];
+                const bool seen = first + j * 8 + t * 2 + e <= rows.position[i];
+                x = seen ? x * scale : -INFINITY;
+                largest = fmaxf(largest, x);
+            }
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+        // 2. weights
+        const float shrink = softmax[i].raise(largest);
+        for (int j = 0; j < KEYS / 8; j++) {
+            for (int e = 0; e < 2; e++) s[j][2 * i + e] = softmax[i].weight(s[j][2 * i + e]);
+        }
+        // 3. the correction of o
+        for (int j = 0; j < HEAD_DIM / 8; j++) {
+            for (int e = 0; e < 2; e++) o[j][2 * i + e] *= shrink;
+        }
+    }
+}
 
-constexpr int MAX_SPLITS = 16; // blocks that share a sequence's positions: half a warp's lanes
-constexpr int HEADS = 8;       // query heads of a block: mma's right side is 8 wide
+/* o += p v, from a tile of values in shared memory. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void add_values(const float (&p)[KEYS / 8][4], uint32_t v_tile,
+                                           float (&o)[HEAD_DIM / 8][4]) {
+    const int lane = threadIdx.x % 32;
+    for (int j = 0; j < KEYS / 8; j += 2) {
+        // the sums of two n8 tiles of s are the left operand for 16 keys
+        const uint32_t left[4] = {pack(p[j][0], p[j][1]), pack(p[j][2], p[j][3]),
+                                  pack(p[j + 1][0], p[j + 1][1]), pack(p[j + 1][2], p[j + 1][3])};
+        for (int d = 0; d < HEAD_DIM / 8; d += 2) {
+            uint32_t b[4]; // 16 keys x 16 dimensions
+            load_matrices_transposed(b, v_tile + swizzled(j * 8 + lane % 16, d + lane / 16, KEYS));
+            mma(o[d], left, b[0], b[1]);
+            mma(o[d + 1], left, b[2], b[3]);
+        }
+    }
+}
 
-/* Attention of one new token for each sequence, its RoPE and its place in the cache included. Block
- * (split, heads, sequence): one of gridDim.x parts of the positions of a sequence, for up to 8
- * query heads of one KV head. A warp takes every eighth tile of 16 positions:
+/* One block is one KV head and up to 128 rows of queries, 16 per warp. */
+template <int HEAD_DIM>
+__global__ void __launch_bounds__(THREADS, 1)
+    attention_prompt_kernel(const half *qkv, Batch batch, int group, const float4 *rope,
+                            GpuCache cache, half *out) {
+    constexpr int PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
+    extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
+    // this block's tokens, and the keys that the last of them sees
+    const uint32_t tiles = shared_address(shared);
+    const int tokens = prompt_tokens(group);                  // of this block
+    const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens;     // the longest first
+    const int n_keys = batch.pos + min(t0 + tokens, batch.T); // of the last token
+    const size_t row = cache.row(batch.sequence, blockIdx.x) * HEAD_DIM;
+    const half *keys = (half *)cache.keys + row, *values = (half *)cache.values + row;
+    // KEYS positions of keys and values into a stage, zeros past the end
+    auto load_tile = [&](int first, int stage) {
+        for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
+            const int row = i / PIECES, column = i % PIECES;
+            const uint32_t to = tiles + stage * 2 * TILE + swizzled(row, column, KEYS);
+            const bool exists = first + row < n_keys;
+            const size_t from = (size_t)(exists ? first + row : 0) * HEAD_DIM + column * 8;
+            copy_async_16(to, keys + from, exists, true);
+            copy_async_16(to + TILE, values + from, exists, true);
+        }
+    };
+    // 1. the first tile of keys and values, and the queries
+    launch_dependents();
+    wait_for_previous_kernel();
+    load_tile(0, 0);
+    QueryRows<HEAD_DIM> rows;
+    rows.load(qkv, batch, t0, tokens, group, cache.n_kv_heads, rope);
+
+    // 2. tile after tile, the next one on its way
+    float o[HEAD_DIM / 8][4] = {};
+    Softmax softmax[2];
+    for (int first = 0, stage = 0; first < n_keys; first += KEYS, stage ^= 1) {
+        copy_async_wait();
+        __syncthreads(); // the tile has arrived, and the other one is free
+        if (first + KEYS < n_keys) load_tile(first + KEYS, stage ^ 1);
+        const uint32_t k_tile = tiles + stage * 2 * TILE;
+        float s[KEYS / 8][4] = {};
+        score_tile(rows, k_tile, s);
+        softmax_tile(rows, first, softmax, s, o);
+        add_values<HEAD_DIM>(s, k_tile + TILE, o);
+    }
+
+    // 3. divide by the sum of the weights, of which four lanes have parts, and write
+    for (int i = 0; i < 2; i++) {
+        float l = softmax[i].l;
+        l += __shfl_xor_sync(~0u, l, 1);
+        l += __shfl_xor_sync(~0u, l, 2);
+        if (rows.position[i] < 0) continue;
+        uint32_t *to = (uint32_t *)(out + rows.offset[i]);
+        for (int d = 0; d < HEAD_DIM / 8; d++) {
+            to[d * 4 + threadIdx.x % 4] = pack(o[d][2 * i] / l, o[d][2 * i + 1] / l);
+        }
+    }
+}
+
+/* ---- a decoded token ---------------------------------------------------------------------------
  *
- *     s^T [16 positions][8 heads] = k q^T          o^T [head_dim][8 heads] += v^T p^T
+ * Attention of one new token for each sequence, with RoPE and the write to the cache. Block (split,
+ * heads, sequence): one of gridDim.x parts of the positions of a sequence, for up to 8 query heads
+ * of one KV head. A warp has every eighth tile of 16 positions of the part.
  *
- * The order of dimensions in a sum does not matter, and that of rows of o^T is ours to choose, so
- * that every operand of mma is part of a 16-byte load (lane 4g + t, j and i count eights of
- * dimensions), or in 8 bits of all that the lane has of a row: Share.
+ * The order of dimensions in a sum does not matter, and the order of rows of o^T is ours to choose.
+ * So every operand of mma is part of a 16-byte load, or in 8 bits of all that a lane has of a row.
+ * Lane 4 g + t reads
  *
  *     of k, positions g and g + 8:            in 16 bits dimensions 32 j + 8 t .. + 7, two steps
  *     of v, positions 2t, 2t+1, 2t+8, 2t+9:   dimensions 64 i + 8 g .. + 7, four tiles of o^T
  *
  * Scales are left out of the products: s_k is applied to scores, s_v to p. */
 
-/* The eights of dimensions that one of LANES lanes has of a row of the cache, in loads of 16 bytes:
- * RUN dimensions are consecutive. */
-template <int HEAD_DIM, int BITS, int LANES> struct Share {
-    static constexpr int RUN = 128 / BITS < HEAD_DIM / LANES ? 128 / BITS : HEAD_DIM / LANES;
-    static constexpr int WORDS = HEAD_DIM / LANES * BITS / 32;
-    __device__ static constexpr int dimension(int i, int lane) {
-        return i * 8 / RUN * LANES * RUN + lane * RUN + i * 8 % RUN;
-    }
-};
-
-/* The part of a row that lane number `lane` of LANES has, into words of 32 bits, those of the i-th
- * eight dimensions from i * BITS / 4 on. */
-template <int HEAD_DIM, int BITS, int LANES, bool SHARED = false>
-__device__ __forceinline__ void load_share(const uint8_t *row, int lane,
-                                           uint32_t (&words)[Share<HEAD_DIM, BITS, LANES>::WORDS]) {
-    using S = Share<HEAD_DIM, BITS, LANES>;
-    auto load = [](auto *from) { return SHARED ? *from : __ldcg(from); };
-    constexpr int LOAD = S::RUN * BITS / 32;
-#pragma unroll
-    for (int i = 0; i < S::WORDS; i += LOAD) {
-        const uint8_t *from = row + S::dimension(i * 4 / BITS, lane) * BITS / 8;
-        if constexpr (LOAD == 4) {
-            uint4 v = load((const uint4 *)from);
-            words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
-        } else {
-            uint2 v = load((const uint2 *)from);
-            words[i] = v.x, words[i + 1] = v.y;
-        }
-    }
-}
-
-/* Eight dimensions of one row, two to a register. */
-template <int BITS>
-__device__ __forceinline__ void row_to_halves(const uint32_t *words, uint32_t (&h)[4]) {
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        if (BITS == 16) h[e] = words[e];
-        else h[e] = bytes_to_halves(words[e / 2] ^ 0x80808080, e % 2 ? 0x4342 : 0x4140);
-    }
-}
-
-/* Dimensions 2e and 2e + 1 of eight, of two rows: two rows to a register. */
-template <int BITS>
-__device__ __forceinline__ void rows_to_halves(const uint32_t *a, const uint32_t *b, int e,
-                                               uint32_t (&h)[2]) {
-    if (BITS == 16) {
-        h[0] = __byte_perm(a[e], b[e], 0x5410);
-        h[1] = __byte_perm(a[e], b[e], 0x7632);
-    } else {
-        uint32_t bytes = __byte_perm(a[e / 2], b[e / 2], e % 2 ? 0x7362 : 0x5140) ^ 0x80808080;
-        h[0] = bytes_to_halves(bytes, 0x4140);
-        h[1] = bytes_to_halves(bytes, 0x4342);
-    }
-}
+constexpr int MAX_SPLITS = 16; // blocks that share a sequence's positions: half a warp's lanes
+constexpr int HEADS = 8;       // query heads of a block: mma's right side is 8 wide
 
 struct DecodeArgs {
     const half *qkv;      // [sequences][q_dim + 2 kv_dim]
@@ -2565,7 +2052,7 @@ struct DecodeArgs {
     int *arrived;          // [sequences][rows of blocks + 1] blocks that are through
 };
 
-/* What one block does, and where. */
+/* The work of one block. */
 struct DecodeBlock {
     int kv_head, head0, n_heads; // of the query heads the first, and how many: at most HEADS
     int q_dim, kv_dim, pos;
@@ -2576,123 +2063,131 @@ struct DecodeBlock {
 
 template <int HEAD_DIM> __device__ __forceinline__ DecodeBlock decode_block(const DecodeArgs &p) {
     DecodeBlock b;
+    // 1. the heads
     const int eights = ceil_div(p.group, HEADS); // of query heads, to a KV head
     b.kv_head = blockIdx.y / eights;
     b.head0 = b.kv_head * p.group + blockIdx.y % eights * HEADS;
     b.n_heads = min(HEADS, (b.kv_head + 1) * p.group - b.head0);
     b.q_dim = p.cache.n_kv_heads * p.group * HEAD_DIM;
     b.kv_dim = p.cache.n_kv_heads * HEAD_DIM;
+    // 2. the positions
     b.pos = p.positions[blockIdx.z];
     b.tiles = b.pos / 16 + 1;
     b.tile0 = (int)((long long)b.tiles * blockIdx.x / gridDim.x);
     b.tile1 = (int)((long long)b.tiles * (blockIdx.x + 1) / gridDim.x);
+    // 3. where they are
     b.cache_row = p.cache.row(blockIdx.z, b.kv_head);
     b.row = p.qkv + (size_t)blockIdx.z * (b.q_dim + 2 * b.kv_dim);
     return b;
 }
 
-/* The new token's key and value, as they go into the cache, for the warp whose tile they belong to:
- * that was loaded before they were there. */
-template <int HEAD_DIM, int BITS> struct NewToken {
-    __align__(16) uint8_t rows[2][HEAD_DIM * BITS / 8];
-    half scales[2];
+/* The part of a cached row that one of LANES lanes reads: eights of dimensions, in loads of 16
+ * bytes if the part is that large. RUN dimensions are consecutive. */
+template <int HEAD_DIM, int BITS, int LANES> struct RowPart {
+    static constexpr int RUN = 128 / BITS < HEAD_DIM / LANES ? 128 / BITS : HEAD_DIM / LANES;
+    static constexpr int WORDS = HEAD_DIM / LANES * BITS / 32, LOAD = RUN * BITS / 32;
+    uint32_t words[WORDS]; // the i-th eight dimensions from i * BITS / 4 on
+    /* The first of the i-th eight dimensions. */
+    __device__ static constexpr int dimension(int i, int lane) {
+        return i * 8 / RUN * LANES * RUN + lane * RUN + i * 8 % RUN;
+    }
+    __device__ __forceinline__ void load(const uint8_t *row, int lane) {
+        for (int i = 0; i < WORDS; i += LOAD) {
+            const uint8_t *from = row + dimension(i * 4 / BITS, lane) * BITS / 8;
+            if constexpr (LOAD == 4) *(uint4 *)(words + i) = __ldcg((const uint4 *)from);
+            else *(uint2 *)(words + i) = __ldcg((const uint2 *)from);
+        }
+    }
 };
 
-/* A warp's tile of the cache in registers. */
-template <int HEAD_DIM, int BITS> struct CacheTile {
-    uint32_t k[2][Share<HEAD_DIM, BITS, 4>::WORDS], v[4][Share<HEAD_DIM, BITS, 8>::WORDS];
-    half k_scale[2], v_scale[2]; // of positions g and g + 8, if not in 16 bits
+/* Eight dimensions of one row, two to a register. */
+template <int BITS>
+__device__ __forceinline__ void row_to_halves(const uint32_t *words, uint32_t (&h)[4]) {
+    for (int e = 0; e < 4; e++) {
+        if (BITS == 16) h[e] = words[e];
+        else h[e] = bytes_to_halves(words[e / 2] ^ 0x80808080, e % 2);
+    }
+}
 
-    // The cache has room for whole tiles, and past the end old numbers, whose weight will be 0.
+/* Dimensions 2e and 2e + 1 of eight, of two rows: two rows to a register. */
+template <int BITS>
+__device__ __forceinline__ void rows_to_halves(const uint32_t *a, const uint32_t *b, int e,
+                                               uint32_t (&h)[2]) {
+    if (BITS == 16) {
+        h[0] = __byte_perm(a[e], b[e], 0x5410);
+        h[1] = __byte_perm(a[e], b[e], 0x7632);
+    } else {
+        uint32_t bytes = __byte_perm(a[e / 2], b[e / 2], e % 2 ? 0x7362 : 0x5140) ^ 0x80808080;
+        h[0] = bytes_to_halves(bytes, false);
+        h[1] = bytes_to_halves(bytes, true);
+    }
+}
+
+/* A warp's tile of the cache in registers. The cache has room for whole tiles, and past the end old
+ * numbers, whose weight will be 0. */
+template <int HEAD_DIM, int BITS> struct CacheTile {
+    static constexpr int ROW = HEAD_DIM * BITS / 8; // bytes
+    RowPart<HEAD_DIM, BITS, 4> k[2];                // positions g, g + 8
+    RowPart<HEAD_DIM, BITS, 8> v[4];                // positions 2t, 2t + 1, 2t + 8, 2t + 9
+    half k_scale[2], v_scale[2];                    // of positions g and g + 8, in 8 bits
+
     __device__ __forceinline__ void load_keys(const GpuCache &cache, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
         for (int i = 0; i < 2; i++) {
-            const size_t at = row + g + 8 * i;
-            load_share<HEAD_DIM, BITS, 4>(cache.keys + at * (HEAD_DIM * BITS / 8), t, k[i]);
-            if (BITS < 16) k_scale[i] = __ldcg(cache.k_scales + at);
+            k[i].load(cache.keys + (row + g + 8 * i) * ROW, t);
+            if (BITS < 16) k_scale[i] = __ldcg(cache.k_scales + row + g + 8 * i);
         }
     }
     __device__ __forceinline__ void load_values(const GpuCache &cache, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
         for (int i = 0; i < 4; i++) {
-            const size_t at = row + 2 * t + i / 2 * 8 + i % 2;
-            load_share<HEAD_DIM, BITS, 8>(cache.values + at * (HEAD_DIM * BITS / 8), g, v[i]);
+            v[i].load(cache.values + (row + 2 * t + i / 2 * 8 + i % 2) * ROW, g);
             if (BITS < 16 && i < 2) v_scale[i] = __ldcg(cache.v_scales + row + g + 8 * i);
         }
     }
-    /* Row `at` of the tile becomes the new token's. */
-    __device__ __forceinline__ void replace(const NewToken<HEAD_DIM, BITS> &by, int at) {
-        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (at != g + 8 * i) continue;
-            load_share<HEAD_DIM, BITS, 4, true>(by.rows[0], t, k[i]);
-            if (BITS < 16) k_scale[i] = by.scales[0], v_scale[i] = by.scales[1];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (at != 2 * t + i / 2 * 8 + i % 2) continue;
-            load_share<HEAD_DIM, BITS, 8, true>(by.rows[1], g, v[i]);
-        }
-    }
 };
 
-/* The new token's k and v, into the cache, by the last two warps: queries are the first ones'. */
-template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ void append_kv(const DecodeArgs &p, const DecodeBlock &b,
-                                          NewToken<HEAD_DIM, BITS> &token) {
-    const int i = threadIdx.x / 32 - (WARPS - 2); // 0: its key, 1: its value
-    if (i < 0) return;
-    const HeadVector<HEAD_DIM> x =
-        store_token<HEAD_DIM, BITS>(p.cache, b.cache_row + b.pos, b.pos, i == 0,
-                                    b.row + b.q_dim + i * b.kv_dim + b.kv_head * HEAD_DIM, p.rope);
-    store_row<HEAD_DIM, BITS>(x, token.rows[0], token.scales, i);
-}
-
-/* The queries of a block as mma's right operand: [eight dimensions of a lane's keys][4 head + t],
- * the same for every warp. */
+/* The queries of a block as mma's right operand, the same for every warp: [eight dimensions of a
+ * lane's keys][4 head + t]. */
 template <int HEAD_DIM> struct Queries { uint4 q[HEAD_DIM / 32][32]; };
 
-/* RoPE applied. One warp per head. */
+/* One warp per head. RoPE is applied. */
 template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ void load_query(const DecodeArgs &p, const DecodeBlock &b,
-                                           Queries<HEAD_DIM> &queries) {
-    typedef Share<HEAD_DIM, BITS, 4> Keys;
-    for (int head = threadIdx.x / 32; head < HEADS; head += blockDim.x / 32) {
-        HeadVector<HEAD_DIM> x = {};
-        if (head < b.n_heads) {
-            x.load(b.row + (size_t)(b.head0 + head) * HEAD_DIM);
-            x.rotate(p.rope + (size_t)b.pos * (HEAD_DIM / 4));
-        }
-        const uint2 h = x.halves();
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int d = 2 * x.j() + i * HEAD_DIM / 2; // the dimension, and where it is
-            const int t = d % (4 * Keys::RUN) / Keys::RUN;
-            const int eight = d / (4 * Keys::RUN) * (Keys::RUN / 8) + d % Keys::RUN / 8;
-            ((uint32_t *)&queries.q[eight][head * 4 + t])[d % 8 / 2] = i ? h.y : h.x;
-        }
+__device__ __forceinline__ void load_queries(const DecodeArgs &p, const DecodeBlock &b,
+                                             Queries<HEAD_DIM> &queries) {
+    constexpr int RUN = RowPart<HEAD_DIM, BITS, 4>::RUN;
+    // 1. a head's query after RoPE; zeros for a head that does not exist
+    const int head = threadIdx.x / 32;
+    HeadVector<HEAD_DIM> x = {};
+    if (head < b.n_heads) {
+        x.load(b.row + (size_t)(b.head0 + head) * HEAD_DIM);
+        x.rotate(p.rope + (size_t)b.pos * (HEAD_DIM / 4));
+    }
+    // 2. in the order in which lanes hold the dimensions of keys
+    const uint2 h = x.halves();
+    for (int i = 0; i < 2; i++) {
+        const int d = 2 * x.j() + i * HEAD_DIM / 2; // the dimension, and the t that has it
+        const int t = d % (4 * RUN) / RUN, eight = d / (4 * RUN) * (RUN / 8) + d % RUN / 8;
+        ((uint32_t *)&queries.q[eight][head * 4 + t])[d % 8 / 2] = i ? h.y : h.x;
     }
 }
 
-/* o, m and l of a warp's part of the positions. */
+/* m, l and o of a warp's part of the positions, for heads 2t, 2t + 1. */
 template <int HEAD_DIM> struct Attended {
+    Softmax softmax[2];
     float o[HEAD_DIM / 64][4][4] = {}; // [eight dimensions of a lane's values][two of them]
-    float m[2] = {-INFINITY, -INFINITY}, l[2] = {}; // of heads 2 t, 2 t + 1
 };
 
-/* s = q k for position g (s[0], s[1]: heads 2t, 2t + 1) and g + 8 (s[2], s[3]), if k holds in
- * halves the eights of dimensions of the two. */
-template <int HEAD_DIM, typename Eights>
-__device__ __forceinline__ void attention_scores(const Queries<HEAD_DIM> &queries, float (&s)[4],
-                                                 Eights eights) {
+/* s^T = k q^T of a tile. */
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void score_positions(const Queries<HEAD_DIM> &queries,
+                                                const CacheTile<HEAD_DIM, BITS> &kv,
+                                                float (&s)[4]) {
     float odd[4] = {}; // two chains of mma, half the wait
-#pragma unroll
     for (int j = 0; j < HEAD_DIM / 32; j++) {
         uint32_t a[4], b[4]; // positions g, g + 8
-        eights(j, a, b);
+        row_to_halves<BITS>(kv.k[0].words + j * BITS / 4, a);
+        row_to_halves<BITS>(kv.k[1].words + j * BITS / 4, b);
         const uint32_t even_k[4] = {a[0], b[0], a[1], b[1]}, odd_k[4] = {a[2], b[2], a[3], b[3]};
         const uint4 q = queries.q[j][threadIdx.x % 32];
         mma(s, even_k, q.x, q.y);
@@ -2701,134 +2196,137 @@ __device__ __forceinline__ void attention_scores(const Queries<HEAD_DIM> &querie
     for (int i = 0; i < 4; i++) s[i] += odd[i];
 }
 
-/* A warp's tiles from `tile` on, which is in `kv`, every eighth of the block's. */
+/* Scores of the tile at position `first` become weights, times s_v; the sums so far shrink.
+ */
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void softmax_positions(int pos, int first, const half (&k_scale)[2],
+                                                  const half (&v_scale)[2], float (&s)[4],
+                                                  Attended<HEAD_DIM> &a) {
+    const int g = threadIdx.x % 32 / 4;
+    const float scale = score_scale(HEAD_DIM);
+    float shrink[2];
+    for (int h = 0; h < 2; h++) { // the lane's two heads
+        // 1. hide positions past the end, and find the largest score of the tile
+        float largest = -INFINITY;
+        for (int i = 0; i < 2; i++) {
+            float &x = s[2 * i + h];
+            if (BITS < 16) x *= __half2float(k_scale[i]);
+            x = first + g + 8 * i <= pos ? x * scale : -INFINITY;
+            largest = fmaxf(largest, x);
+        }
+        for (int i = 4; i < 32; i *= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
+        }
+        // 2. weights
+        shrink[h] = a.softmax[h].raise(largest);
+        for (int i = 0; i < 2; i++) {
+            float &x = s[2 * i + h];
+            x = a.softmax[h].weight(x);
+            if (BITS < 16) x *= __half2float(v_scale[i]);
+        }
+    }
+    // 3. the correction of o
+    for (int i = 0; i < HEAD_DIM / 16 * 4; i++) a.o[i / 16][i / 4 % 4][i % 4] *= shrink[i % 2];
+}
+
+/* o^T += v^T p^T of a tile. */
+template <int HEAD_DIM, int BITS>
+__device__ __forceinline__ void
+add_positions(const float (&p)[4], const CacheTile<HEAD_DIM, BITS> &kv, Attended<HEAD_DIM> &a) {
+    // p^T as right operand
+    const uint32_t b0 = transpose_8x8(pack(p[0], p[1]));
+    const uint32_t b1 = transpose_8x8(pack(p[2], p[3]));
+    for (int i = 0; i < HEAD_DIM / 64; i++) {
+        const int at = i * BITS / 4;
+        for (int e = 0; e < 4; e++) {
+            // v^T as left operand, from rows of v
+            uint32_t low[2], high[2]; // of positions 2t, 2t + 1; of 2t + 8, 2t + 9
+            rows_to_halves<BITS>(kv.v[0].words + at, kv.v[1].words + at, e, low);
+            rows_to_halves<BITS>(kv.v[2].words + at, kv.v[3].words + at, e, high);
+            const uint32_t v[4] = {low[0], low[1], high[0], high[1]};
+            mma(a.o[i][e], v, b0, b1);
+        }
+    }
+}
+
+/* A warp's tiles: `tile`, which is in `kv`, and every eighth after it. */
 template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void
 attend_tiles(const DecodeBlock &b, const GpuCache &cache, CacheTile<HEAD_DIM, BITS> &kv, int tile,
              const Queries<HEAD_DIM> &queries, Attended<HEAD_DIM> &a) {
-    const int g = threadIdx.x % 32 / 4;
-    const float scale = score_scale(HEAD_DIM);
     for (; tile < b.tile1; tile += WARPS) {
-        const int next = tile + WARPS;
+        const size_t next = b.cache_row + (tile + WARPS) * 16;
+        const bool more = tile + WARPS < b.tile1;
         float s[4] = {};
-        attention_scores(queries, s, [&](int j, uint32_t(&x)[4], uint32_t(&y)[4]) {
-            row_to_halves<BITS>(kv.k[0] + j * BITS / 4, x);
-            row_to_halves<BITS>(kv.k[1] + j * BITS / 4, y);
-        });
+        score_positions(queries, kv, s);
         const half k_scale[2] = {kv.k_scale[0], kv.k_scale[1]};
-        // What is used up makes room for the next tile.
-        if (next < b.tile1) kv.load_keys(cache, b.cache_row + next * 16);
-        float w[4], shrink[2]; // p, and p s_v
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float most = a.m[h];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int pos = tile * 16 + g + 8 * i;
-                float &x = s[2 * i + h];
-                if (BITS < 16) x *= __half2float(k_scale[i]);
-                x = pos <= b.pos ? x * scale : -INFINITY;
-                most = fmaxf(most, x);
-            }
-            for (int i = 4; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-            shrink[h] = exp2f(a.m[h] - most);
-            a.m[h] = most;
-            a.l[h] *= shrink[h];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float x = exp2f(s[2 * i + h] - most);
-                a.l[h] += x;
-                w[2 * i + h] = BITS < 16 ? x * __half2float(kv.v_scale[i]) : x;
-            }
-        }
-        const uint32_t b0 = transpose_8x8(pack(w[0], w[1]));
-        const uint32_t b1 = transpose_8x8(pack(w[2], w[3]));
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 64; i++) {
-            const uint32_t *rows[4] = {kv.v[0] + i * BITS / 4, kv.v[1] + i * BITS / 4,
-                                       kv.v[2] + i * BITS / 4, kv.v[3] + i * BITS / 4};
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                for (int c = 0; c < 4; c++) a.o[i][e][c] *= shrink[c % 2];
-                uint32_t low[2], high[2]; // of positions 2t, 2t + 1; of those 8 on
-                rows_to_halves<BITS>(rows[0], rows[1], e, low);
-                rows_to_halves<BITS>(rows[2], rows[3], e, high);
-                const uint32_t v[4] = {low[0], low[1], high[0], high[1]};
-                mma(a.o[i][e], v, b0, b1);
-            }
-        }
+        if (more) kv.load_keys(cache, next); // used keys make room for the next tile
+        softmax_positions<HEAD_DIM, BITS>(b.pos, tile * 16, k_scale, kv.v_scale, s, a);
+        add_positions(s, kv, a);
         __syncwarp(); // loaded any earlier, values would find no register free: spills
-        if (next < b.tile1) kv.load_values(cache, b.cache_row + next * 16);
+        if (more) kv.load_values(cache, next);
     }
 }
 
-/* Where the warps of a block put their shares together. */
+/* Where the warps of a block put their parts together. */
 template <int HEAD_DIM> struct Joined {
     float o[WARPS][HEADS][HEAD_DIM + 1]; // + 1: other banks
     float m[WARPS][HEADS], l[WARPS][HEADS];
+    float factor[WARPS][HEADS]; // e^(m - block_m), by which a warp's part is scaled
     float block_m[HEADS], block_l[HEADS];
 };
 
-/* Joins the warps: a warp's share is scaled by e^(m - maximum of all), which then stands in m. */
 template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_DIM> &a,
                                            Joined<HEAD_DIM> &all) {
+    // 1. each warp's m, l and o; lanes of one t have parts of l
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
     for (int h = 0; h < 2; h++) {
-        for (int i = 4; i < 32; i *= 2) {
-            a.l[h] += __shfl_xor_sync(~0u, a.l[h], i);
-        }
+        float l = a.softmax[h].l;
+        for (int i = 4; i < 32; i *= 2) l += __shfl_xor_sync(~0u, l, i);
         const int head = 2 * t + h;
         if (head >= b.n_heads) continue;
         if (g == 0) {
-            all.m[warp][head] = a.m[h];
-            all.l[warp][head] = a.l[h];
+            all.m[warp][head] = a.softmax[h].m;
+            all.l[warp][head] = l;
         }
-#pragma unroll
         for (int i = 0; i < HEAD_DIM / 64; i++) {
-            float *to = all.o[warp][head] + Share<HEAD_DIM, BITS, 8>::dimension(i, g);
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                to[2 * e] = a.o[i][e][h];
-                to[2 * e + 1] = a.o[i][e][2 + h];
-            }
+            float *to = all.o[warp][head] + RowPart<HEAD_DIM, BITS, 8>::dimension(i, g);
+            for (int e = 0; e < 8; e++) to[e] = a.o[i][e / 2][e % 2 * 2 + h];
         }
     }
     __syncthreads();
+    // 2. the block's m and l, and the factor of each warp
     if (threadIdx.x < HEADS) {
         const int head = threadIdx.x;
-        float most = -INFINITY, total = 0;
-        for (int w = 0; w < WARPS; w++) most = fmaxf(most, all.m[w][head]);
+        float largest = -INFINITY, total = 0;
+        for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, all.m[w][head]);
         for (int w = 0; w < WARPS; w++) {
-            float factor = all.m[w][head] == -INFINITY ? 0 : exp2f(all.m[w][head] - most);
+            // a warp without a tile counts nothing
+            const float m = all.m[w][head], factor = m == -INFINITY ? 0 : exp2f(m - largest);
             total += all.l[w][head] * factor;
-            all.m[w][head] = factor;
+            all.factor[w][head] = factor;
         }
-        all.block_m[head] = most;
+        all.block_m[head] = largest;
         all.block_l[head] = total;
     }
     __syncthreads();
 }
 
-/* Adds to a counter and returns what it was. Writes of this block from before its last barrier are
- * seen by every block that finds the counter raised: half a fence before, half a fence after. */
-__device__ __forceinline__ int add_in_order(int *counter, int n) {
-    int before;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n"
-                 : "=r"(before)
-                 : "l"(counter), "r"(n)
-                 : "memory");
-    return before;
-}
-
-/* The last of n blocks to come here finds what all of them have written. */
+/* True in the last of n blocks that call it with this counter: it sees everything that they
+ * have written before. The counter is 0 again afterwards, as the next launch wants it. */
 __device__ __forceinline__ bool is_last(int *counter, int n) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        last = add_in_order(counter, 1) + 1 == n;
-        if (last) *counter = 0; // as the next launch wants it
+        // one thread counts for the block
+        int before; // acquire and release: half a fence before, half a fence after
+        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;\n"
+                     : "=r"(before)
+                     : "l"(counter)
+                     : "memory");
+        last = before + 1 == n;
+        if (last) *counter = 0;
     }
     __syncthreads();
     return last;
@@ -2840,22 +2338,22 @@ __device__ __forceinline__ void join_blocks(const float *parts, int n_heads, uin
     constexpr int PART = HEADS * (HEAD_DIM + 2); // floats: o, m, l
     const int n = n_heads * HEAD_DIM / 4, blocks = gridDim.x;
     for (int i = threadIdx.x; i < (n + 31) / 32 * 32; i += blockDim.x) {
-        float4 x[MAX_SPLITS]; // all on their way at once
-#pragma unroll
+        // 1. four dimensions of every part, all on their way at once
+        float4 x[MAX_SPLITS];
         for (int b = 0; b < MAX_SPLITS; b++) {
             if (b < blocks) x[b] = __ldcg((const float4 *)(parts + b * PART) + min(i, n - 1));
         }
-        // Lane b knows block b's factor for this head, and so does lane b + 16: for the next
-        // head, if that is 64 wide.
-        const int head = min(i, n - 1) / (HEAD_DIM / 4), its = threadIdx.x % MAX_SPLITS;
-        const float *part = parts + min(its, blocks - 1) * PART + HEADS * HEAD_DIM + head;
-        float most = __ldcg(part), total = __ldcg(part + HEADS), all = most;
-        for (int j = 8; j > 0; j /= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, j));
-        float factor = most == -INFINITY || its >= blocks ? 0 : exp2f(most - all);
+        // 2. the factor of each part and the sum of the weights: lanes b and b + 16 know part b,
+        // each for the head of its own half warp, if that is 64 wide
+        const int head = min(i, n - 1) / (HEAD_DIM / 4), own = threadIdx.x % MAX_SPLITS;
+        const float *part = parts + min(own, blocks - 1) * PART + HEADS * HEAD_DIM + head;
+        float m = __ldcg(part), total = __ldcg(part + HEADS), largest = m;
+        for (int j = 8; j > 0; j /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, j));
+        const float factor = m == -INFINITY || own >= blocks ? 0 : exp2f(m - largest);
         total *= factor;
         for (int j = 8; j > 0; j /= 2) total += __shfl_xor_sync(~0u, total, j);
+        // 3. the weighted sum
         float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
         for (int b = 0; b < MAX_SPLITS; b++) {
             float f = __shfl_sync(~0u, factor, b, MAX_SPLITS);
             if (b >= blocks) break;
@@ -2864,10 +2362,8 @@ __device__ __forceinline__ void join_blocks(const float *parts, int n_heads, uin
             sum.z += x[b].z * f;
             sum.w += x[b].w * f;
         }
-        if (i < n) {
-            out[i] =
-                make_uint2(pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total));
-        }
+        if (i >= n) continue;
+        out[i] = make_uint2(pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total));
     }
 }
 
@@ -2875,55 +2371,67 @@ template <int HEAD_DIM, int BITS>
 __global__ void __launch_bounds__(THREADS, 2)
     attention_decode_kernel(const __grid_constant__ DecodeArgs p) {
     __shared__ Queries<HEAD_DIM> queries;
-    __shared__ NewToken<HEAD_DIM, BITS> token;
     __shared__ Joined<HEAD_DIM> all;
     launch_dependents();
     const DecodeBlock b = decode_block<HEAD_DIM>(p);
 
-    // Older tokens have been in the cache since earlier steps: see embed_chosen_kernel.
+    // 1. Older tokens have been in the cache since earlier steps, see embed_chosen_kernel: a warp's
+    // first tile is on its way before qkv is ready, unless the new token is in that tile.
     CacheTile<HEAD_DIM, BITS> kv;
-    const int tile = b.tile0 + threadIdx.x / 32;
-    const size_t row = b.cache_row + tile * 16;
-    if (tile < b.tile1) {
-        kv.load_keys(p.cache, row);
-        kv.load_values(p.cache, row);
-    }
+    const int warp = threadIdx.x / 32, tile = b.tile0 + warp;
+    const bool has_new = tile == b.pos / 16;
+    auto load_first = [&]() {
+        if (tile >= b.tile1) return;
+        kv.load_keys(p.cache, b.cache_row + tile * 16);
+        kv.load_values(p.cache, b.cache_row + tile * 16);
+    };
+    if (!has_new) load_first();
+    // 2. The queries; and in the block that has the end of the sequence two warps write the new
+    // token's key and value.
     wait_for_previous_kernel();
-    load_query<HEAD_DIM, BITS>(p, b, queries);
-    if (b.tile1 == b.tiles) append_kv<HEAD_DIM>(p, b, token); // this block's part
-    __syncthreads(); // now there are the queries, and the new token's k and v
-    if (tile == b.pos / 16) kv.replace(token, b.pos % 16);
+    load_queries<HEAD_DIM, BITS>(p, b, queries);
+    if (b.tile1 == b.tiles && warp >= WARPS - 2) {
+        const int is_value = warp - (WARPS - 2);
+        const half *row = b.row + b.q_dim + is_value * b.kv_dim + b.kv_head * HEAD_DIM;
+        store_token<HEAD_DIM, BITS>(p.cache, b.cache_row + b.pos, b.pos, !is_value, row, p.rope);
+    }
+    __syncthreads();
+    if (has_new) load_first();
+    // 3. This block's part of the positions.
     Attended<HEAD_DIM> a;
-    attend_tiles<HEAD_DIM>(b, p.cache, kv, tile, queries, a);
+    attend_tiles(b, p.cache, kv, tile, queries, a);
     join_warps<HEAD_DIM, BITS>(b, a, all);
 
+    // 4. Write it; the last of the blocks that share the positions joins their parts.
     constexpr int PART = HEADS * (HEAD_DIM + 2);
     float *parts = p.partial + (size_t)(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * PART;
-    float *mine = parts + blockIdx.x * PART;
+    float *part = parts + blockIdx.x * PART;
     half *out = p.out + (size_t)blockIdx.z * b.q_dim + b.head0 * HEAD_DIM;
     for (int i = threadIdx.x; i < b.n_heads * HEAD_DIM; i += blockDim.x) {
-        int head = i / HEAD_DIM;
+        const int head = i / HEAD_DIM;
         float sum = 0;
-        for (int w = 0; w < WARPS; w++) sum += all.o[w][head][i % HEAD_DIM] * all.m[w][head];
-        if (gridDim.x > 1) mine[i] = sum;
+        for (int w = 0; w < WARPS; w++) sum += all.o[w][head][i % HEAD_DIM] * all.factor[w][head];
+        if (gridDim.x > 1) part[i] = sum;
         else out[i] = __float2half(sum / all.block_l[head]);
     }
     int *counters = p.arrived + blockIdx.z * (gridDim.y + 1);
     if (gridDim.x > 1) {
         if (threadIdx.x < HEADS) {
-            mine[HEADS * HEAD_DIM + threadIdx.x] = all.block_m[threadIdx.x];
-            mine[HEADS * (HEAD_DIM + 1) + threadIdx.x] = all.block_l[threadIdx.x];
+            part[HEADS * HEAD_DIM + threadIdx.x] = all.block_m[threadIdx.x];
+            part[HEADS * (HEAD_DIM + 1) + threadIdx.x] = all.block_l[threadIdx.x];
         }
         if (!is_last(counters + blockIdx.y, gridDim.x)) return;
         join_blocks<HEAD_DIM>(parts, b.n_heads, (uint2 *)out);
     }
 
-    // The last block of a token quantizes its row for o.
+    // 5. The last block of a sequence quantizes its row for o.
     if (!p.quantized.a || !is_last(counters + gridDim.y, gridDim.y)) return;
-    const size_t at = (size_t)blockIdx.z * b.q_dim / 8;
-    quantize_halves((const uint4 *)p.out + at, b.q_dim / 8, (uint2 *)p.quantized.a + at,
+    const size_t start = (size_t)blockIdx.z * b.q_dim / 8;
+    quantize_halves((const uint4 *)p.out + start, b.q_dim / 8, (uint2 *)p.quantized.a + start,
                     p.quantized.scale + blockIdx.z);
 }
+
+/* ---- launches -------------------------------------------------------------------------------- */
 
 /* Blocks that attention_decode_kernel has for each part of a sequence's positions. */
 static int decode_rows(const Config *c) {
@@ -2932,41 +2440,43 @@ static int decode_rows(const Config *c) {
 
 /* The kernels for a head_dim and so many bits of the cache. */
 struct AttentionKernels {
-    void (*write)(const half *, int, Rows, const float4 *, GpuCache);
+    void (*write)(const half *, int, Batch, const float4 *, GpuCache);
     void (*read)(GpuCache, int, GpuCache); // of 8 bits
-    void (*prompt)(const half *, Rows, int, const float4 *, GpuCache, half *);
+    void (*prompt)(const half *, Batch, int, const float4 *, GpuCache, half *);
     void (*decode)(DecodeArgs);
 };
 
-template <int HEAD_DIM, int BITS> static AttentionKernels kernels_for() {
-    return {write_cache_kernel<HEAD_DIM, BITS>, read_cache_kernel<HEAD_DIM>,
-            attention_prefill_kernel<HEAD_DIM>, attention_decode_kernel<HEAD_DIM, BITS>};
-}
+template <int HEAD_DIM, int BITS>
+static constexpr AttentionKernels kernels_for = {
+    write_cache_kernel<HEAD_DIM, BITS>, read_cache_kernel<HEAD_DIM>,
+    attention_prompt_kernel<HEAD_DIM>, attention_decode_kernel<HEAD_DIM, BITS>};
 
 static AttentionKernels attention_kernels(int head_dim, int bits) {
-    if (head_dim == 64) return bits == 16 ? kernels_for<64, 16>() : kernels_for<64, 8>();
-    return bits == 16 ? kernels_for<128, 16>() : kernels_for<128, 8>();
+    if (head_dim == 64) return bits == 16 ? kernels_for<64, 16> : kernels_for<64, 8>;
+    return bits == 16 ? kernels_for<128, 16> : kernels_for<128, 8>;
 }
 
-/* att [T][q_dim] of tokens of a sequence, by way of the cache; if that is in 8 bits it is read back
- * into `in_halves`. */
-static void attend_prompt(const Config *c, const half *qkv, Rows rows, const float4 *rope,
+/* att [T][q_dim] of tokens of a sequence, by way of the cache; one in 8 bits is read back into
+ * `in_halves`. */
+static void attend_prompt(const Config *c, const half *qkv, Batch batch, const float4 *rope,
                           GpuCache cache, const GpuCache &in_halves, half *att,
                           cudaStream_t stream) {
     const AttentionKernels kernels = attention_kernels(c->head_dim, cache.bits);
     const int group = c->n_heads / c->n_kv_heads, q_dim = c->n_heads * c->head_dim;
-    launch(kernels.write, {dim3(rows.T), THREADS}, stream, qkv, q_dim, rows, rope, cache);
+    // 1. the new keys and values into the cache
+    launch(kernels.write, {dim3(batch.T), THREADS}, stream, qkv, q_dim, batch, rope, cache);
+    // 2. all of it back in 16 bits
     if (cache.bits < 16) {
-        launch(kernels.read, {dim3(rows.pos + rows.T), THREADS}, stream, cache, rows.sequence,
+        launch(kernels.read, {dim3(batch.pos + batch.T), THREADS}, stream, cache, batch.sequence,
                in_halves);
-        rows.sequence = 0;
+        batch.sequence = 0;
         cache = in_halves;
     }
+    // 3. attention
     const size_t shared = 2 * 2 * KEYS * c->head_dim * sizeof(half);
     allow_shared(kernels.prompt, shared);
-    const int tokens = prompt_tokens(group), blocks = ceil_div(rows.T, tokens);
-    launch(kernels.prompt, {dim3(c->n_kv_heads, blocks), THREADS, shared}, stream, qkv, rows, group,
-           rope, cache, att);
+    const dim3 grid(c->n_kv_heads, ceil_div(batch.T, prompt_tokens(group)));
+    launch(kernels.prompt, {grid, THREADS, shared}, stream, qkv, batch, group, rope, cache, att);
 }
 
 /* Layer l's cache. */
@@ -2982,22 +2492,24 @@ static GpuCache layer_cache(const GpuState *s, int l) {
 }
 
 /* Attention of layer l: from s->qkv to linear_input(), in 16 bits s->att. */
-static void attend(GpuState *s, int l, const Rows &rows) {
+static void attend(GpuState *s, int l, const Batch &batch) {
     const Config *c = &s->model->config;
     const GpuCache cache = layer_cache(s, l);
-    if (rows.sequence < 0) {
+    // a step: one kernel, which quantizes as well
+    if (batch.sequence < 0) {
         const DecodeArgs args = {s->qkv,          c->n_heads / c->n_kv_heads,
                                  s->positions,    s->rope,
                                  cache,           s->att,
                                  linear_input(s), s->partial,
                                  s->arrived};
         launch(attention_kernels(c->head_dim, cache.bits).decode,
-               {dim3(s->splits, decode_rows(c), rows.T), THREADS, 0, CARVEOUT}, s->stream, args);
+               {dim3(s->splits, decode_rows(c), batch.T), THREADS, 0, CARVEOUT}, s->stream, args);
         return;
     }
-    attend_prompt(c, s->qkv, rows, s->rope, cache, s->in_halves, s->att, s->stream);
+    // a prompt
+    attend_prompt(c, s->qkv, batch, s->rope, cache, s->in_halves, s->att, s->stream);
     if (s->model->quantized) {
-        gpu_quantize(s->att, rows.T, c->n_heads * c->head_dim, s->a, s->scale, s->stream);
+        gpu_quantize(s->att, batch.T, c->n_heads * c->head_dim, s->a, s->scale, s->stream);
     }
 }
 
@@ -4154,7 +3666,7 @@ void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, 
 }
 
 /* ================================================================================================
- * 6. Plumbing: weights and buffers in GPU memory, the engine. A first reader may skip it.
+ * 6. Weights, buffers, the engine. A first reader may skip it.
  *
  * 16-bit weights are halves: BF16 ones become halves exactly from 2^-14 to 65504, below that to
  * 2^-25.
@@ -4176,14 +3688,21 @@ __global__ void convert_kernel(const From *from, size_t n, To *to, int *not_fini
 template <typename To>
 static void convert(const void *from, DType dtype, size_t n, To *to, int *not_finite,
                     cudaStream_t stream) {
-    if (dtype == F32) {
-        convert_kernel<<<1024, 256, 0, stream>>>((const float *)from, n, to, not_finite);
-    } else if (dtype == F16) {
-        convert_kernel<<<1024, 256, 0, stream>>>((const half *)from, n, to, not_finite);
-    } else {
-        convert_kernel<<<1024, 256, 0, stream>>>((const __nv_bfloat16 *)from, n, to, not_finite);
-    }
+    auto run = [&](auto *x) { convert_kernel<<<1024, 256, 0, stream>>>(x, n, to, not_finite); };
+    if (dtype == F32) run((const float *)from);
+    else if (dtype == F16) run((const half *)from);
+    else run((const __nv_bfloat16 *)from);
     cuda_check(cudaGetLastError(), "convert_kernel");
+}
+
+template <typename T> static void copy_to_gpu(T *to, const void *from, size_t n) {
+    cuda_check(cudaMemcpy(to, from, n * sizeof(T), cudaMemcpyHostToDevice), "upload of weights");
+}
+
+template <typename T> static T *upload_array(const void *x, size_t n) {
+    T *p = (T *)device_alloc(n * sizeof(T));
+    copy_to_gpu(p, x, n);
+    return p;
 }
 
 constexpr size_t UPLOAD = 64 << 20; // bytes at a time
@@ -4191,25 +3710,19 @@ constexpr size_t UPLOAD = 64 << 20; // bytes at a time
 /* Uploads float weights as To, by way of `buffer` [UPLOAD + 4 bytes]: the file's pages are read
  * once and not copied on the host. False if one is NaN or infinite. */
 template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer) {
-    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype), most = UPLOAD / size;
+    const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype), at_once = UPLOAD / size;
+    // 1. piece by piece, converted on the GPU
     int *not_finite = (int *)(buffer + UPLOAD), found;
     cuda_check(cudaMemset(not_finite, 0, sizeof(int)), "cudaMemset");
-    for (size_t i = 0; i < count; i += most) {
-        size_t n = min(most, count - i);
-        cuda_check(
-            cudaMemcpy(buffer, (const uint8_t *)l->w + i * size, n * size, cudaMemcpyHostToDevice),
-            "upload of weights");
+    for (size_t i = 0; i < count; i += at_once) {
+        const size_t n = min(at_once, count - i);
+        copy_to_gpu(buffer, (const uint8_t *)l->w + i * size, n * size);
         convert(buffer, l->dtype, n, to + i, not_finite, 0);
     }
+    // 2. what the kernels have found
     cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost),
                "upload of weights");
     return !found;
-}
-
-template <typename T> static T *upload_array(const void *x, size_t n) {
-    T *p = (T *)device_alloc(n * sizeof(T));
-    cuda_check(cudaMemcpy(p, x, n * sizeof(T), cudaMemcpyHostToDevice), "upload of weights");
-    return p;
 }
 
 static void upload_halves(const Linear *l, const char *name, half *to) {
@@ -4219,18 +3732,62 @@ static void upload_halves(const Linear *l, const char *name, half *to) {
     cuda_check(cudaFree(buffer), "cudaFree");
 }
 
+GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
+    // 1. check the parts and add up their rows
+    GpuLinear l = {};
+    l.K = parts[0].K;
+    const bool groups = parts[0].s_group;
+    const int multiple = groups ? GROUP : UNIT;
+    if (l.K % multiple) die("a linear with K = %d: it must be a multiple of %d", l.K, multiple);
+    size_t largest = 0;
+    for (int i = 0; i < n_parts; i++) {
+        const Linear *part = &parts[i];
+        if (part->N % 64) die("a linear with N = %d: it must be a multiple of 64", part->N);
+        if (part->K != l.K || (part->s_group != NULL) != groups)
+            die("linears of different K or kinds of scales cannot be stacked");
+        l.N += part->N;
+        largest = max(largest, (size_t)part->N);
+    }
+    // 2. memory
+    l.w = (uint32_t *)device_alloc((size_t)l.N * l.K / 2);
+    l.s_channel = (float *)device_alloc(l.N * sizeof(float));
+    if (groups) l.s_group = (uint8_t *)device_alloc((size_t)l.N * (l.K / GROUP));
+
+    // 3. one part after the other: to the GPU as in the file, and there into the kernel's order
+    uint16_t *qweight = (uint16_t *)device_alloc(largest * l.K / 2);
+    uint8_t *s_group = groups ? (uint8_t *)device_alloc(largest * (l.K / GROUP)) : NULL;
+    float *s_channel = (float *)device_alloc(largest * sizeof(float));
+    for (int i = 0, first = 0; i < n_parts; first += parts[i++].N) {
+        const size_t n = (size_t)parts[i].N * l.K;
+        copy_to_gpu((uint8_t *)qweight, parts[i].qweight, n / 2);
+        if (groups) copy_to_gpu(s_group, parts[i].s_group, n / GROUP);
+        copy_to_gpu(s_channel, parts[i].s_channel, parts[i].N);
+        layout_weights(&l, first, parts[i].N, qweight, s_group, s_channel, 0);
+    }
+    cuda_check(cudaDeviceSynchronize(), "layout of weights");
+    for (void *p : {(void *)qweight, (void *)s_group, (void *)s_channel})
+        cuda_check(cudaFree(p), "cudaFree");
+    return l;
+}
+
+void gpu_linear_free(GpuLinear *l) {
+    for (void *p : {(void *)l->w, (void *)l->s_group, (void *)l->s_channel})
+        cuda_check(cudaFree(p), "cudaFree");
+    *l = {};
+}
+
 /* The linears first .. first + n - 1 of a layer, stacked. */
 static Matrix upload_matrix(const Layer *layer, int index, int first, int n) {
     Matrix m = {};
     const Linear *parts = &layer->linears[first];
     m.K = parts[0].K;
     for (int i = 0; i < n; i++) m.N += parts[i].N;
+    // W4A8, or one float matrix after the other as halves
     if (parts[0].qweight) {
         m.w4a8 = gpu_linear_create(parts, n);
         return m;
     }
-    m.w = (half *)device_alloc((size_t)m.N * m.K * sizeof *m.w);
-    half *to = m.w;
+    half *to = m.w = (half *)device_alloc((size_t)m.N * m.K * sizeof *m.w);
     for (int i = 0; i < n; i++) {
         char name[128];
         snprintf(name, sizeof name, "model.layers.%d.%s", index, linear_names[first + i]);
@@ -4246,6 +3803,8 @@ static void free_matrix(Matrix *m) {
     gpu_linear_free(&m->w4a8);
 }
 
+/* ---- the model ------------------------------------------------------------------------------- */
+
 static size_t gpu_free_memory(void) {
     size_t free, total;
     cuda_check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
@@ -4253,6 +3812,7 @@ static size_t gpu_free_memory(void) {
 }
 
 bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
+    // 1. the GPU
     static cudaDeviceProp properties;
     int count = 0;
     if (!properties.major && cudaGetDeviceCount(&count) == cudaSuccess && count > 0)
@@ -4261,6 +3821,7 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
         snprintf(what, size, format, numbers...);
         return false;
     };
+    // 2. the needs of the kernels
     const int group = c->n_heads / c->n_kv_heads;
     if (properties.major < 8) return no("found no GPU of compute capability %d.0 or newer", 8);
     if (c->head_dim != 64 && c->head_dim != 128)
@@ -4278,55 +3839,65 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
     return true;
 }
 
+/* Bytes of a model on the GPU. All layers are alike. */
+static size_t gpu_model_bytes(const Model *m) {
+    const Config *c = &m->config;
+    // 1. a layer
+    size_t layer = 2 * c->dim * sizeof(float);
+    for (const Linear &l : m->layers[0].linears) {
+        const size_t weights = (size_t)l.N * l.K;
+        if (!l.qweight) layer += weights * sizeof(half);
+        else layer += weights / 2 + l.N * sizeof(float) + (l.s_group ? weights / GROUP : 0);
+    }
+    // 2. the embedding, and lm_head if it is a table of its own
+    const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
+    size_t head = m->lm_head.w == m->embedding.w ? 0 : table;
+    if (m->lm_head.dtype == I8) head = table / 2 + c->vocab_size * sizeof(float);
+    return c->n_layers * layer + table + head + c->dim * sizeof(float);
+}
+
 /* Uploads a model straight from the mapped file: W4A8 as section 2 wants it, all else as halves.
  * Too little GPU memory ends the program with how much is needed. */
 static GpuModel *gpu_model_load(const Model *m) {
+    // 1. is there room?
     GpuModel *g = (GpuModel *)allocate(1, sizeof *g);
     const Config *c = &g->config;
     g->config = m->config;
     g->quantized = m->group_size != 0;
-    const bool tied = m->lm_head.w == m->embedding.w;
-    const size_t table = (size_t)c->vocab_size * c->dim * sizeof(half);
-    size_t layer_bytes = 2 * c->dim * sizeof(float);
-    for (int k = 0; k < N_LINEARS; k++) {
-        const Linear *l = &m->layers[0].linears[k];
-        size_t weights = (size_t)l->N * l->K;
-        layer_bytes +=
-            !g->quantized ? weights * sizeof(half)
-                          : weights / 2 + l->N * sizeof(float) + (l->s_group ? weights / GROUP : 0);
-    }
-    const bool in_bytes = m->lm_head.dtype == I8;
-    const size_t head = tied ? 0 : in_bytes ? table / 2 + c->vocab_size * sizeof(float) : table;
-    g->bytes = c->n_layers * layer_bytes + table + head + c->dim * sizeof(float);
+    g->bytes = gpu_model_bytes(m);
     if (g->bytes > gpu_free_memory()) {
         die("the model needs %.2f GB of GPU memory, only %.2f GB are free", g->bytes / 1e9,
             gpu_free_memory() / 1e9);
     }
-
-    g->embedding = (half *)device_alloc(table);
+    // 2. the embedding and lm_head, which may be the same table
+    const size_t table = (size_t)c->vocab_size * c->dim;
+    g->embedding = (half *)device_alloc(table * sizeof(half));
     upload_halves(&m->embedding, "model.embed_tokens", g->embedding);
     g->lm_head.N = c->vocab_size;
     g->lm_head.K = c->dim;
-    if (in_bytes) {
+    // in 8 bits as in the file, the same table, or halves of its own
+    if (m->lm_head.dtype == I8) {
         if (c->dim % 16)
             die("an lm_head in 8 bits with dim %d: it must be a multiple of 16", c->dim);
-        g->lm_head.bytes = upload_array<int8_t>(m->lm_head.w, table / 2);
+        g->lm_head.bytes = upload_array<int8_t>(m->lm_head.w, table);
         g->lm_head.s_channel = upload_array<float>(m->lm_head.s_channel, c->vocab_size);
+    } else if (m->lm_head.w == m->embedding.w) {
+        g->lm_head.w = g->embedding;
     } else {
-        g->lm_head.w = tied ? g->embedding : (half *)device_alloc(table);
-        if (!tied) upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
+        g->lm_head.w = (half *)device_alloc(table * sizeof(half));
+        upload_halves(&m->lm_head, "lm_head", g->lm_head.w);
     }
+    // 3. the norms and the layers
     g->norm = upload_array<float>(m->norm, c->dim);
     g->layers = (GpuLayer *)allocate(c->n_layers, sizeof *g->layers);
     for (int i = 0; i < c->n_layers; i++) {
-        const Layer *from = &m->layers[i];
-        GpuLayer *to = &g->layers[i];
-        to->attention_norm = upload_array<float>(from->attention_norm, c->dim);
-        to->ffn_norm = upload_array<float>(from->ffn_norm, c->dim);
-        to->qkv = upload_matrix(from, i, 0, 3);
-        to->o = upload_matrix(from, i, 3, 1);
-        to->gate_up = upload_matrix(from, i, 4, 2);
-        to->down = upload_matrix(from, i, 6, 1);
+        const Layer *l = &m->layers[i];
+        g->layers[i] = {upload_array<float>(l->attention_norm, c->dim),
+                        upload_array<float>(l->ffn_norm, c->dim),
+                        upload_matrix(l, i, 0, 3),
+                        upload_matrix(l, i, 3, 1),
+                        upload_matrix(l, i, 4, 2),
+                        upload_matrix(l, i, 6, 1)};
     }
     return g;
 }
@@ -4334,8 +3905,7 @@ static GpuModel *gpu_model_load(const Model *m) {
 static void gpu_model_free(GpuModel *g) {
     for (int i = 0; i < g->config.n_layers; i++) {
         GpuLayer *l = &g->layers[i];
-        Matrix *matrices[] = {&l->qkv, &l->o, &l->gate_up, &l->down};
-        for (Matrix *m : matrices) free_matrix(m);
+        for (Matrix *m : {&l->qkv, &l->o, &l->gate_up, &l->down}) free_matrix(m);
         cuda_check(cudaFree(l->attention_norm), "cudaFree");
         cuda_check(cudaFree(l->ffn_norm), "cudaFree");
     }
@@ -4346,28 +3916,23 @@ static void gpu_model_free(GpuModel *g) {
     free(g);
 }
 
-/* Bytes a second that a large copy within GPU memory reads and writes. */
+/* Bytes per second that large copies within GPU memory read and write. */
 static double gpu_copy_bandwidth(void) {
-    size_t bytes = min(gpu_free_memory() / 4, (size_t)1 << 30);
+    const int copies = 8;
+    const size_t bytes = min(gpu_free_memory() / 4, (size_t)1 << 30);
     uint8_t *buffer = (uint8_t *)device_alloc(2 * bytes);
-    cudaEvent_t start, stop;
-    cuda_check(cudaEventCreate(&start), "cudaEventCreate");
-    cuda_check(cudaEventCreate(&stop), "cudaEventCreate");
-    float best = INFINITY;
-    for (int pass = 0; pass < 8; pass++) {
-        float ms;
-        cuda_check(cudaEventRecord(start), "cudaEventRecord");
-        cuda_check(cudaMemcpyAsync(buffer, buffer + bytes, bytes, cudaMemcpyDeviceToDevice),
-                   "copy");
-        cuda_check(cudaEventRecord(stop), "cudaEventRecord");
-        cuda_check(cudaEventSynchronize(stop), "copy");
-        cuda_check(cudaEventElapsedTime(&ms, start, stop), "cudaEventElapsedTime");
-        best = min(best, ms);
+    double best = INFINITY;
+    for (int pass = 0; pass < 3; pass++) {
+        const double start = seconds();
+        for (int i = 0; i < copies; i++) {
+            cuda_check(cudaMemcpyAsync(buffer, buffer + bytes, bytes, cudaMemcpyDeviceToDevice),
+                       "copy");
+        }
+        cuda_check(cudaDeviceSynchronize(), "copy");
+        best = min(best, (seconds() - start) / copies);
     }
-    cuda_check(cudaEventDestroy(start), "cudaEventDestroy");
-    cuda_check(cudaEventDestroy(stop), "cudaEventDestroy");
     cuda_check(cudaFree(buffer), "cudaFree");
-    return 2 * bytes / (best * 1e-3);
+    return 2 * bytes / best;
 }
 
 /* ---- the state ------------------------------------------------------------------------------- */
@@ -4385,7 +3950,7 @@ struct Places {
     }
 };
 
-/* Lays the buffers out in s->memory, or from address 0 on: returns their size. */
+/* Lays the arrays of a state out in s->memory, or from address 0 on: returns their size. */
 static size_t place_buffers(GpuState *s) {
     const Config *c = &s->model->config;
     const size_t T = s->max_T, B = s->n_sequences;
@@ -4393,9 +3958,8 @@ static size_t place_buffers(GpuState *s) {
     const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
     const bool q = s->model->quantized;
     Places take = {s->memory, 0};
+    // 1. of T tokens
     take(s->tokens, T);
-    take(s->positions, B);
-    take(s->chosen, B);
     take(s->x, T * c->dim);
     take(s->a, q ? T * widest : 0);
     take(s->h, T * (q ? c->dim : widest));
@@ -4404,21 +3968,24 @@ static size_t place_buffers(GpuState *s) {
     take(s->att, T * q_dim);
     take(s->gate_up, T * 2 * c->hidden_dim);
     take(s->y, q ? 0 : T * c->dim);
+    // 2. the cache of all layers, and in 16 bits the cache of one layer and sequence
     GpuCache *k = &s->cache, *h = &s->in_halves;
     const size_t rows = c->n_layers * B * c->n_kv_heads * k->context;
-    const bool small = k->bits < 16;
-    const size_t read = small ? (size_t)c->n_kv_heads * h->context * c->head_dim * sizeof(half) : 0;
+    const size_t halves = k->bits < 16 ? h->context * kv_dim * sizeof(half) : 0;
     take(k->keys, rows * c->head_dim * k->bits / 8);
     take(k->values, rows * c->head_dim * k->bits / 8);
-    take(k->k_scales, small ? rows : 0);
-    take(k->v_scales, small ? rows : 0);
-    take(h->keys, read);
-    take(h->values, read);
+    take(k->k_scales, k->bits < 16 ? rows : 0);
+    take(k->v_scales, k->bits < 16 ? rows : 0);
+    take(h->keys, halves);
+    take(h->values, halves);
     take(s->rope, (size_t)s->context * (c->head_dim / 4));
-    take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
-    take(s->scores, LOGIT_ROWS);
     take(s->partial, B * decode_rows(c) * s->splits * HEADS * (c->head_dim + 2));
     take(s->arrived, B * (decode_rows(c) + 1));
+    // 3. the results of B sequences
+    take(s->positions, B);
+    take(s->chosen, B);
+    take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
+    take(s->scores, LOGIT_ROWS);
     take(s->cublas_workspace, CUBLAS_WORKSPACE);
     return take.used;
 }
@@ -4433,42 +4000,40 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context, int 
     for (GpuCache *cache : {&s.cache, &s.in_halves}) {
         cache->bits = cache == &s.cache ? kv_bits : 16;
         cache->n_kv_heads = g->config.n_kv_heads;
-        // Whole tiles of attention_decode_kernel; an odd number, as heads that stand a power of two
+        // Whole tiles of attention_decode_kernel; an odd number, as heads that are a power of two
         // apart are read more slowly.
         cache->context = (ceil_div(context, 16) | 1) * 16;
     }
-    // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor; about a tile a warp.
+    // Enough blocks to fill the GPU, two of 8 warps per multiprocessor; about a tile per warp.
     int rows = decode_rows(&g->config) * n_sequences, parts = max(2, (context + 64) / (8 * 16));
     s.splits = max(1, min(min(MAX_SPLITS, parts), 2 * multiprocessors() / rows));
     s.bytes = place_buffers(&s);
     return s;
 }
 
-static size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context, int kv_bits) {
-    return plan_state(g, n_sequences, context, kv_bits).bytes;
-}
-
 static void upload_rope(const Config *c, int context, float4 *to) {
-    float *rope = (float *)allocate((size_t)context * c->head_dim, sizeof *rope);
+    const size_t n = (size_t)context * c->head_dim;
+    float *rope = (float *)allocate(n, sizeof *rope);
     for (int pos = 0; pos < context; pos++) rope_angles(c, pos, rope + (size_t)pos * c->head_dim);
-    cuda_check(
-        cudaMemcpy(to, rope, (size_t)context * c->head_dim * sizeof *rope, cudaMemcpyHostToDevice),
-        "upload of RoPE's angles");
+    copy_to_gpu((float *)to, rope, n);
     free(rope);
 }
 
 static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, int kv_bits) {
     const Config *c = &g->config;
     GpuState *s = (GpuState *)allocate(1, sizeof *s);
+    // 1. memory of the GPU
     *s = plan_state(g, n_sequences, context, kv_bits);
     s->memory = (uint8_t *)device_alloc(s->bytes);
     place_buffers(s);
-    // Zeros: counters, and the cache, where what is not written yet must at least be finite.
+    // zeros: counters, and the cache, where numbers not yet written must at least be finite.
     cuda_check(cudaMemset(s->memory, 0, s->bytes), "cudaMemset");
     upload_rope(c, context, s->rope);
+    // 2. memory of the host
     cuda_check(cudaMallocHost(&s->host_logits, (size_t)n_sequences * c->vocab_size * sizeof(float)),
                "pinned memory");
     s->host_chosen = (int *)allocate(n_sequences, sizeof *s->host_chosen);
+    // 3. the stream, and cuBLAS on it
     cuda_check(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), "cudaStreamCreate");
     cublas_check(CUBLAS(cublasCreate_v2)(&s->cublas));
     cublas_check(CUBLAS(cublasSetStream_v2)(s->cublas, s->stream));
@@ -4503,7 +4068,7 @@ static bool engine_fits(Engine *engine, int n_sequences, int context) {
     GpuEngine *e = static_cast<GpuEngine *>(engine);
     gpu_state_free(e->state);
     e->state = NULL;
-    e->state_bytes = gpu_state_bytes(e->weights, n_sequences, context, e->kv_bits);
+    e->state_bytes = plan_state(e->weights, n_sequences, context, e->kv_bits).bytes;
     return e->state_bytes <= gpu_free_memory();
 }
 
@@ -4519,13 +4084,11 @@ static void engine_start(Engine *engine, int n_sequences, int context) {
 }
 
 static void check_tokens(const GpuState *s, const int *tokens, int T, int pos) {
-    if (T < 1 || pos < 0 || pos > s->context - T) {
+    if (T < 1 || pos < 0 || pos > s->context - T)
         die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
-    }
     for (int t = 0; t < T; t++) {
-        if (tokens[t] < 0 || tokens[t] >= s->model->config.vocab_size) {
+        if (tokens[t] < 0 || tokens[t] >= s->model->config.vocab_size)
             die("token %d is outside the vocabulary of %d", tokens[t], s->model->config.vocab_size);
-        }
     }
 }
 
@@ -4536,6 +4099,7 @@ static void feed_chunks(GpuState *s, int sequence, const int *tokens, int n, int
                         F after_chunk) {
     check_tokens(s, tokens, n, pos);
     for (int first = 0; first < n; first += s->max_T) {
+        // the tokens replace the ones of the chunk before, on the same stream
         const int T = min(n - first, s->max_T);
         to_gpu(s, s->tokens, tokens + first, T);
         prompt(s, {T, sequence, pos + first});
@@ -4546,13 +4110,14 @@ static void feed_chunks(GpuState *s, int sequence, const int *tokens, int n, int
 /* One graph launch: see decode_step(). */
 static void engine_step(Engine *e, const int *tokens, const int *positions) {
     GpuState *s = state_of(e);
-    for (int i = 0; i < s->n_sequences; i++) {
-        if (!tokens) break;
+    // 1. given tokens replace the chosen ones
+    for (int i = 0; tokens && i < s->n_sequences; i++) {
         check_tokens(s, tokens + i, 1, positions[i]);
         const Choice given = (uint32_t)~tokens[i];
         to_gpu(s, s->chosen + i, &given, 1);
         to_gpu(s, s->positions + i, positions + i, 1);
     }
+    // 2. the first step is captured: a graph of its kernels starts faster than one after the other
     if (!s->step) {
         cudaGraph_t graph;
         cuda_check(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal), "capture");
@@ -4562,15 +4127,17 @@ static void engine_step(Engine *e, const int *tokens, const int *positions) {
         cuda_check(cudaGraphDestroy(graph), "cudaGraphDestroy");
     }
     cuda_check(cudaGraphLaunch(s->step, s->stream), "cudaGraphLaunch");
-    s->rows = s->n_sequences;
+    s->n_logits = s->n_sequences;
 }
 
 static void engine_feed(Engine *e, int sequence, const int *tokens, int n, int pos) {
     GpuState *s = state_of(e);
     if (n == 1 && s->n_sequences == 1) return engine_step(e, tokens, &pos);
-    int last = 0; // of the last chunk
+    // 1. all tokens, and the logits of the last one
+    int last = 0; // token of the last chunk
     feed_chunks(s, sequence, tokens, n, pos, [&](int, int T) { last = T - 1; });
     lm_head(s, last, 1);
+    // 2. the likeliest next token; choose() moves the position on
     const int end = pos + n - 1;
     const Choice none = 0;
     to_gpu(s, s->positions + sequence, &end, 1);
@@ -4588,7 +4155,7 @@ static const int *engine_chosen(Engine *e) {
 
 static const float *engine_logits(Engine *e) {
     GpuState *s = state_of(e);
-    to_host(s, s->host_logits, s->logits, (size_t)s->rows * e->model->config.vocab_size);
+    to_host(s, s->host_logits, s->logits, (size_t)s->n_logits * e->model->config.vocab_size);
     return s->host_logits;
 }
 
@@ -4597,8 +4164,9 @@ static void engine_score(Engine *e, int sequence, const int *tokens, const int *
     GpuState *s = state_of(e);
     feed_chunks(s, sequence, tokens, n, pos, [&](int first, int T) {
         to_gpu(s, s->tokens, targets + first, T);
-        for (int t = 0, rows; t < T; t += rows) {
-            rows = min(LOGIT_ROWS, T - t);
+        // LOGIT_ROWS rows of logits at a time
+        for (int t = 0; t < T; t += LOGIT_ROWS) {
+            const int rows = min(LOGIT_ROWS, T - t);
             lm_head(s, t, rows);
             launch(score_kernel, {dim3(rows), THREADS}, s->stream, s->logits,
                    e->model->config.vocab_size, s->tokens + t, s->scores);
@@ -4623,12 +4191,14 @@ Engine *gpu_engine(const Model *m, int kv_bits) {
     e->model = m;
     e->on_gpu = true;
     e->kv_bits = kv_bits;
+    // 1. sizes; a step reads all weights, but only a row of an embedding that is not lm_head as
+    // well
     const size_t row = c->head_dim * kv_bits / 8 + (kv_bits < 16 ? sizeof(half) : 0);
     e->position_bytes = 2 * row * c->n_layers * c->n_kv_heads;
-    e->weight_bytes = e->weights->bytes;
-    e->step_bytes = e->weight_bytes; // of a table only a row
+    e->step_bytes = e->weight_bytes = e->weights->bytes;
     if (e->weights->lm_head.w != e->weights->embedding)
         e->step_bytes -= (size_t)c->vocab_size * c->dim * sizeof(half);
+    // 2. functions
     e->start = engine_start;
     e->fits = engine_fits;
     e->feed = engine_feed;
@@ -4830,4 +4400,514 @@ void gpu_quantizer_report(GpuQuantizer *q, FILE *out) {
     for (int i = 0; i < N_PHASES; i++) fprintf(out, " %s %.1f,", phase_names[i], q->spent[i]);
     fprintf(out, " with %.2f GB of GPU memory%s\n", q->bytes / 1e9,
             q->outside ? ", calibration in host memory" : "");
+}
+
+/* ================================================================================================
+ * 7. Hopper: the W4A8 GEMM with wgmma, fed by the TMA
+ *
+ * The equation, the layout of the weights and their dequantization are section 2's. mma.sync
+ * reaches 65% of the speed of Hopper's tensor cores; wgmma reaches the rest. A warpgroup, four
+ * warps, issues it together. It runs in the background and reads its right operand, the
+ * activations, from shared memory by itself. The left operand may be registers. Their layout and
+ * the layout of the sums are, warp for warp, the same as with mma.sync.
+ *
+ *      global memory               shared memory: a ring of STAGES            registers
+ *
+ *      weights      --TMA-->  |weights, scales, activations| stage 0
+ *      group scales --TMA-->  |weights, scales, activations| stage 1 --> dequantize --> left
+ *      activations  --TMA-->  |weights, scales, activations| ...                         |
+ *                                                  |                                     v
+ *       1. feed                                    +------------------------> wgmma --> acc --> y
+ *       (warpgroup 2: one thread per input)           2. dequantize  3. multiply  4. write
+ *                                                     (warpgroups 0 and 1)
+ *
+ * Each stage has two barriers. `full`: its copies have arrived. `empty`: the warps that used it are
+ * through. One part of a stage is dequantized while the tensor cores multiply the part before.
+ *
+ * How the two warpgroups share a tile of CHANNELS x TOKENS:
+ *
+ *     CHANNELS  256: each has 128 of the channels, as two m64 products side by side
+ *               128: each has  64
+ *                64: both have all: teams that take every other stage and add up their sums
+ *
+ * A panel is 128 k of a tile's inputs, one after the other in shared memory:
+ *     activations [TOKENS][128], swizzled() by the TMA
+ *     weights     [strips][2 units][2 m16 tiles][32 lanes][16]
+ *     scales      [strips][32]
+ * A stage is one panel, or two if a warpgroup has one m64 tile.
+ * ============================================================================================== */
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool HAVE_WGMMA = true;
+#else
+constexpr bool HAVE_WGMMA = false;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "Hopper's own instructions need sm_90a, not sm_90"
+#endif
+#endif
+
+/* ---- instructions ---------------------------------------------------------------------------- */
+
+/* The wgmma that follow may read registers that other instructions wrote before. */
+__device__ __forceinline__ void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+
+/* All wgmma since the last commit become a group. */
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+
+/* Until at most PENDING groups still run. */
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(PENDING) : "memory");
+}
+
+/* The descriptor of a matrix in shared memory: rows of 128 bytes, swizzled(), in blocks of 8 rows
+ * (1024 bytes). */
+__device__ __forceinline__ uint64_t wgmma_matrix(uint32_t address) {
+    const uint64_t swizzle_128_bytes = 1, block_stride = 1024 >> 4, unused_stride = 1;
+    return swizzle_128_bytes << 62 | block_stride << 32 | unused_stride << 16 | address >> 4;
+}
+
+/* c [64][N] += a [64][32] . b [N][32] over four warps, each with 16 of the rows; N = 64, 96, 128.
+ */
+#define SUMS(j) "+r"(c[j][0]), "+r"(c[j][1]), "+r"(c[j][2]), "+r"(c[j][3])
+__device__ __forceinline__ void wgmma(int (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, add; }\n"
+                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void wgmma(int (&c)[12][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+                 "{%48, %49, %50, %51}, %52, add; }\n"
+                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
+                   SUMS(9), SUMS(10), SUMS(11)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void wgmma(int (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, add; }\n"
+                 : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7), SUMS(8),
+                   SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#undef SUMS
+
+/* A phase of an mbarrier is over when `count` threads have arrived, and as many bytes as they have
+ * announced. A thread waits for the end of the phase of a parity; the phase before the first has
+ * parity 1. */
+__device__ __forceinline__ void barrier_init(uint64_t *barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_and_expect(uint64_t *barrier, int bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity) {
+    asm volatile("{ .reg .pred over;\n"
+                 "again_%=: mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n"
+                 "@!over bra again_%=; }\n" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* Copies the map's box at (x, y), x in units of eight bytes, to shared memory, and counts the bytes
+ * at the barrier. */
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int x, int y,
+                                         uint64_t *barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];\n" ::"r"(to),
+                 "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_async_4(uint32_t to, const void *from, bool nonzero) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(from),
+                 "r"(nonzero ? 4 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_shared_16(uint32_t (&to)[4], uint32_t from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
+}
+
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t from) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(x) : "r"(from));
+    return x;
+}
+
+/* ---- sizes ----------------------------------------------------------------------------------- */
+
+constexpr int WARPGROUP = 128; // threads
+
+enum GemmInput { ACTIVATIONS, WEIGHTS, GROUP_SCALES, N_GEMM_INPUTS };
+
+struct TensorMaps {
+    CUtensorMap of[N_GEMM_INPUTS];
+};
+
+/* A copy of the TMA. */
+struct Box {
+    int rows, row_bytes; // of a matrix
+    int offset;          // in a panel
+};
+
+template <int CHANNELS, int TOKENS, bool GROUPS> struct HopperShape {
+    static constexpr int M_TILES = CHANNELS == 256 ? 2 : 1; // m64 tiles of a warpgroup
+    static constexpr int CHANNELS_EACH = 64 * M_TILES;      // of a warpgroup
+    static constexpr int TEAMS = CHANNELS == 64 ? 2 : 1;
+    static constexpr int STRIPS = CHANNELS / STRIP;
+    static constexpr int INPUTS = GROUPS ? N_GEMM_INPUTS : N_GEMM_INPUTS - 1;
+    static constexpr Box ACTIVATION_BOX = {TOKENS, GROUP, 0};
+    static constexpr Box WEIGHT_BOX = {STRIPS, 2 * 1024, TOKENS *GROUP};
+    static constexpr Box SCALE_BOX = {STRIPS, 32, TOKENS *GROUP + STRIPS * 2 * 1024};
+    static constexpr int PANEL = SCALE_BOX.offset + (GROUPS ? 1024 : 0); // a multiple of 1024
+    static constexpr int PANELS = 2 / M_TILES;                           // of a stage
+    static constexpr int PART_UNITS = 2 / M_TILES; // of a part, half a stage: four wgmma
+    static constexpr int STAGE = PANELS * PANEL;
+    static constexpr int SUMS = (TEAMS - 1) * CHANNELS * TOKENS * 4; // bytes
+    static constexpr int STAGES = (224 * 1024 - SUMS) / STAGE;
+    static constexpr int SHARED = STAGES * STAGE + SUMS; // bytes
+};
+
+/* The barriers of the ring. A block counts its stages through all tiles: stage i is in slot
+ * i % STAGES, for the (i / STAGES)-th time. */
+template <typename T> struct Ring { __align__(8) uint64_t full[T::STAGES], empty[T::STAGES]; };
+
+/* ---- phase 1: feed --------------------------------------------------------------------------- */
+
+/* Has one input copied, stage after stage. One thread. */
+template <typename T, GemmInput INPUT>
+__device__ __forceinline__ void feed(const Tiling &tiling, int tokens, const TensorMaps &maps,
+                                     uint32_t shared, Ring<T> &ring) {
+    constexpr Box box = INPUT == ACTIVATIONS ? T::ACTIVATION_BOX
+                        : INPUT == WEIGHTS   ? T::WEIGHT_BOX
+                                             : T::SCALE_BOX;
+    const int rows = INPUT == ACTIVATIONS ? tokens : box.rows;
+    if (INPUT == ACTIVATIONS) wait_for_previous_kernel(); // no kernel writes weights
+    int i = 0;
+    for (int t = blockIdx.x; t < tiling.tiles; t += gridDim.x) {
+        const Tile tile = tile_number(t, tiling);
+        const int row = (INPUT == ACTIVATIONS ? tile.m : tile.n) * rows;
+        for (int panel = 0; panel < tiling.chunks * T::PANELS; i++) {
+            // wait until the slot is empty, say how many bytes will come, and ask for them
+            const int slot = i % T::STAGES;
+            barrier_wait(&ring.empty[slot], i / T::STAGES % 2 ^ 1);
+            barrier_arrive_and_expect(&ring.full[slot], T::PANELS * rows * box.row_bytes);
+            for (int j = 0; j < T::PANELS; j++, panel++) {
+                copy_box(shared + slot * T::STAGE + j * T::PANEL + box.offset, &maps.of[INPUT],
+                         panel * (box.row_bytes / 8), row, &ring.full[slot]);
+            }
+        }
+    }
+}
+
+/* ---- phases 2 and 3: dequantize, multiply ---------------------------------------------------- */
+
+/* The channels of a warp: 16 of an m64 tile. They are one m16 tile of a strip, or with two m64
+ * tiles both m16 tiles of a strip. */
+template <typename T> struct WarpChannels {
+    int channel;     // the warpgroup's first, in the tile
+    int strip, tile; // the warp's
+    __device__ __forceinline__ WarpChannels(int warpgroup, int warp) {
+        channel = T::TEAMS > 1 ? 0 : warpgroup * T::CHANNELS_EACH;
+        const int first = channel / 16 + T::M_TILES * warp;
+        strip = first / 2, tile = first % 2;
+    }
+};
+
+/* Left operands of a part of a stage: [unit][step][m64 tile][register]. */
+template <typename T> using Left = uint32_t[T::PART_UNITS][2][T::M_TILES][4];
+
+template <typename T, bool GROUPS>
+__device__ __forceinline__ void dequantize_part(uint32_t panels, int part, WarpChannels<T> at,
+                                                uint32_t &s_group, Left<T> &left) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t at_w = T::WEIGHT_BOX.offset + at.strip * 2048 + at.tile * 512 + lane * 16;
+    const uint32_t at_s = T::SCALE_BOX.offset + at.strip * 32 + lane / 4 * 4;
+    for (int i = 0; i < T::PART_UNITS; i++) {
+        // 1. this lane's words of unit u, and the scales of the panel's group
+        const int u = part * T::PART_UNITS + i;
+        const uint32_t panel = panels + u / 2 * T::PANEL;
+        uint32_t words[T::M_TILES][4];
+        for (int j = 0; j < T::M_TILES; j++) {
+            load_shared_16(words[j], panel + at_w + u % 2 * 1024 + j * 512);
+        }
+        if (GROUPS && u % 2 == 0) s_group = load_shared_4(panel + at_s);
+        // 2. both steps
+        for (int n = 0; n < 8 * T::M_TILES; n++) {
+            const int step = n / (4 * T::M_TILES), j = n / 4 % T::M_TILES, r = n % 4;
+            uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * (at.tile + j) + r % 2);
+            left[i][step][j][r] = dequantize<GROUPS>(words[j][r], step, s);
+        }
+    }
+}
+
+/* Issues the wgmma of a part, as one group. */
+template <typename T, int N_TILES>
+__device__ __forceinline__ void multiply_part(uint32_t panels, int part, const Left<T> &left,
+                                              int (&acc)[T::M_TILES][N_TILES][4]) {
+    constexpr int STEPS = 2 * T::PART_UNITS;
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        const int step = part * STEPS + i; // of the stage: k32
+        // 128 bytes of a row are four steps
+        const uint32_t right = panels + step / 4 * T::PANEL + step % 4 * 32;
+        for (int j = 0; j < T::M_TILES; j++) {
+            wgmma(acc[j], left[i / 2][i % 2][j], wgmma_matrix(right));
+        }
+    }
+    wgmma_commit();
+}
+
+/* ---- phase 4: write -------------------------------------------------------------------------- */
+
+/* Starts to copy the scales of a tile: s_a of its tokens and s_channel of the warpgroup's channels.
+ */
+template <typename T, int TOKENS>
+__device__ __forceinline__ void copy_scales(const GemmArgs &p, int m0, int tokens, int n0,
+                                            float *s_a, float *s_channel) {
+    const int i = threadIdx.x % WARPGROUP;
+    if (i < TOKENS) copy_async_4(shared_address(s_a + i), p.s_a + m0 + i, i < tokens);
+    if (i < T::CHANNELS_EACH) {
+        copy_async_4(shared_address(s_channel + i), p.s_channel + n0 + i, n0 + i < p.N);
+    }
+}
+
+/* Team 0 gets the sums of both teams, through shared memory. */
+template <int N_TILES>
+__device__ __forceinline__ void add_warpgroups(int (&acc)[1][N_TILES][4], int4 *sums, int team) {
+    // team 1 leaves its sums, team 0 adds them to its own
+    sums += threadIdx.x % WARPGROUP;
+    named_barrier(3, 2 * WARPGROUP); // the sums of the tile before are read
+    for (int j = 0; j < N_TILES && team == 1; j++) sums[j * WARPGROUP] = as_int4(acc[0][j]);
+    named_barrier(3, 2 * WARPGROUP);
+    if (team == 1) return;
+    for (int j = 0; j < N_TILES; j++) add(acc[0][j], sums[j * WARPGROUP]);
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------ */
+
+/* Phases 2 to 4 of all tiles of a block, by one of the two warpgroups. scales [TOKENS +
+ * CHANNELS_EACH] is the warpgroup's own. */
+template <int CHANNELS, int TOKENS, bool GROUPS>
+__device__ __forceinline__ void multiply_tiles(const GemmArgs &p, const Tiling &tiling,
+                                               int tile_tokens, uint8_t *shared,
+                                               Ring<HopperShape<CHANNELS, TOKENS, GROUPS>> &ring,
+                                               float *scales, int warpgroup, int warp) {
+    using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
+    const int lane = threadIdx.x % 32, team = T::TEAMS > 1 ? warpgroup : 0;
+    const WarpChannels<T> at(warpgroup, warp);
+    float *s_a = scales, *s_channel = scales + TOKENS;
+    int i0 = 0; // the tile's first stage
+    wait_for_previous_kernel();
+    for (int t = blockIdx.x; t < tiling.tiles; t += gridDim.x, i0 += tiling.chunks) {
+        // 1. Ask for the scales, once the ones of the tile before are read.
+        const Tile tile = tile_number(t, tiling);
+        const int m0 = tile.m * tile_tokens, tokens = min(tile_tokens, p.M - m0);
+        named_barrier(1 + warpgroup, WARPGROUP);
+        copy_scales<T, TOKENS>(p, m0, tokens, tile.n * CHANNELS + at.channel, s_a, s_channel);
+
+        // 2. All stages, each in two parts. A part is dequantized while wgmma reads the other half
+        // of `left`. Once the first part of a stage is issued, the stage before is read.
+        int acc[T::M_TILES][TOKENS / 8][4] = {};
+        Left<T> left[2];
+        int used = -1; // slot of the stage before
+        for (int i = i0 + team; i < i0 + tiling.chunks; i += T::TEAMS) {
+            const int slot = i % T::STAGES;
+            const uint32_t panels = shared_address(shared) + slot * T::STAGE;
+            uint32_t s_group = 0;
+            barrier_wait(&ring.full[slot], i / T::STAGES % 2);
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                dequantize_part<T, GROUPS>(panels, part, at, s_group, left[part]);
+                multiply_part<T>(panels, part, left[part], acc);
+                wgmma_wait<1>(); // the part before is multiplied
+                if (part == 0 && used >= 0 && lane == 0) barrier_arrive(&ring.empty[used]);
+            }
+            used = slot;
+        }
+        // 3. The last stage is read.
+        wgmma_wait<0>();
+        if (used >= 0 && lane == 0) barrier_arrive(&ring.empty[used]);
+        copy_async_wait();
+
+        // 4. Add up the teams, scale and write.
+        if constexpr (T::TEAMS > 1) {
+            add_warpgroups(acc, (int4 *)(shared + T::STAGES * T::STAGE), team);
+            if (team == 1) continue;
+        }
+        named_barrier(1 + warpgroup, WARPGROUP); // the scales have arrived
+        const int n = at.strip * STRIP + at.tile * 2, n0 = tile.n * CHANNELS + n;
+        if (n0 >= p.N) continue;
+        Scales<T::M_TILES> s;
+        load_scales(p, s_channel + n - at.channel, s_a, m0, tokens, n0, s);
+        write_tile<T::M_TILES, TOKENS / 8>(p, acc, s, s_a, m0, tokens, n0);
+    }
+}
+
+/* A tile [CHANNELS][TOKENS] is one block's. tiling.chunks: stages of K. tile_tokens <= TOKENS: all
+ * tiles are equally full. */
+template <int CHANNELS, int TOKENS, bool GROUPS>
+__global__ void __launch_bounds__(3 * WARPGROUP, 1)
+    gemm_w4a8_hopper_kernel(const __grid_constant__ GemmArgs p,
+                            const __grid_constant__ Tiling tiling, int tile_tokens,
+                            const __grid_constant__ TensorMaps maps) {
+    if constexpr (HAVE_WGMMA) {
+        using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
+        extern __shared__ __align__(1024) uint8_t shared[]; // [STAGES][STAGE], sums of a team
+        __shared__ Ring<T> ring;
+        __shared__ __align__(16) float scales[2][TOKENS + T::CHANNELS_EACH]; // [warpgroup]
+        // __shfl_sync: so that the compiler knows that they are the same for a whole warp.
+        const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);
+        const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+        // 1. the barriers of the ring
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < T::STAGES; i++) {
+                barrier_init(&ring.full[i], T::INPUTS);
+                barrier_init(&ring.empty[i], 8 / T::TEAMS); // warps
+            }
+            asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+        }
+        __syncthreads();
+        launch_dependents();
+        // 2. one warpgroup feeds, two multiply
+        if (warpgroup == 2) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n"); // registers, for the others
+            if (threadIdx.x % 32 > 0) return;
+            const uint32_t to = shared_address(shared);
+            if (warp == 0) feed<T, ACTIVATIONS>(tiling, tile_tokens, maps, to, ring);
+            if (warp == 1) feed<T, WEIGHTS>(tiling, tile_tokens, maps, to, ring);
+            if (warp == 2 && GROUPS) feed<T, GROUP_SCALES>(tiling, tile_tokens, maps, to, ring);
+        } else {
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
+            multiply_tiles<CHANNELS, TOKENS, GROUPS>(p, tiling, tile_tokens, shared, ring,
+                                                     scales[warpgroup], warpgroup, warp);
+        }
+    }
+}
+
+/* ---- the choice of a kernel, and launches ---------------------------------------------------- */
+
+/* A matrix [rows][bytes] for the TMA, to be copied in boxes. Beyond the matrix a box has zeros:
+ * products with them vanish, and outputs from them are not written. */
+static CUtensorMap tensor_map(const void *matrix, size_t rows, size_t bytes, Box box,
+                              CUtensorMapSwizzle swizzle) {
+    // 1. A function of the driver, which is not linked.
+    static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
+        void *f = NULL;
+        cudaDriverEntryPointQueryResult found;
+        cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000,
+                                                    cudaEnableDefault, &found),
+                   "cuTensorMapEncodeTiled");
+        return (PFN_cuTensorMapEncodeTiled_v12000)f;
+    }();
+    // 2. Elements are eight bytes, as a box may have at most 256 elements per row.
+    const cuuint64_t size[2] = {bytes / 8, rows}, stride[1] = {bytes};
+    const cuuint32_t copied[2] = {box.row_bytes / 8u, (cuuint32_t)box.rows}, step[2] = {1, 1};
+    CUtensorMap map;
+    CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 2, (void *)matrix, size, stride,
+                             copied, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) die("cuTensorMapEncodeTiled: error %d", result);
+    return map;
+}
+
+template <int CHANNELS, int TOKENS, bool GROUPS>
+static void launch_shape(const GemmArgs &p, cudaStream_t stream) {
+    using T = HopperShape<CHANNELS, TOKENS, GROUPS>;
+    const Tiling tiling = make_tiling(p, CHANNELS, TOKENS, T::PANELS * GROUP);
+    const int tokens = ceil_div(p.M, tiling.m); // the TMA is slow with rows that are not there
+    // 1. the maps of the inputs
+    const size_t strips = p.N / STRIP, K = p.K;
+    const Box activations = {tokens, T::ACTIVATION_BOX.row_bytes, 0};
+    const CUtensorMapSwizzle none = CU_TENSOR_MAP_SWIZZLE_NONE;
+    TensorMaps maps = {};
+    maps.of[ACTIVATIONS] = tensor_map(p.a, p.M, K, activations, CU_TENSOR_MAP_SWIZZLE_128B);
+    maps.of[WEIGHTS] = tensor_map(p.w, strips, K * STRIP / 2, T::WEIGHT_BOX, none);
+    if (GROUPS) {
+        maps.of[GROUP_SCALES] =
+            tensor_map(p.s_group, strips, K / GROUP * STRIP, T::SCALE_BOX, none);
+    }
+    // 2. as many tiles for each block
+    const int blocks = ceil_div(tiling.tiles, ceil_div(tiling.tiles, multiprocessors()));
+    constexpr auto kernel = gemm_w4a8_hopper_kernel<CHANNELS, TOKENS, GROUPS>;
+    allow_shared(kernel, T::SHARED);
+    launch(kernel, {dim3(blocks), 3 * WARPGROUP, T::SHARED}, stream, p, tiling, tokens, maps);
+}
+
+template <int CHANNELS, int TOKENS>
+static void launch_wgmma(const GemmArgs &p, cudaStream_t stream) {
+    if (p.s_group) launch_shape<CHANNELS, TOKENS, true>(p, stream);
+    else launch_shape<CHANNELS, TOKENS, false>(p, stream);
+}
+
+/* The kernels, in the order of GemmKernel, with costs per channel and per group. A round of tiles,
+ * one on each multiprocessor, costs so many microseconds, and so many more per 1024 k: a fit to 10
+ * shapes on an H100. Of equal tiles 128 x 64 reads least through the L2 cache, as a weight
+ * is half a byte; 96 tokens are for shapes that leave a round of 128 half empty. */
+static const struct HopperKernel {
+    int channels, tokens;
+    float round[2], round_per_1024[2];
+    void (*launch)(const GemmArgs &, cudaStream_t);
+} hopper_kernels[] = {
+    {64, 64, {1.4f, 1.6f}, {0.98f, 1.20f}, launch_wgmma<64, 64>},
+    {128, 64, {1.4f, 1.7f}, {1.65f, 2.19f}, launch_wgmma<128, 64>},
+    {128, 96, {1.7f, 1.8f}, {2.01f, 2.51f}, launch_wgmma<128, 96>},
+    {128, 128, {2.4f, 2.2f}, {2.49f, 2.77f}, launch_wgmma<128, 128>},
+    {256, 96, {3.0f, 2.8f}, {3.42f, 4.38f}, launch_wgmma<256, 96>},
+    {256, 128, {3.6f, 3.3f}, {4.65f, 5.19f}, launch_wgmma<256, 128>},
+};
+
+/* False where wgmma cannot run: unlike the rest of Hopper it is in no GPU that came later. */
+static bool choose_hopper(const GpuLinear *l, int M, GemmKernel *kernel) {
+    if (code_version() != 90) return false;
+    const bool groups = l->s_group != NULL;
+    float least = INFINITY;
+    // the kernel of least cost: rounds of tiles, times the cost of a round
+    for (const HopperKernel &k : hopper_kernels) {
+        const int tiles = ceil_div(l->N, k.channels) * ceil_div(M, k.tokens);
+        const int rounds = ceil_div(tiles, multiprocessors());
+        const float cost = rounds * (k.round[groups] + k.round_per_1024[groups] * l->K / 1024);
+        if (cost >= least) continue;
+        least = cost;
+        *kernel = (GemmKernel)(GEMM_HOPPER_64X64 + (&k - hopper_kernels));
+    }
+    return true;
+}
+
+/* False for kernels of section 2, and where these cannot run. */
+static bool launch_hopper(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream) {
+    if (kernel < GEMM_HOPPER_64X64 || code_version() != 90) return false;
+    hopper_kernels[kernel - GEMM_HOPPER_64X64].launch(p, stream);
+    return true;
 }

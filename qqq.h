@@ -7,7 +7,7 @@
  *                its files · 6 small things
  *   tokenizer.c  byte-level BPE
  *   kernels.cu   on the GPU: 1 forward pass · 2 W4A8 GEMM · 3 small kernels · 4 attention ·
- *                5 quantization
+ *                5 quantization · 6 weights, buffers, the engine · 7 the GEMM on Hopper
  *
  * Conventions. Matrices are row-major and a shape stands beside each: w [N][K] has N rows of K.
  * A linear layer is y = x W^T with x [T][K], W [N][K], y [T][N]; T counts tokens, N output
@@ -460,7 +460,7 @@ void utf8_write(Utf8Stream *s, const char *text, size_t bytes, bool flush, FILE 
 #ifdef __CUDACC__
 
 /* A quantized linear on the GPU, y = x W^T; or several with the same input, rows one below the
- * other. Device memory, in the order in which the kernel reads it: see fragment_word(). */
+ * other. Device memory, in the order in which the kernels read it: see fragment_word(). */
 typedef struct {
     int N, K;
     uint32_t *w;      // [N/32][K/64][2][32][4] eight 4-bit codes each
@@ -474,21 +474,22 @@ typedef struct {
 GpuLinear gpu_linear_create(const Linear *parts, int n_parts);
 void gpu_linear_free(GpuLinear *l);
 
-/* y [M][N] = (a [M][K] . w8 [N][K]) * s_a [M] * s_channel [N], any M >= 1. All device memory, a and
- * y 16-byte aligned. Launches one kernel on `stream` and nothing else, so it may be captured into a
- * graph. The kernel starts to read its weights before the kernel ahead of it on the stream has
- * finished (programmatic dependent launch); everything else it reads and writes afterwards. */
+/* y [M][N] = (a [M][K] . w8 [N][K]) * s_a [M] * s_channel [N], any M >= 1; or, if residual is not
+ * NULL, residual [M][N] += the same in float32. All device memory, a, y and residual 16-byte
+ * aligned. Launches one kernel on `stream` and nothing else, so it may be captured into a graph.
+ * The kernel starts to read its weights before the kernel ahead of it on the stream has finished
+ * (programmatic dependent launch); everything else it reads and writes afterwards. */
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
                    float *residual, cudaStream_t stream);
 
-/* The kernels that it chooses from, each right for every shape: of mma.sync, for up to 8 tokens,
- * then by the tokens of a tile and how many teams of warps share K; of wgmma (where the program was
- * built for sm_90a; elsewhere GEMM_128 stands in), by the channels and the tokens of a tile. */
+/* The kernels that it chooses from, each right for every shape. With mma.sync: for up to 8 tokens;
+ * then by the tokens of a tile and the teams of warps that share K. With wgmma, by the channels and
+ * the tokens of a tile; where the program was not built for sm_90a, GEMM_128X1 replaces them. */
 typedef enum {
     GEMM_FEW,
     GEMM_16X8,
     GEMM_64X2,
-    GEMM_128,
+    GEMM_128X1,
     GEMM_HOPPER_64X64,
     GEMM_HOPPER_128X64,
     GEMM_HOPPER_128X96,
@@ -498,7 +499,7 @@ typedef enum {
     N_GEMM_KERNELS
 } GemmKernel;
 
-/* Its choice, with `portable` among those of mma.sync only. */
+/* The choice of gpu_gemm_w4a8(), with `portable` among the kernels with mma.sync only. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable);
 
 /* For tests and benchmarks: gpu_gemm_w4a8() with a given kernel. */
@@ -511,8 +512,8 @@ void gpu_quantize(const half *x, int M, int K, int8_t *a, float *s_a, cudaStream
 
 /* ---- kernels.cu 3: the small kernels --------------------------------------------------------- */
 
-/* What a linear reads, [T][K]: int8 a with s_a in `scale` as quantize_row() makes them; or, if a is
- * NULL, halves h, to be multiplied with `scale` (NULL: with 1). */
+/* The input of a linear, [T][K]: int8 a with s_a in `scale` as quantize_row() makes them; or, if a
+ * is NULL, halves h, to be multiplied with `scale` (NULL: with 1). */
 typedef struct {
     int8_t *a;
     half *h;
@@ -533,8 +534,8 @@ void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cud
 #pragma weak gpu_can_run
 #pragma weak gpu_engine
 
-/* Whether there is a GPU of sm_80 or newer and its kernels can run such a model, W4A8 or 16-bit.
- * what [size] gets the GPU's name, or else why not. */
+/* Whether there is a GPU of sm_80 or newer and the kernels can run such a model, W4A8 or 16-bit.
+ * what [size] gets the GPU's name, or the reason why not. */
 bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size);
 
 /* The engine on the GPU. The weights are uploaded straight from the mapped file; too little GPU

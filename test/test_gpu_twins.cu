@@ -437,14 +437,14 @@ static void test_attention(int head_dim, int group, int bits) {
             if ((int)(i % width) >= q_dim && i % 37 == 3) qkv[b][i] *= 4;
         out[b].resize((size_t)LONGEST * q_dim);
     }
-    auto run = [&](const Rows &rows, const half *from, int b, int at) {
-        cuda_check(cudaMemcpy(s->qkv, from, (size_t)rows.T * width * sizeof(half),
+    auto run = [&](const Batch &batch, const half *from, int b, int at) {
+        cuda_check(cudaMemcpy(s->qkv, from, (size_t)batch.T * width * sizeof(half),
                               cudaMemcpyDeviceToDevice),
                    "qkv");
         cuda_check(cudaDeviceSynchronize(), "attention");
-        attend(s, 1, rows);
+        attend(s, 1, batch);
         cuda_check(cudaStreamSynchronize(s->stream), "attention");
-        std::vector<half> h((size_t)rows.T * q_dim);
+        std::vector<half> h((size_t)batch.T * q_dim);
         cuda_check(cudaMemcpy(h.data(), s->att, h.size() * sizeof(half), cudaMemcpyDeviceToHost),
                    "out");
         for (size_t i = 0; i < h.size(); i++) {
