@@ -827,7 +827,8 @@ struct Quantizer {
     float *d;     // [T][dim] D
 
     // Linears that share their input.
-    Sums *H, *C, *M;   // [K][K] X^T X, [dim][dim] (F - X)^T X, [N][K]
+    Sums *H;           // [K][K] X^T X
+    Sums *C, *M;       // [dim][dim] (F - X)^T X inside; [dim][K] outside
     Inverse inverse;   // of H
     float *importance; // [K]
     float *target;     // [N][K] W'
@@ -896,28 +897,22 @@ static void show(const Quantizer *q, int l, int linear) {
  * it, and aims back towards the float model. An extension: the published code collects all Hessians
  * in one pass over the float layer. ---- */
 
-/* The diagonal of H is the first weight of the columns in the search of ranges; dead columns get
- * the mean. */
-static void column_importance(const double *diagonal, int K, int l, const char *name,
-                              float *importance) {
-    double mean = 0;
-    for (int k = 0; k < K; k++) mean += diagonal[k] / K;
-    if (!(mean < INFINITY)) die("layer %d: the input of %s holds NaN or infinity", l, name);
-    for (int k = 0; k < K; k++) importance[k] = diagonal[k] > 0 ? diagonal[k] : mean > 0 ? mean : 1;
-}
-
-/* Sets q->importance [K] and, for GPTQ, q->inverse, from H of the inputs of a linear. */
+/* What follows from H for the linears that share an input: q->importance [K], the weight of the
+ * columns in the search of ranges, and for GPTQ q->inverse. */
 static void digest_hessian(Quantizer *q, int l, int linear) {
-    const Operations *o = q->o;
     const int K = q->float_layer.linears[linear].K;
-    double *diagonal = allocate(K, sizeof *diagonal);
+    double *diagonal = allocate(K, sizeof *diagonal), mean = 0;
     float *importance = allocate(K, sizeof *importance);
-    o->complete(q->m, K, q->H, diagonal);
-    column_importance(diagonal, K, l, linear_names[linear], importance);
+    q->o->complete(q->m, K, q->H, diagonal);
+    for (int k = 0; k < K; k++) mean += diagonal[k] / K;
+    if (!(mean < INFINITY))
+        die("layer %d: the input of %s holds NaN or infinity", l, linear_names[linear]);
+    for (int k = 0; k < K; k++) // dead columns get the mean
+        importance[k] = diagonal[k] > 0 ? diagonal[k] : mean > 0 ? mean : 1;
     q->inverse.K = K;
     if (q->method.gptq)
-        invert_hessian(o, q->m, q->H, diagonal, q->method.act_order, &q->inverse, importance);
-    o->copy(q->m, q->importance, importance, K * sizeof *importance);
+        invert_hessian(q->o, q->m, q->H, diagonal, q->method.act_order, &q->inverse, importance);
+    q->o->copy(q->m, q->importance, importance, K * sizeof *importance);
     free(diagonal);
     free(importance);
 }
@@ -953,9 +948,9 @@ static void quantize_linears(Quantizer *q, int l, int first, int count, Layer *o
         errors[i].before = q->calibrate ? o->relative_error(q->m, w, codes, q->H) : NAN;
         errors[i].after = errors[i].before;
         if (gptq) {
-            // Step 5: move the target; D is 0 for linears inside, so M = W (F - X)^T X = W C.
-            if (count > 1) o->multiply(q->m, w, q->C, codes->N, codes->K, q->M);
-            o->correct(q->m, w, q->M, codes->N, &q->inverse, q->target);
+            // Step 5: move the target. Inside D is 0, so M = W (F - X)^T X = W C.
+            const Sums *C = count > 1 ? q->C : NULL, *M = C ? NULL : q->M;
+            o->correct(q->m, w, codes->N, C, M, &q->inverse, q->target);
 
             // Step 4: round the target.
             o->gptq(q->m, q->target, &q->inverse, weighting, codes);
@@ -1176,18 +1171,18 @@ void rotate_layer(const Operations *o, Machine *m, const Config *c, const int8_t
         const Linear *w = &l->linears[k];
         if (k == 3 || k == 6) continue; // o, down
         o->scale(m, w->N, w->K, k < 3 ? l->attention_norm : l->ffn_norm, NULL, w->w);
-        o->rotate_inputs(m, w->N, w->K, w->K, signs, w->w);
+        o->rotate(m, w->N, w->K, w->K, false, signs, w->w);
     }
     o->copy(m, l->attention_norm, ones, sizeof ones);
     o->copy(m, l->ffn_norm, ones, sizeof ones);
 
     // 2. Each head's values turn by H_d, and o turns them back.
-    o->rotate_outputs(m, l->v.N, l->v.K, c->head_dim, NULL, l->v.w);
-    o->rotate_inputs(m, l->o.N, l->o.K, c->head_dim, NULL, l->o.w);
+    o->rotate(m, l->v.N, l->v.K, c->head_dim, true, NULL, l->v.w);
+    o->rotate(m, l->o.N, l->o.K, c->head_dim, false, NULL, l->o.w);
 
     // 3. o and down write to the residual stream.
-    o->rotate_outputs(m, l->o.N, l->o.K, c->dim, signs, l->o.w);
-    o->rotate_outputs(m, l->down.N, l->down.K, c->dim, signs, l->down.w);
+    o->rotate(m, l->o.N, l->o.K, c->dim, true, signs, l->o.w);
+    o->rotate(m, l->down.N, l->down.K, c->dim, true, signs, l->down.w);
 }
 
 void hadamard(double *x, int n) {
@@ -1230,27 +1225,15 @@ static void rotate_vector(float *x, size_t stride, int n, const int8_t *signs, d
     for (int i = 0; i < n; i++) x[i * stride] = buffer[i];
 }
 
-static void rotate_inputs(Machine *m, int N, int K, int n, const int8_t *signs, float *w) {
+static void rotate(Machine *m, int N, int K, int n, bool outputs, const int8_t *signs, float *w) {
     (void)m;
+    const size_t stride = outputs ? K : 1, vectors = (size_t)N * K / n;
 #pragma omp parallel
     {
         double *buffer = allocate(n, sizeof *buffer);
 #pragma omp for
-        for (size_t row = 0; row < (size_t)N; row++)
-            for (int k = 0; k < K; k += n) rotate_vector(w + row * K + k, 1, n, signs, buffer);
-        free(buffer);
-    }
-}
-
-static void rotate_outputs(Machine *m, int N, int K, int n, const int8_t *signs, float *w) {
-    (void)m;
-#pragma omp parallel
-    {
-        double *buffer = allocate(n, sizeof *buffer);
-#pragma omp for
-        for (int k = 0; k < K; k++)
-            for (size_t row = 0; row < (size_t)N; row += n)
-                rotate_vector(w + row * K + k, K, n, signs, buffer);
+        for (size_t i = 0; i < vectors; i++) // with a stride: the columns of [n][K] matrices
+            rotate_vector(w + i / stride * n * stride + i % stride, stride, n, signs, buffer);
         free(buffer);
     }
 }
@@ -1273,8 +1256,8 @@ void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *
         int rows = smaller(ROWS, N - n);
         float *head = (float *)lm_head->w + (size_t)n * K;
         scale_weights(NULL, rows, K, norm, NULL, head);
-        rotate_inputs(NULL, rows, K, K, signs, head);
-        rotate_inputs(NULL, rows, K, K, signs, (float *)embedding->w + (size_t)n * K);
+        rotate(NULL, rows, K, K, false, signs, head);
+        rotate(NULL, rows, K, K, false, signs, (float *)embedding->w + (size_t)n * K);
         if (progress) progress(n + rows, N);
     }
     for (int i = 0; i < K; i++) norm[i] = 1.0f;
@@ -1476,19 +1459,6 @@ static float unit_of(float max) {
     return ldexpf(1.0f, -ilogbf(max));
 }
 
-/* s_channel of a row without groups: range / 7, range = p max|w|, p = 1, .99 .. .21. */
-static float search_channel_scale(const float *w, const float *importance, int K) {
-    float max = max_magnitude(w, K), unit = unit_of(max), best_scale = max / 7;
-    float least = INFINITY;
-    for (int i = 0; i < 80; i++) {
-        float scale = (1.0f - i / 100.0f) * max / 7, error = 0.0f;
-        for (int k = 0; k < K; k += GROUP)
-            error += rounding_error(w + k, importance + k, smaller(GROUP, K - k), scale, -7, unit);
-        if (error < least) least = error, best_scale = scale;
-    }
-    return best_scale;
-}
-
 /* The plain choice with groups: s_channel = max|w| 2/225, s_group = rint(max|w_g| 2/15 /
  * s_channel). So the group of the largest weight has 15 steps of s_channel per code, and 7.5 codes
  * reach the weight. */
@@ -1499,22 +1469,26 @@ static float plain_group_scales(const float *w, int K, uint8_t *s_group) {
     return scale;
 }
 
-/* s_channel of a row with groups: p max|w| 2/225, p = 1, 39/40 .. 17/40, each with the best s_group
- * [K/128]; of equals the larger p and the smaller s_group. */
-static float search_group_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
-    float max = max_magnitude(w, K), best_scale = plain_group_scales(w, K, s_group);
-    float least = INFINITY, unit = unit_of(max);
-    uint8_t candidate[K / GROUP];
-    for (int i = 0; i < 24; i++) {
-        float scale = (1.0f - i / 40.0f) * max / 225 * 2, total = 0.0f;
+/* s_channel of a row: without groups p max|w| / 7, p = 1, .99 .. .21; with groups p max|w| 2/225,
+ * p = 1, 39/40 .. 17/40, each with the best s_group [K/128]. Of equals the larger p and the smaller
+ * s_group. */
+static float search_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
+    const int candidates = s_group ? 24 : 80, integers = s_group ? 15 : 1;
+    const float steps = s_group ? 40 : 100, low = s_group ? -8 : -7;
+    float max = max_magnitude(w, K), unit = unit_of(max), least = INFINITY;
+    float best_scale = s_group ? plain_group_scales(w, K, s_group) : max / 7;
+    uint8_t candidate[K / GROUP + 1];
+    for (int i = 0; i < candidates; i++) {
+        float scale = (1.0f - i / steps) * max / (s_group ? 225 : 7) * (s_group ? 2 : 1);
+        float total = 0.0f;
 
         // Under this s_channel each group has a best s_group of its own.
-        for (int g = 0; g < K / GROUP; g++) {
+        for (int k = 0; k < K; k += GROUP) {
             float group_least = INFINITY;
-            for (int s = 1; s <= 15; s++) {
-                float error = rounding_error(w + g * GROUP, importance + g * GROUP, GROUP,
-                                             s * scale, -8, unit);
-                if (error < group_least) group_least = error, candidate[g] = s;
+            for (int s = 1; s <= integers; s++) {
+                float error = rounding_error(w + k, importance + k, smaller(GROUP, K - k),
+                                             s * scale, low, unit);
+                if (error < group_least) group_least = error, candidate[k / GROUP] = s;
             }
             total += group_least;
         }
@@ -1523,7 +1497,7 @@ static float search_group_scales(const float *w, const float *importance, int K,
         if (total < least) {
             least = total;
             best_scale = scale;
-            memcpy(s_group, candidate, sizeof candidate);
+            if (s_group) memcpy(s_group, candidate, K / GROUP);
         }
     }
     return best_scale;
@@ -1535,8 +1509,7 @@ float choose_scales(const float *w, const float *importance, int K, uint8_t *s_g
         if (s_group) memset(s_group, 1, K / GROUP);
         return 1.0f;
     }
-    if (importance && s_group) return search_group_scales(w, importance, K, s_group);
-    if (importance) return search_channel_scale(w, importance, K);
+    if (importance) return search_scales(w, importance, K, s_group);
     return s_group ? plain_group_scales(w, K, s_group) : max / 7;
 }
 
@@ -1629,22 +1602,27 @@ static bool invert_damped(Machine *m, const Sums *sums, double dead, double damp
 
 enum { SIDE = 16 }; // rows that go through GPTQ side by side, each in a lane of its own
 
-/* The column loop. w [K][SIDE], columns in the order of U, is used up; scale [groups][SIDE], group
- * [K] the group of each column; q [K][SIDE]. */
-static void gptq_columns(double *w, const double *U, size_t K, const float *scale, const int *group,
-                         float low, int8_t *q) {
+/* The column loop for rows n0 .. n0 + rows - 1 of l, whose scales are set. w [K][SIDE], columns in
+ * the order of U, is used up; codes [SIDE][K] in the order of the file. */
+static void gptq_columns(double *w, const Inverse *inverse, const Linear *l, size_t n0, int rows,
+                         int8_t *codes) {
+    const size_t K = l->K;
+    double e[SIDE] = {0};
     for (size_t i = 0; i < K; i++) {
         // 1. round column i; e is its error over U_ii
-        double e[SIDE];
-        for (int r = 0; r < SIDE; r++) {
-            float s = scale[group[i] * SIDE + r];
-            float code = nearest_code(w[i * SIDE + r], s, low);
-            q[i * SIDE + r] = code;
-            e[r] = (w[i * SIDE + r] - (double)code * s) / U[i * K + i];
+        const double *U = inverse->U + i * K;
+        const int k = inverse->order[i];
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *s_group = groups_of(l, n0 + r);
+            float scale = l->s_channel[n0 + r] * (s_group ? s_group[k / GROUP] : 1);
+            float code = nearest_code(w[i * SIDE + r], scale, lowest_code(l));
+            codes[r * K + k] = code;
+            e[r] = (w[i * SIDE + r] - (double)code * scale) / U[i];
         }
+
         // 2. the columns behind it make up for the error
         for (size_t j = i + 1; j < K; j++)
-            for (int r = 0; r < SIDE; r++) w[j * SIDE + r] -= e[r] * U[i * K + j];
+            for (int r = 0; r < SIDE; r++) w[j * SIDE + r] -= e[r] * U[j];
     }
 }
 
@@ -1652,73 +1630,48 @@ static void gptq(Machine *m, const float *w, const Inverse *inverse, const float
                  Linear *l) {
     (void)m;
     const size_t N = l->N, K = l->K;
-    const int *order = inverse->order;
-    int groups = l->s_group ? K / GROUP : 1, *group = allocate(K, sizeof *group);
-    for (size_t i = 0; i < K; i++) group[i] = l->s_group ? order[i] / GROUP : 0;
 #pragma omp parallel for schedule(dynamic)
     for (size_t n0 = 0; n0 < N; n0 += SIDE) {
-        size_t rows = smaller(N - n0, SIDE);
+        int rows = smaller(N - n0, SIDE);
         double *lanes = allocate(K * SIDE, sizeof *lanes);
-        int8_t *q = allocate(K * SIDE, sizeof *q), *row = allocate(K, sizeof *row);
-        float *scale = allocate((size_t)groups * SIDE, sizeof *scale);
-        for (size_t i = 0; i < (size_t)groups * SIDE; i++) scale[i] = 1.0f; // of unused lanes
+        int8_t *codes = allocate(K * SIDE, sizeof *codes);
 
         // 1. scales of the rows as they are before rounding; a row becomes a lane, columns in order
-        for (size_t r = 0; r < rows; r++) {
-            const float *w_row = w + (n0 + r) * K;
-            uint8_t *s_group = groups_of(l, n0 + r);
-            float s_channel = choose_scales(w_row, importance, K, s_group);
-            l->s_channel[n0 + r] = s_channel;
-            for (int g = 0; g < groups; g++)
-                scale[g * SIDE + r] = s_channel * (s_group ? s_group[g] : 1);
-            for (size_t i = 0; i < K; i++) lanes[i * SIDE + r] = w_row[order[i]];
+        for (int r = 0; r < rows; r++) {
+            const float *row = w + (n0 + r) * K;
+            l->s_channel[n0 + r] = choose_scales(row, importance, K, groups_of(l, n0 + r));
+            for (size_t i = 0; i < K; i++) lanes[i * SIDE + r] = row[inverse->order[i]];
         }
 
         // 2. the columns, one after the other
-        gptq_columns(lanes, inverse->U, K, scale, group, lowest_code(l), q);
-
-        // 3. codes go back to where their columns were
-        for (size_t r = 0; r < rows; r++) {
-            for (size_t i = 0; i < K; i++) row[order[i]] = q[i * SIDE + r];
-            pack_row(row, K, codes_of(l, n0 + r));
-        }
+        gptq_columns(lanes, inverse, l, n0, rows, codes);
+        for (int r = 0; r < rows; r++) pack_row(codes + r * K, K, codes_of(l, n0 + r));
         free(lanes);
-        free(q);
-        free(row);
-        free(scale);
+        free(codes);
     }
-    free(group);
 }
 
 static double relative_error(Machine *m, const float *w, const Linear *l, const Sums *H) {
-    enum { ROWS_AT_ONCE = 64 }; // of weights, and of errors
     (void)m;
     const size_t N = l->N, K = l->K;
-    float *rows = allocate(2 * ROWS_AT_ONCE * K, sizeof *rows);
-    float *products = allocate(2 * ROWS_AT_ONCE * K, sizeof *products);
-    float *h = allocate(K * K, sizeof *h); // symmetric: H^T = H
+    float *h = allocate(K * K, sizeof *h); // symmetric: x H = x H^T
+    float *e = allocate(N * K, sizeof *e), *product = allocate(N * K, sizeof *product);
     for (size_t i = 0; i < K * K; i++) h[i] = ((const double *)H)[i];
-    const Linear times_h = {.N = K, .K = K, .dtype = F32, .w = h};
-    double error = 0, total = 0;
-    for (size_t first = 0; first < N; first += ROWS_AT_ONCE) {
-        // 1. some rows of W, and behind them the same rows of E
-        size_t n_rows = smaller(N - first, ROWS_AT_ONCE);
-        float *errors = rows + n_rows * K;
-        memcpy(rows, w + first * K, n_rows * K * sizeof *rows);
-        for (size_t n = 0; n < n_rows; n++) dequantize_row(l, first + n, errors + n * K);
-        for (size_t i = 0; i < n_rows * K; i++) errors[i] -= rows[i];
+    for (size_t n = 0; n < N; n++) dequantize_row(l, n, e + n * K);
+    for (size_t i = 0; i < N * K; i++) e[i] -= w[i];
 
-        // 2. their squared outputs, w H w^T
-        linear(&times_h, rows, 2 * n_rows, products);
-        for (size_t i = 0; i < n_rows * K; i++) {
-            total += (double)rows[i] * products[i];
-            error += (double)errors[i] * products[n_rows * K + i];
-        }
+    // tr(A H A^T) is the sum over all elements of A times A H; for E, and for W
+    double squares[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        const float *a = i ? w : e;
+        linear(&(Linear){.N = K, .K = K, .dtype = F32, .w = h}, a, N, product);
+        for (size_t j = 0; j < N * K; j++) squares[i] += (double)a[j] * product[j];
     }
-    free(rows);
-    free(products);
     free(h);
-    return total > 0 && error > 0 ? sqrt(error / total) : 0; // rounding may leave less than 0
+    free(e);
+    free(product);
+    bool zero = !(squares[0] > 0 && squares[1] > 0); // rounding may leave less than 0
+    return zero ? 0 : sqrt(squares[0] / squares[1]);
 }
 
 /* ---- step 5: what GPTQ aims at
@@ -1727,40 +1680,33 @@ static double relative_error(Machine *m, const float *w, const Linear *l, const 
  *
  * With its own inputs X the linear gives X W^T, and o or down add it to a residual stream that is
  * off by D already. D + (F - X) W^T is all that is missing to the float model's; least squares from
- * X to it is M H^-1. Half of the step generalizes better than the whole one, which is GPTAQ's
- * (arXiv 2504.02692). ---- */
+ * X to it is M H^-1. Linears inside have no residual stream to mend: D is 0, M = W C, and one C
+ * serves all that share their input. Half of the step generalizes better than the whole one, which
+ * is GPTAQ's (arXiv 2504.02692). ---- */
 
-/* M = W C, C = (F - X)^T X. */
-static void multiply(Machine *m, const float *w, const Sums *C, int N, int K, Sums *M) {
-    (void)m;
-    const double *c = (const double *)C;
-#pragma omp parallel for
-    for (size_t n = 0; n < (size_t)N; n++) {
-        double *row = (double *)M + n * K;
-        memset(row, 0, K * sizeof *row);
-        for (size_t k = 0; k < (size_t)K; k++)
-            for (int j = 0; j < K; j++) row[j] += w[n * K + k] * c[k * K + j];
-    }
-}
-
-static void correct(Machine *m, const float *w, const Sums *M, int n_rows, const Inverse *inverse,
-                    float *target) {
+static void correct(Machine *m, const float *w, int n_rows, const Sums *C, const Sums *M,
+                    const Inverse *inverse, float *target) {
     (void)m;
     const size_t N = n_rows, K = inverse->K;
     const int *order = inverse->order;
-    const double *U = inverse->U;
+    const double *U = inverse->U, *c = (const double *)C;
 #pragma omp parallel
     {
         double *p = allocate(K, sizeof *p), *t = allocate(K, sizeof *t);
 #pragma omp for
         for (size_t n = 0; n < N; n++) {
-            // 1. p = row n of M in the order of U
-            for (size_t j = 0; j < K; j++) p[j] = ((const double *)M)[n * K + order[j]];
+            // 1. row n of M, or of W C, in the order of U
+            for (size_t j = 0; j < K; j++) t[j] = M ? ((const double *)M)[n * K + j] : 0;
+            for (size_t k = 0; k < K && C; k++)
+                for (size_t j = 0; j < K; j++) t[j] += w[n * K + k] * c[k * K + j];
+            for (size_t j = 0; j < K; j++) p[j] = t[order[j]];
+
             // 2. t = p U^T, p = t U
             for (size_t i = 0; i < K; i++) t[i] = dot_double(U + i * K + i, p + i, K - i);
             memset(p, 0, K * sizeof *p);
             for (size_t i = 0; i < K; i++)
                 for (size_t j = i; j < K; j++) p[j] += t[i] * U[i * K + j];
+
             // 3. half the step
             for (size_t j = 0; j < K; j++)
                 target[n * K + order[j]] = w[n * K + order[j]] + CORRECTION * p[j];
@@ -1779,85 +1725,76 @@ static void *array(Quantizer *q, size_t count, size_t size) {
     return q->planning || !bytes ? NULL : q->o->array(q->m, bytes, false);
 }
 
+/* A layer, float and W4A8. The W4A8 linears lie one behind the other: so q, k, v can be multiplied
+ * as one matrix. */
 static void layer_arrays(Quantizer *q) {
-    const Config *c = &q->config;
-    size_t total = 0, rows = 0;
     Layer *f = &q->float_layer, *quantized = &q->quantized;
+    size_t total = 0, rows = 0;
     for (int k = 0; k < N_LINEARS; k++) {
-        Linear *w = &f->linears[k];
-        *w = (Linear){.dtype = F32};
-        linear_shape(c, k, &w->N, &w->K);
-        w->w = array(q, (size_t)w->N * w->K, sizeof(float));
-        total += (size_t)w->N * w->K;
-        rows += w->N;
+        Linear w = {.dtype = F32};
+        linear_shape(&q->config, k, &w.N, &w.K);
+        w.w = array(q, (size_t)w.N * w.K, sizeof(float));
+        f->linears[k] = w;
+        total += (size_t)w.N * w.K;
+        rows += w.N;
     }
-    f->attention_norm = quantized->attention_norm = array(q, c->dim, sizeof(float));
-    f->ffn_norm = quantized->ffn_norm = array(q, c->dim, sizeof(float));
-
-    // The quantized linears lie one behind the other, so that q, k, v can be multiplied as one.
-    uint8_t *codes = array(q, total / 2, 1);
+    f->attention_norm = quantized->attention_norm = array(q, q->config.dim, sizeof(float));
+    f->ffn_norm = quantized->ffn_norm = array(q, q->config.dim, sizeof(float));
+    uint8_t *codes = array(q, total / 2, 1), *s_group = NULL;
     float *s_channel = array(q, rows, sizeof *s_channel);
-    uint8_t *s_group = q->method.group_size > 0 ? array(q, total / GROUP, 1) : NULL;
+    if (q->method.group_size > 0) s_group = array(q, total / GROUP, 1);
     for (int k = 0; k < N_LINEARS && !q->planning; k++) {
-        size_t N = f->linears[k].N, n = N * f->linears[k].K;
-        quantized->linears[k] = (Linear){.N = N,
-                                         .K = f->linears[k].K,
-                                         .dtype = U8,
-                                         .qweight = codes,
-                                         .s_channel = s_channel,
-                                         .s_group = s_group};
-        codes += n / 2;
+        int N = f->linears[k].N, K = f->linears[k].K;
+        quantized->linears[k] = (Linear){N, K, U8, false, NULL, codes, s_channel, s_group};
+        codes += (size_t)N * K / 2;
         s_channel += N;
-        if (s_group) s_group += n / GROUP;
+        if (s_group) s_group += (size_t)N * K / GROUP;
     }
 }
 
 /* Makes all arrays, or counts their bytes. */
 static void make_arrays(Quantizer *q, const Workload *work) {
-    const Config *c = &q->config;
-    const Method *method = &q->method;
-    const size_t dim = c->dim, hidden = c->hidden_dim, T = work->T, searched = work->searched;
+    const Layer *f = &q->float_layer;
+    const size_t dim = q->config.dim, hidden = q->config.hidden_dim, T = work->T;
     const size_t stream = (size_t)q->n * q->length * dim;
+    const bool gptq = q->calibrate && q->method.gptq;
     size_t K = 0, N = 0, weights = 0; // the largest of all linears
+    q->bytes = q->o->start_bytes ? q->o->start_bytes(work) : 0;
     layer_arrays(q);
     for (int k = 0; k < N_LINEARS; k++) {
-        const Linear *w = &q->float_layer.linears[k];
-        if ((size_t)w->K > K) K = w->K;
-        if ((size_t)w->N > N) N = w->N;
-        if ((size_t)w->N * w->K > weights) weights = (size_t)w->N * w->K;
+        const size_t n = f->linears[k].N, inputs = f->linears[k].K;
+        N = n > N ? n : N;
+        K = inputs > K ? inputs : K;
+        weights = n * inputs > weights ? n * inputs : weights;
     }
 
-    // 1. the residual streams
-    if (!q->outside) q->x_float = array(q, stream, sizeof(float));
-    if (!q->outside) q->x_quant = array(q, stream, sizeof(float));
-    for (int i = 0; i < 2 && q->outside; i++) q->staged[i] = array(q, T * dim, sizeof(float));
-    if (q->outside && !q->planning) {
-        q->x_float = q->o->array(q->m, stream * sizeof(float), true);
-        q->x_quant = q->o->array(q->m, stream * sizeof(float), true);
+    // 1. the residual streams, or what is staged of those on the host
+    float **streams[] = {&q->x_float, &q->x_quant};
+    for (int i = 0; i < 2; i++) {
+        if (q->outside) q->staged[i] = array(q, T * dim, sizeof(float));
+        if (!q->outside) *streams[i] = array(q, stream, sizeof(float));
+        else if (!q->planning) *streams[i] = q->o->array(q->m, stream * sizeof(float), true);
     }
 
-    // 2. one linear
-    q->codes = (Linear){.dtype = U8};
-    q->codes.qweight = array(q, weights / 2, 1);
+    // 2. one linear; a chunk
+    q->codes = (Linear){.dtype = U8, .qweight = array(q, weights / 2, 1)};
     q->codes.s_channel = array(q, N, sizeof(float));
-    if (method->group_size > 0) q->codes.s_group = array(q, weights / GROUP, 1);
-    q->target = array(q, q->calibrate && method->gptq ? weights : 0, sizeof(float));
-
-    // 3. a chunk
+    if (q->method.group_size > 0) q->codes.s_group = array(q, weights / GROUP, 1);
+    q->target = array(q, gptq ? weights : 0, sizeof(float));
     q->f = array(q, T * K, sizeof(float));
     q->x = array(q, T * K, sizeof(float));
     q->d = array(q, T * dim, sizeof(float));
 
-    // 4. moments, which o->sum_bytes are for
-    const size_t sums = q->calibrate ? q->o->sum_bytes : 0, size = method->gptq ? sums : 0;
-    q->H = array(q, K * K, sums);
-    q->C = array(q, dim * dim, size);
-    q->M = array(q, weights, size);
-    q->inverse.U = array(q, method->gptq && q->calibrate ? K * K : 0, sizeof(double));
+    // 3. moments
+    q->H = array(q, q->calibrate ? K * K : 0, q->o->sum_bytes);
+    q->C = array(q, gptq ? dim * dim : 0, q->o->sum_bytes);
+    q->M = array(q, gptq ? dim * K : 0, q->o->sum_bytes);
+    q->inverse.U = array(q, gptq ? K * K : 0, sizeof(double));
     q->inverse.order = array(q, K, sizeof(int));
     q->importance = array(q, K, sizeof(float));
 
-    // 5. rotation and smoothing
+    // 4. rotation and smoothing
+    const size_t qkv = f->q.N + f->k.N + f->v.N, searched = work->searched;
     q->signs = array(q, dim, 1);
     q->max = array(q, 2 * dim + hidden, sizeof(float));
     for (int i = 0; i < N_SMOOTHED; i++) {
@@ -1865,40 +1802,29 @@ static void make_arrays(Quantizer *q, const Workload *work) {
         q->scales[i] = array(q, inputs, sizeof(float));
         q->sample[i] = array(q, searched * inputs, sizeof(float));
     }
-    size_t outputs = 0; // of the linears that share an input
-    for (int i = 0; i < N_SMOOTHED; i++) {
-        size_t sum = 0;
-        for (int k = 0; k < readers[i].count; k++)
-            sum += q->float_layer.linears[readers[i].first + k].N;
-        if (sum > outputs) outputs = sum;
-    }
-    q->y = array(q, searched * outputs, sizeof(float));
+    q->y = array(q, searched * (qkv > 2 * hidden ? qkv : 2 * hidden), sizeof(float));
 }
 
-/* Chooses what fits: the streams in the machine's memory, or else on the host, and fewer windows
- * per chunk if need be. */
+/* The streams are in the machine's memory if all fits there, or else on the host; then, if need be,
+ * fewer windows make a chunk. */
 static Workload plan(Quantizer *q, size_t limit) {
     const Operations *o = q->o;
+    const size_t available = o->free_bytes ? o->free_bytes() : SIZE_MAX;
+    const bool limited = limit && limit < available;
     Workload work = {q->config, q->method.group_size, q->length, 0, 0};
     if (q->method.smooth) work.searched = sample_of(q->n, q->length).n;
-    const size_t available = o->free_bytes(), given = limit;
-    if (!limit || limit > available) limit = available;
-    int chunk = q->n ? o->chunk_tokens / q->length : 0;
-    q->chunk = smaller(q->n, chunk > 1 ? chunk : 1);
-    q->planning = true;
-    for (;;) {
+    if (!limited) limit = available;
+    q->chunk = q->length > o->chunk_tokens ? 1 : smaller(q->n, o->chunk_tokens / q->length);
+    for (q->planning = true; q->planning;) {
         work.T = q->chunk * q->length;
-        q->bytes = o->start_bytes(&work);
         make_arrays(q, &work);
-        if (q->bytes <= limit) break;
-        if (!q->outside) q->outside = true;
+        if (q->bytes <= limit) q->planning = false;
+        else if (!q->outside) q->outside = true;
         else if (q->chunk > 1) q->chunk /= 2;
         else
             die("a layer with windows of %d tokens needs %.2f GB of %s, %s %.2f GB", q->length,
-                q->bytes / 1e9, o->memory, given && given <= available ? "-M allows" : "free are",
-                limit / 1e9);
+                q->bytes / 1e9, o->memory, limited ? "-M allows" : "free are", limit / 1e9);
     }
-    q->planning = false;
     return work;
 }
 
@@ -1924,7 +1850,6 @@ Quantizer *quantizer_new(const Config *c, const Method *method, const Operations
     q->calibrate = n_windows && (method->gptq || method->mse);
     Workload work = plan(q, limit);
     q->m = o->start(&work);
-    q->bytes = o->start_bytes(&work);
     make_arrays(q, &work);
     if (method->signs) o->copy(q->m, q->signs, method->signs, c->dim);
     if (n_windows) embed_windows(q, embedding, tokens);
@@ -1940,15 +1865,6 @@ void quantizer_report(const Quantizer *q, FILE *out) {
     if (q->o->memory)
         fprintf(out, "%.2f GB of %s%s\n", q->bytes / 1e9, q->o->memory,
                 q->outside ? ", calibration in host memory" : "");
-}
-
-static size_t unlimited(void) {
-    return SIZE_MAX;
-}
-
-static size_t no_bytes(const Workload *work) {
-    (void)work;
-    return 0;
 }
 
 static Machine *start_cpu(const Workload *work) {
@@ -1990,34 +1906,34 @@ static void copy_linear(Machine *m, const Linear *l, Linear *to) {
     if (l->s_group) memcpy(to->s_group, l->s_group, n / GROUP);
 }
 
-const Operations cpu_operations = {.sum_bytes = sizeof(double),
-                                   .chunk_tokens = 2048,
-                                   .free_bytes = unlimited,
-                                   .start_bytes = no_bytes,
-                                   .start = start_cpu,
-                                   .stop = stop_cpu,
-                                   .array = cpu_array,
-                                   .copy = copy_bytes,
-                                   .zero = zero_bytes,
-                                   .read = read_floats,
-                                   .rotate_inputs = rotate_inputs,
-                                   .rotate_outputs = rotate_outputs,
-                                   .scale = scale_weights,
-                                   .norm = norm_rows,
-                                   .inside = run_inside,
-                                   .add_linear = run_outside,
-                                   .subtract = subtract,
-                                   .observe = observe,
-                                   .smoothed_distance = smoothed_distance,
-                                   .add_moments = sum_moments,
-                                   .complete = copy_diagonal,
-                                   .multiply = multiply,
-                                   .invert = invert_damped,
-                                   .round_to_nearest = round_to_nearest,
-                                   .correct = correct,
-                                   .gptq = gptq,
-                                   .relative_error = relative_error,
-                                   .arrange = copy_linear};
+/* In the order of the struct. */
+const Operations cpu_operations = {NULL,
+                                   sizeof(double),
+                                   2048,
+                                   NULL,
+                                   NULL,
+                                   start_cpu,
+                                   stop_cpu,
+                                   cpu_array,
+                                   copy_bytes,
+                                   zero_bytes,
+                                   read_floats,
+                                   rotate,
+                                   scale_weights,
+                                   norm_rows,
+                                   run_inside,
+                                   run_outside,
+                                   subtract,
+                                   observe,
+                                   smoothed_distance,
+                                   sum_moments,
+                                   copy_diagonal,
+                                   invert_damped,
+                                   round_to_nearest,
+                                   correct,
+                                   gptq,
+                                   relative_error,
+                                   copy_linear};
 
 /* ============================================================================================
  * 4  Arithmetic beneath

@@ -352,8 +352,9 @@ typedef struct {
     size_t sum_bytes;   // of an element of Sums
     int chunk_tokens;   // of a chunk of several windows, at most
 
-    // The machine: bytes that are free, that start() needs, and start() itself; arrays of zeros,
-    // in its memory or the host's, which stop() releases; copies in any direction.
+    // The machine: bytes that are free, that start() needs (both NULL if memory is not planned),
+    // and start() itself; arrays of zeros, in the machine's memory or the host's, which stop()
+    // releases; copies in any direction.
     size_t (*free_bytes)(void);
     size_t (*start_bytes)(const Workload *w);
     Machine *(*start)(const Workload *w);
@@ -367,8 +368,7 @@ typedef struct {
 
     // Each block of n input channels of w [N][K] becomes w_block R, R = diag(signs) H_n / sqrt(n);
     // of n output channels R^T w_block. signs [n]; NULL: all +1
-    void (*rotate_inputs)(Machine *m, int N, int K, int n, const int8_t *signs, float *w);
-    void (*rotate_outputs)(Machine *m, int N, int K, int n, const int8_t *signs, float *w);
+    void (*rotate)(Machine *m, int N, int K, int n, bool outputs, const int8_t *signs, float *w);
     // w [N][K] <- diag(rows)^-1 w diag(columns); NULL: ones
     void (*scale)(Machine *m, int N, int K, const float *columns, const float *rows, float *w);
 
@@ -396,8 +396,6 @@ typedef struct {
     void (*add_moments)(Machine *m, const float *x, int K, const float *d, int N, int T, Sums *H,
                         Sums *M);
     void (*complete)(Machine *m, int K, Sums *H, double *diagonal);
-    // M [N][K] = w C for C [K][K]
-    void (*multiply)(Machine *m, const float *w, const Sums *C, int N, int K, Sums *M);
     // U of inverse, in its order, for H + damping I, where zeros on the diagonal become `dead`;
     // and the diagonal [K] of U on the host. False: H is not positive definite
     bool (*invert)(Machine *m, const Sums *H, double dead, double damping, Inverse *inverse,
@@ -406,9 +404,9 @@ typedef struct {
     // l = w rounded to nearest, codes as in a file, under ranges that importance [K] weighs
     // (NULL: max|w|)
     void (*round_to_nearest)(Machine *m, const float *w, const float *importance, Linear *l);
-    // target [N][K] = w + 1/2 M (H + damping)^-1
-    void (*correct)(Machine *m, const float *w, const Sums *M, int N, const Inverse *inverse,
-                    float *target);
+    // target [N][K] = w + 1/2 M (H + damping)^-1 for M [N][K]; or for M = w C, C [K][K]
+    void (*correct)(Machine *m, const float *w, int N, const Sums *C, const Sums *M,
+                    const Inverse *inverse, float *target);
     // l = w rounded column by column in the order of `inverse`, errors compensated
     void (*gptq)(Machine *m, const float *w, const Inverse *inverse, const float *importance,
                  Linear *l);

@@ -453,9 +453,9 @@ static void test_rotate_matrices(void) {
             random_signs(n, n, signs);
             float *w = normals(N * K, &seed), *inputs = copy_floats(w, N * K);
             double *exact = doubles(w, N, K, NULL);
-            cpu->rotate_inputs(NULL, N, K, n, s, inputs);
+            cpu->rotate(NULL, N, K, n, false, s, inputs);
             check_near("inputs", inputs, times_rotation(exact, N, K, n, s), N * K, 2e-6);
-            cpu->rotate_outputs(NULL, N, K, n, s, w);
+            cpu->rotate(NULL, N, K, n, true, s, w);
             check_near("outputs", w, rotation_times(exact, N, K, n, s), N * K, 2e-6);
             free(exact);
             free(inputs);
@@ -1156,8 +1156,9 @@ static void test_corrected_target(void) {
             if (i & 1) {
                 cpu->add_linear(NULL, &linear, f, T, d);
                 cpu->add_moments(NULL, x, K, d, N, T, (Sums *)again, (Sums *)M);
-            } else cpu->multiply(NULL, w, (const Sums *)C, N, K, (Sums *)M);
-            cpu->correct(NULL, w, (const Sums *)M, N, &inverse, target);
+            }
+            cpu->correct(NULL, w, N, i & 1 ? NULL : (const Sums *)C, i & 1 ? (const Sums *)M : NULL,
+                         &inverse, target);
 
             // W C + R, by definition.
             double *D = damped(H, K), *dense = inverse_of(D, K), *want = doubles(w, N, K, NULL);
@@ -1169,7 +1170,7 @@ static void test_corrected_target(void) {
                 }
             check_near("target", target, want, N * K, 2e-5);
             memset(M, 0, sizeof *M * N * K);
-            cpu->correct(NULL, w, (const Sums *)M, N, &inverse, target);
+            cpu->correct(NULL, w, N, NULL, (const Sums *)M, &inverse, target);
             check(!memcmp(w, target, sizeof *w * N * K), "nothing to correct, but w changed");
             inverse_free(&inverse);
             free(D), free(dense), free(C), free(H), free(R), free(M), free(again);
@@ -1531,10 +1532,8 @@ static void test_pipeline(bool mse) {
             for (int i = first[stage]; i < first[stage] + count[stage]; i++) {
                 const Linear *w = &f.m->layers[l].linears[i], *got = &file.m->layers[l].linears[i];
                 float *target = allocate((size_t)w->N * K, sizeof *target);
-                Sums *sums = (Sums *)(M ? M : allocate((size_t)w->N * K, sizeof *M));
-                if (!M) cpu->multiply(NULL, w->w, (const Sums *)C, w->N, K, sums);
-                cpu->correct(NULL, w->w, sums, w->N, &inverse, target);
-                if (!M) free(sums);
+                cpu->correct(NULL, w->w, w->N, M ? NULL : (const Sums *)C, (const Sums *)M,
+                             &inverse, target);
                 Linear expected = gptq(target, w->N, &inverse, mse ? importance : NULL, -1);
                 int wrong = 0;
                 for (int n = 0; n < w->N; n++)
