@@ -3583,10 +3583,9 @@ struct Machine {
     cudaStream_t stream;
     cublasHandle_t cublas;
     std::vector<void *> arrays, host_arrays;
-    float4 *rope;        // [length][head_dim / 4]
-    half *keys, *values; // [n_kv_heads][length][head_dim] of one window
-    double *sums;        // [SUM_BLOCKS]
-    int *flag;           // something is not finite or not positive
+    float4 *rope; // [length][head_dim / 4]
+    double *sums; // [SUM_BLOCKS]
+    int *flag;    // something is not finite or not positive
     int *gemm_workspace;
     uint8_t *scratch; // [scratch_bytes] for the arrays of one operation; the next overwrites them
     size_t scratch_bytes;
@@ -3633,22 +3632,18 @@ template <typename T> struct Operand {
     bool transposed = false;
 };
 
-/* y [M][N] = alpha a b + beta y, a [M][K], b [K][N]. What is row-major here is transposed to
- * cuBLAS, which so is asked for y^T = b^T a^T. */
-static void product(Machine *m, int M, int N, int K, float alpha, Operand<float> a,
-                    Operand<float> b, float beta, float *y, int columns) {
-    cublas_check(CUBLAS(cublasGemmEx_64)(m->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                                         a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha,
-                                         b.p, CUDA_R_32F, b.columns, a.p, CUDA_R_32F, a.columns,
-                                         &beta, y, CUDA_R_32F, columns,
-                                         CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT));
-}
-
-static void product(Machine *m, int M, int N, int K, double alpha, Operand<double> a,
-                    Operand<double> b, double beta, double *y, int columns) {
-    cublas_check(CUBLAS(cublasDgemm_v2)(m->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                                        a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha,
-                                        b.p, b.columns, a.p, a.columns, &beta, y, columns));
+/* y [M][N] = alpha a b + beta y, a [M][K], b [K][N]; floats on TF32 tensor cores. What is row-major
+ * here is transposed to cuBLAS, which so is asked for y^T = b^T a^T. */
+template <typename T>
+static void product(Machine *m, int M, int N, int K, T alpha, Operand<T> a, Operand<T> b, T beta,
+                    T *y, int columns) {
+    constexpr bool is_float = sizeof(T) == sizeof(float);
+    constexpr cudaDataType type = is_float ? CUDA_R_32F : CUDA_R_64F;
+    cublas_check(CUBLAS(cublasGemmEx_64)(
+        m->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+        a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b.p, type, b.columns, a.p, type,
+        a.columns, &beta, y, type, columns,
+        is_float ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_64F, CUBLAS_GEMM_DEFAULT));
 }
 
 constexpr int SUM_BLOCKS = 512;
@@ -3727,26 +3722,22 @@ __global__ void rotate_kernel(float *w, int n, int stride, const int8_t *signs) 
     }
 }
 
-static void rotate_inputs(Machine *m, int N, int K, int n, const int8_t *signs, float *w) {
+static void rotate(Machine *m, int N, int K, int n, bool outputs, const int8_t *signs, float *w) {
     const size_t shared = (n + n / (n & -n)) * sizeof(double);
-    for_blocks(m, (size_t)N * K / n, shared, rotate_kernel, w, n, 1, signs);
+    for_blocks(m, (size_t)N * K / n, shared, rotate_kernel, w, n, outputs ? K : 1, signs);
 }
 
-static void rotate_outputs(Machine *m, int N, int K, int n, const int8_t *signs, float *w) {
-    const size_t shared = (n + n / (n & -n)) * sizeof(double);
-    for_blocks(m, (size_t)N * K / n, shared, rotate_kernel, w, n, K, signs);
-}
-
-__global__ void scale_weights_kernel(float *w, size_t N, int K, const float *columns,
-                                     const float *rows) {
+__global__ void scale_weights_kernel(const float *w, size_t n, int K, const float *columns,
+                                     const float *rows, float *scaled) {
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= N * K) return;
+    if (i >= n) return;
     float x = columns ? w[i] * columns[i % K] : w[i];
-    w[i] = rows ? x / rows[i / K] : x;
+    scaled[i] = rows ? x / rows[i / K] : x;
 }
 
 static void scale(Machine *m, int N, int K, const float *columns, const float *rows, float *w) {
-    for_each(m, (size_t)N * K, scale_weights_kernel, w, N, K, columns, rows);
+    const size_t n = (size_t)N * K;
+    for_each(m, n, scale_weights_kernel, w, n, K, columns, rows, w);
 }
 
 /* ---- the choice of scales, and rounding ------------------------------------------------------ */
@@ -3768,14 +3759,8 @@ __device__ __forceinline__ float rounding_error(float w, float importance, float
     return e * e * importance;
 }
 
-/* Row blockIdx.x of W diag(s), s NULL: of W. Twin: choose_scales(). */
-struct SmoothedRow {
-    const float *w, *s;
-    __device__ float operator[](int k) const { return s ? w[k] * s[k] : w[k]; }
-};
-
 /* s_channel of a row: of 80 ranges the one of least error. A warp takes ten. */
-__device__ static float search_channel_scale(SmoothedRow row, const float *importance, int K,
+__device__ static float search_channel_scale(const float *row, const float *importance, int K,
                                              float max, float unit) {
     __shared__ float errors[CHANNEL_RANGES];
     constexpr int EACH = CHANNEL_RANGES / WARPS;
@@ -3806,7 +3791,7 @@ __device__ static float search_channel_scale(SmoothedRow row, const float *impor
 
 /* The same with groups, s_group [K/128] included. A warp takes a group and tries all s_group under
  * two ranges at once, one in each lane. */
-__device__ static float search_group_scales(SmoothedRow row, const float *importance, int K,
+__device__ static float search_group_scales(const float *row, const float *importance, int K,
                                             float max, float unit, uint8_t *s_group) {
     extern __shared__ float least[]; // [RANGES][groups] of the best s_group, which come behind
     __shared__ float2 group[WARPS][GROUP]; // weights and their importance
@@ -3855,7 +3840,7 @@ __device__ static float search_group_scales(SmoothedRow row, const float *import
 }
 
 /* s_group of a row under the plain choice; a warp takes a group. */
-__device__ static float plain_group_scales(SmoothedRow row, int K, float max, uint8_t *s_group) {
+__device__ static float plain_group_scales(const float *row, int K, float max, uint8_t *s_group) {
     const float scale = max / 225 * 2;
     for (int g = threadIdx.x / 32; g < K / GROUP; g += WARPS) {
         uint32_t most = 0;
@@ -3867,11 +3852,11 @@ __device__ static float plain_group_scales(SmoothedRow row, int K, float max, ui
     return scale;
 }
 
-/* choose_scales() of each row of W [N][K] diag(s). One block a row. */
+/* choose_scales() of each row of w [N][K]. One block a row. */
 __global__ void __launch_bounds__(THREADS)
-    choose_scales_kernel(const float *w, const float *s, const float *importance, int K,
-                         float *s_channel, uint8_t *s_group) {
-    const SmoothedRow row = {w + (size_t)blockIdx.x * K, s};
+    choose_scales_kernel(const float *w, const float *importance, int K, float *s_channel,
+                         uint8_t *s_group) {
+    const float *row = w + (size_t)blockIdx.x * K;
     if (s_group) s_group += (size_t)blockIdx.x * (K / GROUP);
     uint32_t most = 0;
     for (int k = threadIdx.x; k < K; k += THREADS)
@@ -3890,40 +3875,29 @@ __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) s_channel[blockIdx.x] = scale;
 }
 
-/* The codes of W [N][K] diag(s) under given scales. A thread packs four. */
-__global__ void round_kernel(const float *w, const float *s, size_t N, int K,
-                             const float *s_channel, const uint8_t *s_group, uint16_t *qweight) {
+/* The codes of w [N][K] under given scales. A thread packs four. */
+__global__ void round_kernel(const float *w, size_t N, int K, const float *s_channel,
+                             const uint8_t *s_group, uint16_t *qweight) {
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= N * (K / 4)) return;
-    size_t n = i / (K / 4);
-    int k = i % (K / 4) * 4;
-    const SmoothedRow row = {w + n * K, s};
-    const float scale = s_channel[n] * (s_group ? s_group[n * (K / GROUP) + k / GROUP] : 1);
+    size_t n = i / (K / 4), group = i / (GROUP / 4);
+    const float scale = s_channel[n] * (s_group ? s_group[group] : 1), low = s_group ? -8 : -7;
     uint32_t packed = 0;
-    for (int j = 0; j < 4; j++) {
-        int code = nearest_code(row[k + j], scale, s_group ? -8 : -7);
-        packed |= (code + 8) << 4 * j;
-    }
+    for (int j = 0; j < 4; j++)
+        packed |= ((int)nearest_code(w[4 * i + j], scale, low) + 8) << 4 * j;
     qweight[i] = packed;
 }
 
-/* Scales of W [N][K] diag(s), s NULL: of W, into l. */
-static void choose_scales(Machine *m, const float *w, const float *s, const float *importance,
-                          Linear *l) {
+static void choose_scales(Machine *m, const float *w, const float *importance, Linear *l) {
     const int groups = l->s_group ? l->K / GROUP : 0;
-    for_blocks(m, l->N, RANGES * groups * (sizeof(float) + 1), choose_scales_kernel, w, s,
-               importance, l->K, l->s_channel, l->s_group);
-}
-
-static void round_smoothed(Machine *m, const float *w, const float *s, const float *importance,
-                           Linear *l) {
-    choose_scales(m, w, s, importance, l);
-    for_each(m, (size_t)l->N * (l->K / 4), round_kernel, w, s, l->N, l->K, l->s_channel, l->s_group,
-             (uint16_t *)l->qweight);
+    for_blocks(m, l->N, RANGES * groups * (sizeof(float) + 1), choose_scales_kernel, w, importance,
+               l->K, l->s_channel, l->s_group);
 }
 
 static void round_to_nearest(Machine *m, const float *w, const float *importance, Linear *l) {
-    round_smoothed(m, w, NULL, importance, l);
+    choose_scales(m, w, importance, l);
+    for_each(m, (size_t)l->N * (l->K / 4), round_kernel, w, l->N, l->K, l->s_channel, l->s_group,
+             (uint16_t *)l->qweight);
 }
 
 /* ---- the forward passes ---------------------------------------------------------------------- */
@@ -4010,14 +3984,20 @@ static void add_linear(Machine *m, const Linear *w, const float *in, int T, floa
     multiply_w4a8(m, &g, a, T, NULL, x);
 }
 
+/* Of a window's keys, or values, [n_kv_heads][length][head_dim] in halves. */
+static size_t window_bytes(const Workload *work) {
+    const Config *c = &work->config;
+    return (size_t)work->length * c->n_kv_heads * c->head_dim * sizeof(half);
+}
+
 /* att [T][q_dim] = attention of the windows in qkv [T][N]. */
-static void attend_windows(Machine *m, const half *qkv, int N, int T, half *att) {
+static void attend_windows(Machine *m, Scratch &s, const half *qkv, int N, int T, half *att) {
     const Config *c = &m->work.config;
     const int length = m->work.length;
     GpuCache cache = {};
     cache.bits = 16;
-    cache.keys = (uint8_t *)m->keys;
-    cache.values = (uint8_t *)m->values;
+    cache.keys = s.array<uint8_t>(window_bytes(&m->work)); // of one window after the other
+    cache.values = s.array<uint8_t>(window_bytes(&m->work));
     cache.n_kv_heads = c->n_kv_heads;
     cache.context = length;
     for (size_t t = 0; t < (size_t)T; t += length)
@@ -4059,7 +4039,7 @@ static void float_inside(Machine *m, const Inside &h, bool ffn, const float *x, 
     }
     half *qkv = s.array<half>((size_t)T * h.N), *att = s.array<half>(n);
     convert(wide, F32, (size_t)T * h.N, qkv, m->flag, m->stream);
-    attend_windows(m, qkv, h.N, T, att);
+    attend_windows(m, s, qkv, h.N, T, att);
     convert(att, F16, n, y, m->flag, m->stream);
 }
 
@@ -4080,7 +4060,7 @@ static void w4a8_inside(Machine *m, const Inside &h, bool ffn, const float *x, i
         gpu_swiglu(wide, T, h.K, in, m->stream);
     } else {
         half *att = s.array<half>((size_t)T * h.K);
-        attend_windows(m, wide, h.N, T, att);
+        attend_windows(m, s, wide, h.N, T, att);
         gpu_quantize(att, T, h.K, in.a, in.scale, m->stream);
     }
     for_each(m, (size_t)T * h.K, activations_kernel, in.a, in.scale, T, h.K, y);
@@ -4142,10 +4122,6 @@ template <typename T> static void download_diagonal(Machine *m, const T *H, int 
 static void complete(Machine *m, int K, Sums *H, double *diagonal) {
     for_each(m, (size_t)K * K, mirror_kernel, (float *)H, (size_t)K);
     download_diagonal(m, (const float *)H, K, diagonal);
-}
-
-static void multiply(Machine *m, const float *w, const Sums *C, int N, int K, Sums *M) {
-    product(m, N, K, K, 1.0f, {w, K}, {(const float *)C, K}, 0.0f, (float *)M, K);
 }
 
 /* ---- the inverse of H ------------------------------------------------------------------------ */
@@ -4322,12 +4298,16 @@ __global__ void pack_kernel(const int8_t *codes, size_t n, uint16_t *qweight) {
     qweight[i] = packed;
 }
 
-static void correct(Machine *m, const float *w, const Sums *M, int N, const Inverse *inverse,
-                    float *target) {
+static void correct(Machine *m, const float *w, int N, const Sums *C, const Sums *M,
+                    const Inverse *inverse, float *target) {
     const int K = inverse->K;
     const size_t n = (size_t)N * K;
     Scratch s(m);
     double *p = s.array<double>(n), *t = s.array<double>(n);
+    if (C) { // M = w C, where t will be
+        product(m, N, K, K, 1.0f, {w, K}, {(const float *)C, K}, 0.0f, (float *)t, K);
+        M = (const Sums *)t;
+    }
     for_each(m, n, permute_kernel, (const float *)M, inverse->order, N, K, p);
     product(m, N, K, K, 1.0, {p, K}, {inverse->U, K, true}, 0.0, t, K);
     product(m, N, K, K, 1.0, {t, K}, {inverse->U, K}, 0.0, p, K);
@@ -4341,7 +4321,7 @@ static void gptq(Machine *m, const float *w, const Inverse *inverse, const float
     Scratch s(m);
     double *p = s.array<double>(n), *e = s.array<double>((size_t)N * GPTQ_COLUMNS);
     int8_t *codes = s.array<int8_t>(n);
-    choose_scales(m, w, NULL, importance, l);
+    choose_scales(m, w, importance, l);
     for_each(m, n, permute_kernel, w, inverse->order, N, K, p);
     for (int i = 0; i < K; i += GPTQ_COLUMNS) {
         // 1. a block of columns, one by one
@@ -4357,17 +4337,13 @@ static void gptq(Machine *m, const float *w, const Inverse *inverse, const float
     for_each(m, n / 4, pack_kernel, codes, n, (uint16_t *)l->qweight);
 }
 
-/* e [N][K] = the quantized minus the float weights. A thread has four. */
+/* e [N][K] = the quantized minus the float weights. */
 __global__ void error_kernel(const float *w, const uint16_t *qweight, const float *s_channel,
                              const uint8_t *s_group, size_t N, int K, float *e) {
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= N * (K / 4)) return;
-    size_t n = i / (K / 4);
-    int k = i % (K / 4) * 4, scale = s_group ? s_group[n * (K / GROUP) + k / GROUP] : 1;
-    for (int j = 0; j < 4; j++) {
-        int code = (int)(qweight[i] >> 4 * j & 15) - 8;
-        e[4 * i + j] = (float)(code * scale) * s_channel[n] - w[4 * i + j];
-    }
+    if (i >= N * K) return;
+    int code = (qweight[i / 4] >> i % 4 * 4 & 15) - 8, scale = s_group ? s_group[i / GROUP] : 1;
+    e[i] = (float)(code * scale) * s_channel[i / K] - w[i];
 }
 
 static double relative_error(Machine *m, const float *w, const Linear *l, const Sums *H) {
@@ -4375,8 +4351,8 @@ static double relative_error(Machine *m, const float *w, const Linear *l, const 
     const size_t n = (size_t)N * K;
     Scratch s(m);
     float *e = s.array<float>(n), *times_h = s.array<float>(n);
-    for_each(m, n / 4, error_kernel, w, (const uint16_t *)l->qweight, l->s_channel, l->s_group, N,
-             K, e);
+    for_each(m, n, error_kernel, w, (const uint16_t *)l->qweight, l->s_channel, l->s_group, N, K,
+             e);
     auto squared_output = [&](const float *a) { // tr(A H A^T)
         product(m, N, K, K, 1.0f, {a, K}, {(const float *)H, K}, 0.0f, times_h, K);
         return sum(m, a, times_h, n, false);
@@ -4450,11 +4426,14 @@ static double smoothed_distance(Machine *m, const Linear *w, const float *x, int
     Scratch scratch(m);
 
     // 1. W diag(s), rounded under ranges that the mean squares of X diag(s)^-1 weigh
+    const size_t n = (size_t)N * K;
     Linear codes = scratch_linear(scratch, w, m->work.group_size);
     Linear candidate = scratch_linear(scratch, w, m->work.group_size);
-    float *importance = scratch.array<float>(K);
+    float *importance = scratch.array<float>(K), *weights = scratch.array<float>(n);
     for_blocks(m, ceil_div(K, 32), 0, mean_square_kernel, x, s, T, K, importance);
-    round_smoothed(m, (const float *)w->w, s, importance, &codes);
+    for_each(m, n, scale_weights_kernel, (const float *)w->w, n, K, s, (const float *)NULL,
+             weights);
+    round_to_nearest(m, weights, importance, &codes);
     arrange(m, &codes, &candidate);
 
     // 2. its output
@@ -5005,20 +4984,16 @@ static size_t scratch_bytes(const Workload *work) {
         linear_shape(c, k, &rows, &columns);
         weights = max(weights, (size_t)rows * columns);
     }
-    const size_t pass = T * ((dim + wide + 1) * sizeof(float) + (qkv + q_dim) * sizeof(half) + K);
+    const size_t pass = T * ((dim + wide + 1) * sizeof(float) + (qkv + q_dim) * sizeof(half) + K) +
+                        2 * window_bytes(work);
     const size_t moments = T * (K + dim) * sizeof(float);
     const size_t linear = weights * (2 * sizeof(double) + 1) + N * GPTQ_COLUMNS * sizeof(double);
     const size_t inverse = (K / 2 + LEAF) * (K / 2 + LEAF) * sizeof(double);
-    const size_t search =
-        searched * ((N + 1) * sizeof(float) + K) + 2 * weights + K * sizeof(float);
+    const size_t search = searched * ((N + 1) * sizeof(float) + K) + weights * (sizeof(float) + 2) +
+                          K * sizeof(float);
     size_t bytes = UPLOAD + sizeof(int);
     if (T) bytes = max(max(bytes, max(pass, moments)), max(max(linear, inverse), search));
     return bytes + 16 * 256; // arrays are aligned
-}
-
-static size_t window_bytes(const Workload *work) { // of keys, or values
-    const Config *c = &work->config;
-    return (size_t)work->length * c->n_kv_heads * c->head_dim * sizeof(half);
 }
 
 static size_t rope_bytes(const Workload *work) {
@@ -5031,8 +5006,8 @@ static size_t free_bytes() {
 }
 
 static size_t start_bytes(const Workload *work) {
-    return scratch_bytes(work) + 2 * window_bytes(work) + rope_bytes(work) + CUBLAS_WORKSPACE +
-           gemm_workspace_bytes() + SUM_BLOCKS * sizeof(double);
+    return scratch_bytes(work) + rope_bytes(work) + CUBLAS_WORKSPACE + gemm_workspace_bytes() +
+           SUM_BLOCKS * sizeof(double);
 }
 
 static void *array(Machine *m, size_t bytes, bool on_host) {
@@ -5068,8 +5043,6 @@ static Machine *start(const Workload *work) {
     m->scratch = (uint8_t *)array(m, m->scratch_bytes, false);
     if (!work->T) return m;
     m->rope = (float4 *)array(m, rope_bytes(work), false);
-    m->keys = (half *)array(m, window_bytes(work), false);
-    m->values = (half *)array(m, window_bytes(work), false);
     upload_rope(&work->config, work->length, m->rope);
     return m;
 }
@@ -5096,8 +5069,7 @@ const Operations *gpu_operations(void) {
     o.copy = copy;
     o.zero = zero;
     o.read = read_weights;
-    o.rotate_inputs = rotate_inputs;
-    o.rotate_outputs = rotate_outputs;
+    o.rotate = rotate;
     o.scale = scale;
     o.norm = norm;
     o.inside = inside;
@@ -5107,7 +5079,6 @@ const Operations *gpu_operations(void) {
     o.smoothed_distance = smoothed_distance;
     o.add_moments = add_moments;
     o.complete = complete;
-    o.multiply = multiply;
     o.invert = invert;
     o.round_to_nearest = round_to_nearest;
     o.correct = correct;

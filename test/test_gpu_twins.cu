@@ -147,7 +147,7 @@ static Floats activations(int K) {
 }
 
 static void test_rotation() {
-    test_begin("rotate_inputs, rotate_outputs: the same floats");
+    test_begin("rotate: the same floats");
     Twins t(-1);
     std::vector<int8_t> signs(DIM);
     random_signs(7, DIM, signs.data());
@@ -157,15 +157,15 @@ static void test_rotation() {
             const int8_t *s = n == DIM ? signs.data() : NULL, *gpu_s = s ? gpu_signs : NULL;
             Floats w = random_floats(DIM * DIM, 1);
             float *gpu_w = t.up(w);
-            (outputs ? t.c->rotate_outputs : t.c->rotate_inputs)(t.cpu, DIM, DIM, n, s, w.data());
-            (outputs ? t.g->rotate_outputs : t.g->rotate_inputs)(t.gpu, DIM, DIM, n, gpu_s, gpu_w);
+            t.c->rotate(t.cpu, DIM, DIM, n, outputs, s, w.data());
+            t.g->rotate(t.gpu, DIM, DIM, n, outputs, gpu_s, gpu_w);
             check(t.down(gpu_w, w.size()) == w, "%s, by %d", outputs ? "outputs" : "inputs", n);
         }
     const int n = 192; // 3 x 64: its cosines may differ in the last bit
     Floats w = random_floats(n * n, 1);
     float *gpu_w = t.up(w), worst = 0;
-    t.c->rotate_inputs(t.cpu, n, n, n, NULL, w.data());
-    t.g->rotate_inputs(t.gpu, n, n, n, NULL, gpu_w);
+    t.c->rotate(t.cpu, n, n, n, false, NULL, w.data());
+    t.g->rotate(t.gpu, n, n, n, false, NULL, gpu_w);
     const Floats got = t.down(gpu_w, w.size());
     for (size_t i = 0; i < w.size(); i++) worst = fmaxf(worst, fabsf(got[i] - w[i]));
     check(worst < 1e-6f, "inputs, by %d: off by %g", n, worst);
@@ -338,7 +338,7 @@ static void test_half_layers(int group_size) {
             Floats inner((size_t)TOKENS * (ffn ? HIDDEN : DIM));
             t.c->inside(t.cpu, &layers[0][w4a8], ffn, x.data(), TOKENS, inner.data());
             t.g->inside(t.gpu, &layers[1][w4a8], ffn, gpu_x, TOKENS, gpu_y);
-            compare(ffn ? "FFN" : "attention", inner, w4a8 ? 2e-2 : 2e-3);
+            compare(ffn ? "FFN" : "attention", inner, w4a8 ? 2e-2 : 5e-3);
         }
 
     begin("arrange, add_linear: float near, W4A8 the same bits");
@@ -352,7 +352,7 @@ static void test_half_layers(int group_size) {
             t.c->add_linear(t.cpu, w, in.data(), TOKENS, out.data());
             t.g->add_linear(t.gpu, &layers[1][w4a8].linears[k], t.up(in), TOKENS, gpu_y);
             if (w4a8) check(t.down(gpu_y, n) == out, "%s: other bits", linear_names[k]);
-            else compare(linear_names[k], out, 1e-3);
+            else compare(linear_names[k], out, 2e-3);
         }
     for (Linear &l : layers[0][1].linears) linear_free(&l);
 }
@@ -389,13 +389,8 @@ static void test_gptq(int group_size, int N, int K) {
     for (int k = 0; k < K; k++)
         check(gpu_diagonal[k] == h[k * (K + 1)] && diagonal[k] == H[k * (K + 1)], "H_%d", k);
 
-    begin("multiply");
     Floats w = random_floats(nk, 0.05f);
     float *gpu_w = t.up(w);
-    t.c->multiply(t.cpu, w.data(), (Sums *)H.data(), N, K, (Sums *)M.data());
-    t.g->multiply(t.gpu, gpu_w, (Sums *)gpu_H, N, K, (Sums *)gpu_M);
-    off_m = distance(t.down(gpu_M, nk).data(), M.data(), nk);
-    check(off_m <= 2e-3, "off by %g", off_m);
 
     begin("invert"); // the same H from here on
     for (size_t i = 0; i < kk; i++) H[i] = h[i];
@@ -424,15 +419,19 @@ static void test_gptq(int group_size, int N, int K) {
     t.g->copy(t.gpu, gpu_H + 3 * (K + 1), &h[3 * (K + 1)], sizeof zero);
     invert_hessian(t.g, t.gpu, (Sums *)gpu_H, gpu_diagonal.data(), true, &on_gpu, NULL);
 
-    begin("correct");
+    begin("correct, with M and with C");
     const Floats m = t.down(gpu_M, nk);
     for (size_t i = 0; i < nk; i++) M[i] = m[i];
     Floats target(nk);
     float *gpu_target = t.make<float>(nk);
-    t.c->correct(t.cpu, w.data(), (Sums *)M.data(), N, &inverse, target.data());
-    t.g->correct(t.gpu, gpu_w, (Sums *)gpu_M, N, &on_gpu, gpu_target);
-    off = distance(t.down(gpu_target, nk).data(), target.data(), nk);
-    check(off <= 1e-6, "off by %g", off);
+    for (int with_c = 1; with_c >= 0; with_c--) { // H is as good a C as any
+        const Sums *c = with_c ? (Sums *)H.data() : NULL, *gpu_c = with_c ? (Sums *)gpu_H : NULL;
+        const Sums *sums = with_c ? NULL : (Sums *)M.data(), *gpu_m = with_c ? NULL : (Sums *)gpu_M;
+        t.c->correct(t.cpu, w.data(), N, c, sums, &inverse, target.data());
+        t.g->correct(t.gpu, gpu_w, N, gpu_c, gpu_m, &on_gpu, gpu_target);
+        off = distance(t.down(gpu_target, nk).data(), target.data(), nk);
+        check(off <= (with_c ? 2e-3 : 1e-6), "%s: off by %g", with_c ? "C" : "M", off);
+    }
 
     begin("gptq, relative_error");
     gpu_target = t.up(target);
