@@ -3699,11 +3699,13 @@ __global__ void rotate_kernel(float *w, int n, int stride, const int8_t *signs) 
     extern __shared__ double rotated[]; // [n], and [m] cosines plus sines
     const int m = n / (n & -n);
     double *cas = rotated + n;
+    // 1. the vector, with its signs; the Hartley matrix of m
     w += (size_t)(blockIdx.x / stride) * n * stride + blockIdx.x % stride;
     for (int i = threadIdx.x; i < n; i += blockDim.x)
         rotated[i] = (signs ? signs[i] : 1) * (double)w[(size_t)i * stride];
     for (int i = threadIdx.x; i < m; i += blockDim.x)
         cas[i] = cospi(2.0 * i / m) + sinpi(2.0 * i / m);
+    // 2. sums and differences, in k passes
     for (int span = m; span < n; span *= 2) {
         __syncthreads();
         for (int pair = threadIdx.x; pair < n / 2; pair += blockDim.x) {
@@ -3714,6 +3716,7 @@ __global__ void rotate_kernel(float *w, int n, int stride, const int8_t *signs) 
         }
     }
     __syncthreads();
+    // 3. times the Hartley matrix, in blocks of m
     const double scale = 1 / sqrt((double)n);
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         double sum = 0;
@@ -3759,7 +3762,7 @@ __device__ __forceinline__ float rounding_error(float w, float importance, float
     return e * e * importance;
 }
 
-/* s_channel of a row: of 80 ranges the one of least error. A warp takes ten. */
+/* s_channel of a row: of 80 ranges the one of least error. A warp tries ten. */
 __device__ static float search_channel_scale(const float *row, const float *importance, int K,
                                              float max, float unit) {
     __shared__ float errors[CHANNEL_RANGES];
@@ -3767,10 +3770,12 @@ __device__ static float search_channel_scale(const float *row, const float *impo
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * EACH;
     float error[EACH] = {}, scale[EACH], inverse[EACH];
     auto range = [=](int i) { return (1.0f - i / 100.0f) * max / 7; };
+    // 1. the warp's ten scales
     for (int i = 0; i < EACH; i++) {
         scale[i] = range(first + i) * unit;
         inverse[i] = 1 / scale[i];
     }
+    // 2. their errors, of a lane's columns; of the warp's
     for (int k = lane; k < K; k += 32) {
         float w = row[k] * unit, weight = importance[k];
 #pragma unroll
@@ -3783,14 +3788,15 @@ __device__ static float search_channel_scale(const float *row, const float *impo
         if (lane == 0) errors[first + i] = error[i];
     }
     __syncthreads();
+    // 3. the best of all
     int best = 0;
     for (int i = 1; i < CHANNEL_RANGES; i++)
         if (errors[i] < errors[best]) best = i;
     return range(best);
 }
 
-/* The same with groups, s_group [K/128] included. A warp takes a group and tries all s_group under
- * two ranges at once, one in each lane. */
+/* The same with groups, s_group [K/128] included. A warp works on one group: its lanes try the 15
+ * values of s_group under two ranges at once. */
 __device__ static float search_group_scales(const float *row, const float *importance, int K,
                                             float max, float unit, uint8_t *s_group) {
     extern __shared__ float least[]; // [RANGES][groups] of the best s_group, which come behind
@@ -3800,10 +3806,12 @@ __device__ static float search_group_scales(const float *row, const float *impor
     uint8_t *best = (uint8_t *)(least + RANGES * groups);
     auto range = [=](int i) { return (1.0f - i / 40.0f) * max / 225 * 2; };
     for (int g = warp; g < groups; g += WARPS) {
+        // 1. the group's weights in shared memory
         for (int k = lane; k < GROUP; k += 32)
             group[warp][k] = make_float2(row[g * GROUP + k] * unit, importance[g * GROUP + k]);
         __syncwarp();
         for (int i = lane / 16; i < RANGES; i += 2) {
+            // 2. the error of this lane's s_group under range i
             int s = lane % 16 + 1;
             float scale = s * range(i) * unit, inverse = 1 / scale, error = 0;
             const float4 *pairs = (const float4 *)group[warp];
@@ -3814,6 +3822,8 @@ __device__ static float search_group_scales(const float *row, const float *impor
                 error += rounding_error(pair.z, pair.w, scale, inverse, -8);
             }
             if (s == 16) error = INFINITY; // no scale: 15 is the largest
+
+            // 3. the best s_group of 16 lanes; of equals the smaller
             for (int j = 1; j < 16; j *= 2) {
                 float other = __shfl_xor_sync(~0u, error, j);
                 int other_s = __shfl_xor_sync(~0u, s, j);
@@ -3826,6 +3836,7 @@ __device__ static float search_group_scales(const float *row, const float *impor
         __syncwarp();
     }
     __syncthreads();
+    // 4. the range of least total error
     if (threadIdx.x < RANGES) {
         float total = 0;
         for (int g = 0; g < groups; g++) total += least[threadIdx.x * groups + g];
@@ -3839,15 +3850,15 @@ __device__ static float search_group_scales(const float *row, const float *impor
     return range(winner);
 }
 
-/* s_group of a row under the plain choice; a warp takes a group. */
+/* s_group of a row under the plain choice; each warp works on one group at a time. */
 __device__ static float plain_group_scales(const float *row, int K, float max, uint8_t *s_group) {
     const float scale = max / 225 * 2;
     for (int g = threadIdx.x / 32; g < K / GROUP; g += WARPS) {
-        uint32_t most = 0;
+        uint32_t largest = 0;
         for (int k = threadIdx.x % 32; k < GROUP; k += 32)
-            most = ::max(most, __float_as_uint(fabsf(row[g * GROUP + k])));
-        float of_group = __uint_as_float(__reduce_max_sync(~0u, most));
-        s_group[g] = fminf(fmaxf(rintf(of_group / 15 * 2 / scale), 1), 15);
+            largest = ::max(largest, __float_as_uint(fabsf(row[g * GROUP + k])));
+        float group_max = __uint_as_float(__reduce_max_sync(~0u, largest));
+        s_group[g] = fminf(fmaxf(rintf(group_max / 15 * 2 / scale), 1), 15);
     }
     return scale;
 }
@@ -3858,10 +3869,10 @@ __global__ void __launch_bounds__(THREADS)
                          uint8_t *s_group) {
     const float *row = w + (size_t)blockIdx.x * K;
     if (s_group) s_group += (size_t)blockIdx.x * (K / GROUP);
-    uint32_t most = 0;
+    uint32_t largest = 0;
     for (int k = threadIdx.x; k < K; k += THREADS)
-        most = ::max(most, __float_as_uint(fabsf(row[k])));
-    const float max = __uint_as_float(block_max(most));
+        largest = ::max(largest, __float_as_uint(fabsf(row[k])));
+    const float max = __uint_as_float(block_max(largest));
     float scale = 1;
     if (max < 1.17549435e-38f) { // zeros, or so near to it that a scale would underflow
         for (int g = threadIdx.x; s_group && g < K / GROUP; g += THREADS) s_group[g] = 1;
@@ -4143,9 +4154,11 @@ constexpr int LEAF = 64;
 __global__ void invert_leaf_kernel(double *V, int n, size_t columns, int *failed) {
     __shared__ double v[LEAF][LEAF + 1]; // V above the diagonal; later its inverse^T below
     __shared__ double root[LEAF];        // V's diagonal
+    // 1. A
     for (int at = threadIdx.x; at < n * n; at += THREADS)
         v[at / n][at % n] = V[at / n * columns + at % n];
     const int t = threadIdx.x;
+    // 2. V, from the last column: divide by the pivot, subtract from the rest
     for (int i = n - 1; i >= 0; i--) {
         __syncthreads();
         double pivot = v[i][i];
@@ -4159,7 +4172,8 @@ __global__ void invert_leaf_kernel(double *V, int n, size_t columns, int *failed
         }
     }
     __syncthreads();
-    // U_ij = -(sum_(i<k<=j) V_ik U_kj) / V_ii; thread j has column j, in its row of v.
+    // 3. U_ij = -(sum_(i<k<=j) V_ik U_kj) / V_ii; thread j has column j, in row j of v
+
     const double last = t < n ? 1 / root[t] : 0;
     for (int i = n - 2; i >= 0; i--) {
         if (t <= i || t >= n) continue;
@@ -4168,6 +4182,7 @@ __global__ void invert_leaf_kernel(double *V, int n, size_t columns, int *failed
         v[t][i] = -sum / root[i];
     }
     __syncthreads();
+    // 4. back to where A was
     for (int at = t; at < n * n; at += THREADS) {
         int i = at / n, j = at % n;
         if (i <= j) V[i * columns + j] = i == j ? 1 / root[i] : v[j][i];
@@ -4175,25 +4190,28 @@ __global__ void invert_leaf_kernel(double *V, int n, size_t columns, int *failed
 }
 
 /* Replaces A [n][n], symmetric, its part below the diagonal zero, by U, upper triangular, with
- * A^-1 = U^T U: U = V^-1, A = V V^T, by halves, from the lower right; half_matrix [n/2][n/2]:
+ * A^-1 = U^T U: U = V^-1, A = V V^T, by halves, from the lower right; half [n/2][n/2]:
  *
  *     V22 V22^T = A22,  V12 = A12 U22^T,  V11 V11^T = A11 - V12 V12^T,  U12 = -U11 V12 U22    */
-static void invert_matrix(Machine *m, double *A, int n, int columns, double *half_matrix) {
+static void invert_matrix(Machine *m, double *A, int n, int columns, double *half) {
     if (n <= LEAF) {
         for_blocks(m, 1, 0, invert_leaf_kernel, A, n, columns, m->flag);
         return;
     }
     const int n1 = ceil_div(n / 2, LEAF) * LEAF, n2 = n - n1;
-    double *A12 = A + n1, *A22 = A12 + (size_t)n1 * columns, *half = half_matrix;
+    double *A12 = A + n1, *A22 = A12 + (size_t)n1 * columns;
+    // 1. U22, V12
     invert_matrix(m, A22, n2, columns, half);
     product(m, n1, n2, n2, 1.0, {A12, columns}, {A22, columns, true}, 0.0, half, n2);
     cuda_check(cudaMemcpy2DAsync(A12, columns * sizeof *A, half, n2 * sizeof *A, n2 * sizeof *A, n1,
                                  cudaMemcpyDeviceToDevice, m->stream),
                "copy");
+    // 2. A11 - V12 V12^T, U11
     const double one = 1, minus = -1; // the upper part of a row-major matrix is cuBLAS's lower
     cublas_check(CUBLAS(cublasDsyrk_v2)(m->cublas, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_T, n1, n2,
                                         &minus, A12, columns, &one, A, columns));
     invert_matrix(m, A, n1, columns, half);
+    // 3. U12
     product(m, n1, n2, n2, 1.0, {A12, columns}, {A22, columns}, 0.0, half, n2);
     product(m, n1, n2, n1, -1.0, {A, columns}, {half, n2}, 0.0, A12, columns);
 }
@@ -4232,8 +4250,8 @@ __global__ void target_kernel(const float *w, const double *p, const int *order,
 
 /* Columns first .. first + 127 of w [N][K], in the order of U: each is rounded and its error spread
  * over those behind it in the block. The codes go to their own columns; e [N][128] are the errors,
- * by which the other columns are corrected afterwards. A warp has four rows, which do not depend on
- * each other; a lane the columns lane + 32 c. Twin: gptq_columns(). */
+ * by which the columns behind the block are corrected afterwards. A warp has four rows, which do
+ * not depend on each other; a lane the columns lane + 32 c. Twin: gptq_columns(). */
 __global__ void __launch_bounds__(THREADS)
     gptq_kernel(const double *w, const double *U, const int *order, int N, int K, int first,
                 const float *s_channel, const uint8_t *s_group, int8_t *codes, double *e) {
@@ -4244,6 +4262,7 @@ __global__ void __launch_bounds__(THREADS)
     double value[GPTQ_ROWS][EACH];
     float scale[GPTQ_ROWS][EACH];
     int to[EACH];
+    // 1. the lane's weights and their scales
 #pragma unroll
     for (int c = 0; c < EACH; c++) {
         int j = lane + 32 * c;
@@ -4260,6 +4279,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int c = 0; c < EACH; c++) {
         for (int i = 0; i < 32; i++) {
             if (c * 32 + i >= columns) break;
+            // 2. row c * 32 + i of U, in the block
             const double *row = U + (size_t)(first + c * 32 + i) * K + first;
             double u[EACH];
 #pragma unroll
@@ -4267,21 +4287,25 @@ __global__ void __launch_bounds__(THREADS)
             const double u_ii = __shfl_sync(~0u, u[c], i);
 #pragma unroll
             for (int r = 0; r < GPTQ_ROWS; r++) {
+                // 3. round the column, of which lane i has the weight
                 double w_i = __shfl_sync(~0u, value[r][c], i);
                 float s = __shfl_sync(~0u, scale[r][c], i);
                 float code = nearest_code(w_i, s, low);
                 double error = (w_i - (double)code * s) / u_ii;
+
+                // 4. the columns behind it make up for the error
 #pragma unroll
                 for (int d = c; d < EACH; d++) {
                     if (lane + 32 * d > c * 32 + i) value[r][d] -= error * u[d];
                 }
-                if (lane == i) { // its weight is done with: its place keeps the error
+                if (lane == i) { // the weight is rounded: its register keeps the error
                     value[r][c] = error;
                     if (row0 + r < N) codes[(size_t)(row0 + r) * K + to[c]] = code;
                 }
             }
         }
     }
+    // 5. the errors, for the columns behind the block
 #pragma unroll
     for (int c = 0; c < EACH; c++) {
         for (int r = 0; r < GPTQ_ROWS; r++) {
@@ -5057,33 +5081,32 @@ static void stop(Machine *m) {
 }
 
 const Operations *gpu_operations(void) {
-    static Operations o;
-    o.memory = "GPU memory";
-    o.sum_bytes = sizeof(float);
-    o.chunk_tokens = 8192;
-    o.free_bytes = free_bytes;
-    o.start_bytes = start_bytes;
-    o.start = start;
-    o.stop = stop;
-    o.array = array;
-    o.copy = copy;
-    o.zero = zero;
-    o.read = read_weights;
-    o.rotate = rotate;
-    o.scale = scale;
-    o.norm = norm;
-    o.inside = inside;
-    o.add_linear = add_linear;
-    o.subtract = subtract;
-    o.observe = observe;
-    o.smoothed_distance = smoothed_distance;
-    o.add_moments = add_moments;
-    o.complete = complete;
-    o.invert = invert;
-    o.round_to_nearest = round_to_nearest;
-    o.correct = correct;
-    o.gptq = gptq;
-    o.relative_error = relative_error;
-    o.arrange = arrange;
+    static const Operations o = {.memory = "GPU memory",
+                                 .sum_bytes = sizeof(float),
+                                 .chunk_tokens = 8192,
+                                 .free_bytes = free_bytes,
+                                 .start_bytes = start_bytes,
+                                 .start = start,
+                                 .stop = stop,
+                                 .array = array,
+                                 .copy = copy,
+                                 .zero = zero,
+                                 .read = read_weights,
+                                 .rotate = rotate,
+                                 .scale = scale,
+                                 .norm = norm,
+                                 .inside = inside,
+                                 .add_linear = add_linear,
+                                 .subtract = subtract,
+                                 .observe = observe,
+                                 .smoothed_distance = smoothed_distance,
+                                 .add_moments = add_moments,
+                                 .complete = complete,
+                                 .invert = invert,
+                                 .round_to_nearest = round_to_nearest,
+                                 .correct = correct,
+                                 .gptq = gptq,
+                                 .relative_error = relative_error,
+                                 .arrange = arrange};
     return &o;
 }

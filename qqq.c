@@ -788,7 +788,7 @@ void linear(const Linear *w, const float *x, int T, float *y) {
  *
  *   steps 1 and 2    W and F become easier to round: rotation, smoothing
  *   step  3          the range in which each row of W is rounded
- *   step  4          GPTQ: the rounding of W' to Q makes  |X W'^T - X Q^T|  small
+ *   step  4          GPTQ rounds W' to Q so that  |X W'^T - X Q^T|  is small
  *   step  5          W' = W + 1/2 M H^-1,   H = X^T X,   M = (D + (F - X) W^T)^T X
  *
  * Two models run side by side over the calibration windows, a layer at a time: the float model, and
@@ -842,17 +842,20 @@ void quantize_layer(Quantizer *q, const Layer *layer, int l, Layer *out, Smoothi
                     Errors *errors) {
     const Config *c = &q->config;
     Layer *f = &q->float_layer;
+    // The float layer, in a form that is easier to round.
     load_layer(q, layer, l);
     if (q->method.signs) rotate_layer(q->o, q->m, c, q->signs, f); // step 1
     if (q->method.smooth) smooth(q, l, found);                     // step 2
 
+    // Norms stay float; steps 1 and 2 may have changed them.
     *out = (Layer){.attention_norm = allocate(2 * (size_t)c->dim, sizeof(float))};
     out->ffn_norm = out->attention_norm + c->dim;
     q->o->copy(q->m, out->attention_norm, f->attention_norm, c->dim * sizeof(float));
     q->o->copy(q->m, out->ffn_norm, f->ffn_norm, c->dim * sizeof(float));
 
-    quantize_half(q, l, false, out, errors); // steps 3 to 5 for q, k, v, then o
-    quantize_half(q, l, true, out, errors);  // for gate, up, then down
+    // Steps 3 to 5 for q, k, v, then o; for gate, up, then down.
+    quantize_half(q, l, false, out, errors);
+    quantize_half(q, l, true, out, errors);
 }
 
 /* ---- the windows, chunk by chunk ---- */
@@ -903,12 +906,14 @@ static void digest_hessian(Quantizer *q, int l, int linear) {
     const int K = q->float_layer.linears[linear].K;
     double *diagonal = allocate(K, sizeof *diagonal), mean = 0;
     float *importance = allocate(K, sizeof *importance);
+    // 1. the mean square of each input, over all windows
     q->o->complete(q->m, K, q->H, diagonal);
     for (int k = 0; k < K; k++) mean += diagonal[k] / K;
     if (!(mean < INFINITY))
         die("layer %d: the input of %s holds NaN or infinity", l, linear_names[linear]);
-    for (int k = 0; k < K; k++) // dead columns get the mean
-        importance[k] = diagonal[k] > 0 ? diagonal[k] : mean > 0 ? mean : 1;
+    // 2. importance; dead columns get the mean
+    for (int k = 0; k < K; k++) importance[k] = diagonal[k] > 0 ? diagonal[k] : mean > 0 ? mean : 1;
+    // 3. the inverse, which makes importance that of GPTQ
     q->inverse.K = K;
     if (q->method.gptq)
         invert_hessian(q->o, q->m, q->H, diagonal, q->method.act_order, &q->inverse, importance);
@@ -969,8 +974,10 @@ static void collect_inside(Quantizer *q, int l, bool ffn) {
     const int dim = q->config.dim;
     const float *norm = ffn ? q->float_layer.ffn_norm : q->float_layer.attention_norm;
     const size_t bytes = (size_t)dim * dim * o->sum_bytes;
+    // 1. H = C = 0
     o->zero(q->m, q->H, bytes);
     if (q->method.gptq) o->zero(q->m, q->C, bytes);
+    // 2. H += X^T X, C += (F - X)^T X
     for (Chunk c = {0}; next_chunk_of(q, q->n, &c);) {
         show(q, l, ffn ? 4 : 0);
         o->norm(q->m, chunk_of(q, q->x_float, c), norm, c.T, false, q->f);
@@ -1003,7 +1010,7 @@ static void collect_outside(Quantizer *q, int l, bool ffn) {
         // 2. the float model goes on
         o->add_linear(q->m, outside, q->f, c.T, x_float);
         put_back(q, q->x_float, c, x_float);
-        const Sampling none = {.length = c.T + 1, .stride = 1}; // from 1 on no first token follows
+        const Sampling none = {.length = c.T + 1, .stride = 1}; // no first token from 1 on
         o->observe(q->m, x_float, c.T, dim, 1, none, q->max, NULL);
         if (!q->calibrate) continue;
 
@@ -1017,7 +1024,7 @@ static void collect_outside(Quantizer *q, int l, bool ffn) {
     }
 }
 
-/* q->max is of the float model's stream behind this linear. */
+/* Of the float model's stream behind this linear, by q->max. */
 static void require_finite_stream(const Quantizer *q, int l, int linear) {
     int dim = q->config.dim;
     float max[dim];
@@ -1057,8 +1064,8 @@ static void quantize_half(Quantizer *q, int l, bool ffn, Layer *out, Errors *err
 
 struct Machine {
     Workload work;
-    State *state; // buffers of one window
-    void *arrays[64];
+    State *state;     // buffers of one window
+    void *arrays[64]; // [n_arrays], some 40
     int n_arrays;
 };
 
@@ -1085,12 +1092,14 @@ static void run_inside(Machine *m, const Layer *layer, bool ffn, const float *x,
     const size_t dim = c->dim, K = ffn ? layer->down.K : layer->o.K;
     const float *norm = ffn ? layer->ffn_norm : layer->attention_norm;
     State *s = m->state;
+    // 1. each window by itself: tokens do not see other windows
     for (size_t t = 0; t < (size_t)T; t += length) {
         rmsnorm(x + t * dim, norm, length, dim, c->norm_eps, s->xb);
         if (ffn) ffn_block(c, layer, s, length);
         else attention_block(c, layer, s, 0, length, 0);
         memcpy(y + t * K, ffn ? s->gate : s->att, length * K * sizeof *y);
     }
+    // 2. what a W4A8 o or down makes of it
     if (layer->q.dtype == U8) round_activations(y, T, K);
 }
 
@@ -1278,11 +1287,13 @@ void smoothing_scales(const float *max, int K, float t, float *s) {
 void smooth_layer(const Operations *o, Machine *m, float *const s[N_SMOOTHED], Layer *l) {
     const float *qkv = s[SMOOTH_QKV], *gate_up = s[SMOOTH_GATE_UP], *down = s[SMOOTH_DOWN];
     int dim = l->q.K, hidden_dim = l->down.K;
+    // q, k, v
     o->scale(m, dim, 1, NULL, qkv, l->attention_norm);
     for (int i = 0; i < 3; i++) o->scale(m, l->linears[i].N, dim, qkv, NULL, l->linears[i].w);
+    // gate, up and down: down's input is silu(gate) up
     o->scale(m, dim, 1, NULL, gate_up, l->ffn_norm);
     o->scale(m, hidden_dim, dim, gate_up, NULL, l->gate.w);
-    o->scale(m, hidden_dim, dim, gate_up, down, l->up.w); // down's input is silu(gate) up
+    o->scale(m, hidden_dim, dim, gate_up, down, l->up.w);
     o->scale(m, dim, hidden_dim, down, NULL, l->down.w);
 }
 
@@ -1328,8 +1339,8 @@ static Sampling sample_of(int n_windows, int length) {
     return (Sampling){length, stride, tokens > 0 ? tokens / stride : 0};
 }
 
-/* Sets max [3][K], one input behind the other, and the samples, from the float model's inputs of
- * q, k, v, of gate and up, and of down in the first windows. */
+/* Runs the first windows through the float layer. Sets the maxima, max[i] [K], and the samples of
+ * the inputs of q, k, v, of gate and up, and of down. */
 static void observe_inputs(Quantizer *q, int l, float *max[N_SMOOTHED]) {
     const Operations *o = q->o;
     const Layer *f = &q->float_layer;
@@ -1340,14 +1351,17 @@ static void observe_inputs(Quantizer *q, int l, float *max[N_SMOOTHED]) {
         show(q, l, 0);
         float *x = q->d; // a copy: the stream stays before this layer
         o->copy(q->m, x, chunk_of(q, q->x_float, c), stream_bytes(q, c));
+
         // 1. q, k, v
         o->norm(q->m, x, f->attention_norm, c.T, false, q->f);
         o->observe(q->m, q->f, c.T, dim, c.first, sample, max[0], q->sample[0]);
+
         // 2. gate and up, after attention
         o->inside(q->m, f, false, x, c.T, q->f);
         o->add_linear(q->m, &f->o, q->f, c.T, x);
         o->norm(q->m, x, f->ffn_norm, c.T, false, q->f);
         o->observe(q->m, q->f, c.T, dim, c.first, sample, max[1], q->sample[1]);
+
         // 3. down
         o->inside(q->m, f, true, x, c.T, q->f);
         o->observe(q->m, q->f, c.T, hidden, c.first, sample, max[2], q->sample[2]);
@@ -1384,12 +1398,15 @@ static void observe(Machine *m, const float *x, int T, int K, int first, Samplin
                     float *max, float *rows) {
     (void)m;
     for (int t = 0; t < T; t++, x += K) {
-        int token = first + t, i = token - token / sample.length - 1; // without first tokens
+        // 1. i counts tokens without the first ones of windows
+        int token = first + t, i = token - token / sample.length - 1;
         if (token % sample.length == 0) continue;
+        // 2. maxima
         for (int k = 0; k < K; k++) {
             float magnitude = fabsf(x[k]); // NaN stays in the maximum
             if (max[k] < magnitude || isnan(magnitude)) max[k] = magnitude;
         }
+        // 3. one of every `stride` tokens
         if (i % sample.stride == 0 && i / sample.stride < sample.n)
             memcpy(rows + (size_t)(i / sample.stride) * K, x, K * sizeof *x);
     }
@@ -1535,11 +1552,12 @@ static void round_to_nearest(Machine *m, const float *w, const float *importance
  *   H^-1 = U^T U, U upper triangular;   for column i:  e = (w_i - q_i) / U_ii,
  *   w_j <- w_j - e U_ij for j > i
  *
- * A row of W whose weights are off by E adds E H E^T to the squared error of the output. So after
- * each rounding the columns that are still free move to where they make up for it best. Row i of U,
- * over U_ii, says by how much: it is row i of the inverse of H without the columns before i.
- * Columns of large inputs come first, while many others are free. GPTQ, arXiv 2210.17323, where H
- * is 2 X X^T; no factor changes the result. ---- */
+ * If the weights of a row are off by d, the output is off by X d^T, squared and summed d H d^T.
+ * Rounding column i fixes d_i. The columns behind it are free to make up for that: d H d^T is least
+ * if they move by d_j = d_i B_ij / B_ii, B the inverse of H without the columns before i. Nobody
+ * has to invert that many matrices: B_ij / B_ii = U_ij / U_ii for all i at once. Columns of large
+ * inputs are rounded first, while many others are free (act-order). Damping keeps H invertible if
+ * tokens are few. GPTQ, arXiv 2210.17323, where H is 2 X X^T; no factor changes the result. ---- */
 
 /* Indices of diagonal [n] by falling value, equal ones from left to right; or all from left to
  * right. */
@@ -1571,9 +1589,11 @@ void invert_hessian(const Operations *o, Machine *m, const Sums *H, const double
     const int K = inverse->K;
     int *order = allocate(K, sizeof *order);
     double mean = 0, *u = allocate(K, sizeof *u);
+    // 1. the order of the columns
     for (int k = 0; k < K; k++) mean += diagonal[k] / K;
     column_order(diagonal, K, act_order, order);
     o->copy(m, inverse->order, order, K * sizeof *order);
+    // 2. U
     if (!o->invert(m, H, mean > 0 ? mean : 1, DAMPING * mean, inverse, u))
         die("a Hessian is not positive definite: are the activations finite?");
     if (importance) compensated_importance(order, u, K, importance);
@@ -1586,6 +1606,7 @@ static bool invert_damped(Machine *m, const Sums *sums, double dead, double damp
     (void)m;
     const double *H = (const double *)sums;
     const size_t K = inverse->K;
+    // 1. V = the damped H above its diagonal, columns in order
     double *V = allocate(K * K, sizeof *V);
     for (size_t i = 0; i < K; i++) {
         const double *row = H + inverse->order[i] * K;
@@ -1593,8 +1614,9 @@ static bool invert_damped(Machine *m, const Sums *sums, double dead, double damp
         if (V[i * (K + 1)] == 0) V[i * (K + 1)] = dead;
         V[i * (K + 1)] += damping;
     }
-    bool positive = factor(V, K);           // H = V V^T
-    if (positive) invert(V, K, inverse->U); // U = V^-1, so that H^-1 = U^T U
+    // 2. H = V V^T, so H^-1 = U^T U with U = V^-1
+    bool positive = factor(V, K);
+    if (positive) invert(V, K, inverse->U);
     for (size_t i = 0; i < K && positive; i++) diagonal[i] = inverse->U[i * (K + 1)];
     free(V);
     return positive;
@@ -1643,7 +1665,7 @@ static void gptq(Machine *m, const float *w, const Inverse *inverse, const float
             for (size_t i = 0; i < K; i++) lanes[i * SIDE + r] = row[inverse->order[i]];
         }
 
-        // 2. the columns, one after the other
+        // 2. the columns, one by one
         gptq_columns(lanes, inverse, l, n0, rows, codes);
         for (int r = 0; r < rows; r++) pack_row(codes + r * K, K, codes_of(l, n0 + r));
         free(lanes);
@@ -1654,13 +1676,16 @@ static void gptq(Machine *m, const float *w, const Inverse *inverse, const float
 static double relative_error(Machine *m, const float *w, const Linear *l, const Sums *H) {
     (void)m;
     const size_t N = l->N, K = l->K;
-    float *h = allocate(K * K, sizeof *h); // symmetric: x H = x H^T
+    // 1. H in float32; it is symmetric, so x H = x H^T is a linear
+    float *h = allocate(K * K, sizeof *h);
     float *e = allocate(N * K, sizeof *e), *product = allocate(N * K, sizeof *product);
     for (size_t i = 0; i < K * K; i++) h[i] = ((const double *)H)[i];
+
+    // 2. E
     for (size_t n = 0; n < N; n++) dequantize_row(l, n, e + n * K);
     for (size_t i = 0; i < N * K; i++) e[i] -= w[i];
 
-    // tr(A H A^T) is the sum over all elements of A times A H; for E, and for W
+    // 3. tr(A H A^T) is the sum over all elements of A times A H; for E, and for W
     double squares[2] = {0};
     for (int i = 0; i < 2; i++) {
         const float *a = i ? w : e;
@@ -1730,6 +1755,7 @@ static void *array(Quantizer *q, size_t count, size_t size) {
 static void layer_arrays(Quantizer *q) {
     Layer *f = &q->float_layer, *quantized = &q->quantized;
     size_t total = 0, rows = 0;
+    // 1. float weights, and the norms of both
     for (int k = 0; k < N_LINEARS; k++) {
         Linear w = {.dtype = F32};
         linear_shape(&q->config, k, &w.N, &w.K);
@@ -1740,6 +1766,7 @@ static void layer_arrays(Quantizer *q) {
     }
     f->attention_norm = quantized->attention_norm = array(q, q->config.dim, sizeof(float));
     f->ffn_norm = quantized->ffn_norm = array(q, q->config.dim, sizeof(float));
+    // 2. W4A8
     uint8_t *codes = array(q, total / 2, 1), *s_group = NULL;
     float *s_channel = array(q, rows, sizeof *s_channel);
     if (q->method.group_size > 0) s_group = array(q, total / GROUP, 1);
@@ -1759,6 +1786,8 @@ static void make_arrays(Quantizer *q, const Workload *work) {
     const size_t stream = (size_t)q->n * q->length * dim;
     const bool gptq = q->calibrate && q->method.gptq;
     size_t K = 0, N = 0, weights = 0; // the largest of all linears
+
+    // 1. what the machine needs for itself; a layer
     q->bytes = q->o->start_bytes ? q->o->start_bytes(work) : 0;
     layer_arrays(q);
     for (int k = 0; k < N_LINEARS; k++) {
@@ -1768,7 +1797,7 @@ static void make_arrays(Quantizer *q, const Workload *work) {
         weights = n * inputs > weights ? n * inputs : weights;
     }
 
-    // 1. the residual streams, or what is staged of those on the host
+    // 2. the residual streams, or what is staged of those on the host
     float **streams[] = {&q->x_float, &q->x_quant};
     for (int i = 0; i < 2; i++) {
         if (q->outside) q->staged[i] = array(q, T * dim, sizeof(float));
@@ -1776,7 +1805,7 @@ static void make_arrays(Quantizer *q, const Workload *work) {
         else if (!q->planning) *streams[i] = q->o->array(q->m, stream * sizeof(float), true);
     }
 
-    // 2. one linear; a chunk
+    // 3. one linear; a chunk
     q->codes = (Linear){.dtype = U8, .qweight = array(q, weights / 2, 1)};
     q->codes.s_channel = array(q, N, sizeof(float));
     if (q->method.group_size > 0) q->codes.s_group = array(q, weights / GROUP, 1);
@@ -1785,7 +1814,7 @@ static void make_arrays(Quantizer *q, const Workload *work) {
     q->x = array(q, T * K, sizeof(float));
     q->d = array(q, T * dim, sizeof(float));
 
-    // 3. moments
+    // 4. moments
     q->H = array(q, q->calibrate ? K * K : 0, q->o->sum_bytes);
     q->C = array(q, gptq ? dim * dim : 0, q->o->sum_bytes);
     q->M = array(q, gptq ? dim * K : 0, q->o->sum_bytes);
@@ -1793,7 +1822,7 @@ static void make_arrays(Quantizer *q, const Workload *work) {
     q->inverse.order = array(q, K, sizeof(int));
     q->importance = array(q, K, sizeof(float));
 
-    // 4. rotation and smoothing
+    // 5. rotation and smoothing
     const size_t qkv = f->q.N + f->k.N + f->v.N, searched = work->searched;
     q->signs = array(q, dim, 1);
     q->max = array(q, 2 * dim + hidden, sizeof(float));
@@ -1814,7 +1843,8 @@ static Workload plan(Quantizer *q, size_t limit) {
     Workload work = {q->config, q->method.group_size, q->length, 0, 0};
     if (q->method.smooth) work.searched = sample_of(q->n, q->length).n;
     if (!limited) limit = available;
-    q->chunk = q->length > o->chunk_tokens ? 1 : smaller(q->n, o->chunk_tokens / q->length);
+    // Count, and make do with less until it fits.
+    q->chunk = smaller(q->n, q->length < o->chunk_tokens ? o->chunk_tokens / q->length : 1);
     for (q->planning = true; q->planning;) {
         work.T = q->chunk * q->length;
         make_arrays(q, &work);
