@@ -1,6 +1,6 @@
 /* Plumbing: what a first reader of QQQ may skip. From top to bottom:
  *
- *   1  errors, options, progress
+ *   1  errors, options, progress, files that are written
  *   2  JSON
  *   3  model files: safetensors, Hugging Face directories, model.bin
  *   4  the model in a file: config.json, weights; texts as tokens
@@ -13,13 +13,13 @@
 #define JSMN_STRICT
 #define JSMN_PARENT_LINKS // without them jsmn needs quadratic time for long arrays
 #include <jsmn.h>
+#include <utf8proc.h>
 
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -31,30 +31,7 @@
 
 #include "files.h"
 
-/* ---- 1 errors, options, progress ---- */
-
-// What is being written, to be removed if the program ends early: a file; or a directory and,
-// behind it, the files in it.
-static char *temporaries[1024];
-static volatile int n_temporaries;
-
-/* Removes them, the newest first. Signal handlers call it: nothing here may allocate or lock. */
-static void remove_temporaries(void) {
-    while (n_temporaries) {
-        const char *path = temporaries[--n_temporaries];
-        if (unlink(path)) rmdir(path);
-    }
-}
-
-void end_by(int signal_number) {
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, signal_number);
-    signal(signal_number, SIG_DFL);
-    sigprocmask(SIG_UNBLOCK, &set, NULL);
-    raise(signal_number);
-    _exit(128 + signal_number);
-}
+/* ---- 1 errors, options, progress, files that are written ---- */
 
 /* A name from a file may hold anything; it stays on its line. */
 static void make_printable(char *text) {
@@ -62,12 +39,14 @@ static void make_printable(char *text) {
         if ((unsigned char)*text < ' ' || *text == 0x7f) *text = '?';
 }
 
+static void remove_unfinished(void);
+
 static void end_with(int status, const char *format, va_list args) {
     static char text[8192]; // there may be no memory to allocate
     vsnprintf(text, sizeof text, format, args);
     make_printable(text);
     fprintf(stderr, "error: %s\n", text);
-    remove_temporaries();
+    remove_unfinished();
     fflush(NULL);
     _exit(status); // what is still allocated goes with the process
 }
@@ -109,16 +88,6 @@ void open_standard_streams(void) {
     }
     if (fd < 0) die("/dev/null: %s", strerror(errno));
     close(fd);
-}
-
-/* GOMP reads these variables before main(), so the program starts once more; where it cannot, it is
- * only slower. */
-void spin_briefly(char **argv) {
-    char program[4096];
-    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
-    if (n < 0 || getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
-    program[n] = 0;
-    if (setenv("GOMP_SPINCOUNT", "1000", 1) == 0) execv(program, argv);
 }
 
 void flush_output(void) {
@@ -170,26 +139,11 @@ bool parse_choice(char flag, const char *value, const char *first, const char *s
     return is_second;
 }
 
-static pthread_mutex_t progress_lock = PTHREAD_MUTEX_INITIALIZER;
-static char progress_line[200]; // the newest in a pipe; empty: nothing is at work
-
-static void *repeat_progress(void *unused) {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_BLOCK, &all, NULL); // a signal stops the thread that writes the file
-    for (;;) {
-        sleep(5);
-        pthread_mutex_lock(&progress_lock);
-        fputs(progress_line, stderr);
-        pthread_mutex_unlock(&progress_lock);
-    }
-    return unused;
-}
-
 void show_progress(const char *what, int done, int total, double seconds_left) {
-    static pthread_t repeating;
+    static double said; // when the newest line was; 0: nothing is at work
     char left[64] = "";
     if (seconds_left >= 0) snprintf(left, sizeof left, ", %.0f s left", seconds_left);
+    // 1. On a terminal: a bar, drawn over the one before.
     if (isatty(STDERR_FILENO)) {
         int width = 40 * done / total;
         fprintf(stderr, "\r[%.*s%*s] %d of %d %s%s\033[K%s", width,
@@ -197,18 +151,138 @@ void show_progress(const char *what, int done, int total, double seconds_left) {
                 done == total ? "\n" : "");
         return;
     }
-    pthread_mutex_lock(&progress_lock);
-    bool first = !*progress_line;
-    snprintf(progress_line, sizeof progress_line, "%d of %d %s%s\n", done, total, what, left);
-    if (first || done == total) fputs(progress_line, stderr);
-    if (done == total) *progress_line = 0;
-    if (!repeating)
-        pthread_create(&repeating, NULL, repeat_progress, NULL); // or it is said less often
-    pthread_mutex_unlock(&progress_lock);
+    // 2. In a pipe: the first line, the last, and between them one every 5 s.
+    bool first = !said, last = done == total;
+    if (!first && !last && seconds() - said < 5) return;
+    fprintf(stderr, "%d of %d %s%s\n", done, total, what, left);
+    said = last ? 0 : seconds();
 }
 
 void show_windows(int done, int total) {
     show_progress("windows", done, total, -1);
+}
+
+/* What is being written. Its files have no name (O_TMPFILE) until they are complete, so that
+ * whatever ends the program leaves nothing. Where the file system or the lack of /proc forbids
+ * that, they have their temporary names from the start, and die() removes them. */
+struct Output {
+    char *path;      // where it will appear
+    char *temporary; // beside it: the name just before
+    bool directory;
+    bool named; // the files have names, under `temporary`
+    int n;
+    struct {
+        int fd;
+        char *name; // under which it is complete: `temporary`, or of a directory a file in it
+    } * files;      // [n]
+};
+
+static Output *unfinished;
+
+static void remove_unfinished(void) {
+    if (!unfinished || !unfinished->named) return;
+    for (int i = 0; i < unfinished->n; i++) unlink(unfinished->files[i].name);
+    if (unfinished->directory) rmdir(unfinished->temporary);
+}
+
+static void die_unwritten(const Output *o) {
+    die("%s: cannot be written: %s", o->path, strerror(errno));
+}
+
+/* The path that is made or replaced: a link is followed, and its target must be there. Refused are
+ * what is no regular file, or no directory, and a file that stdout or stderr goes to. */
+static char *target_of(const char *path, bool directory) {
+    struct stat st, own;
+    bool there = !stat(path, &st);
+    if (there && !(directory ? S_ISDIR(st.st_mode) : S_ISREG(st.st_mode)))
+        die("%s: cannot be written: not a %s", path, directory ? "directory" : "regular file");
+    for (int fd = STDOUT_FILENO; there && fd <= STDERR_FILENO; fd++)
+        if (!fstat(fd, &own) && own.st_dev == st.st_dev && own.st_ino == st.st_ino)
+            die("%s: cannot be written: stdout or stderr goes there", path);
+    if (lstat(path, &st) || S_ISREG(st.st_mode)) return format_text("%s", path);
+    char *target = realpath(path, NULL); // also of "name/.", beside which nothing can be made
+    if (!target) die("%s: cannot be written: a link to no file", path);
+    return target;
+}
+
+/* A file without a name in the directory that `path` is in, or -1. */
+static int open_nameless(const char *path) {
+    const char *slash = strrchr(path, '/');
+    int bytes = slash ? slash - path + 1 : 0;
+    char *directory = format_text("%.*s.", bytes, path); // "." is the current one
+    bool can = !access("/proc/self/fd", X_OK);           // where name_file() finds it
+    int fd = can ? open(directory, O_TMPFILE | O_WRONLY | O_CLOEXEC, 0666) : -1;
+    free(directory);
+    return fd;
+}
+
+Output *output_open(const char *path, bool directory) {
+    signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
+    Output *o = allocate(1, sizeof *o);
+    *o = (Output){.path = target_of(path, directory), .directory = directory};
+    struct stat st; // a name that no other process has left
+    for (int id = getpid(); !o->temporary || !lstat(o->temporary, &st); id++) {
+        free(o->temporary);
+        o->temporary = format_text("%s.%d.tmp", o->path, id);
+    }
+    int fd = open_nameless(o->path);
+    o->named = fd < 0;
+    if (fd >= 0) close(fd);
+    if (directory && o->named && mkdir(o->temporary, 0777)) die_unwritten(o);
+    unfinished = o;
+    if (!directory) output_add(o, NULL);
+    return o;
+}
+
+int output_add(Output *o, const char *name) {
+    o->files = realloc(o->files, (o->n + 1) * sizeof *o->files);
+    if (!o->files) die("out of memory");
+    char *full = format_text(name ? "%s/%s" : "%s", o->temporary, name);
+    int fd = o->named ? open(full, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)
+                      : open_nameless(o->path);
+    if (fd < 0) die_unwritten(o);
+    o->files[o->n].fd = fd;
+    o->files[o->n].name = full;
+    return o->n++;
+}
+
+void output_write(const Output *o, int file, const void *data, size_t bytes, size_t offset) {
+    for (size_t done = 0; done < bytes;) {
+        int fd = o->files[file].fd;
+        ssize_t n = pwrite(fd, (const char *)data + done, bytes - done, offset + done);
+        if (n == 0) errno = ENOSPC;
+        if (n <= 0) die_unwritten(o);
+        done += n;
+    }
+}
+
+/* Gives a file without a name its name. */
+static bool name_file(int fd, const char *name) {
+    char nameless[32];
+    snprintf(nameless, sizeof nameless, "/proc/self/fd/%d", fd);
+    return !linkat(AT_FDCWD, nameless, AT_FDCWD, name, AT_SYMLINK_FOLLOW);
+}
+
+void output_close(Output *o) {
+    // 1. All bytes reach the disk.
+    for (int i = 0; i < o->n; i++)
+        if (fsync(o->files[i].fd)) die_unwritten(o);
+    // 2. What has no name gets the temporary one.
+    bool nameless = !o->named;
+    if (nameless && o->directory && mkdir(o->temporary, 0777)) die_unwritten(o);
+    o->named = true; // from here on die() removes it
+    for (int i = 0; i < o->n; i++) {
+        if (nameless && !name_file(o->files[i].fd, o->files[i].name)) die_unwritten(o);
+        if (close(o->files[i].fd)) die_unwritten(o);
+    }
+    // 3. In one step it replaces what was there before.
+    if (rename(o->temporary, o->path)) die_unwritten(o);
+    unfinished = NULL;
+    for (int i = 0; i < o->n; i++) free(o->files[i].name);
+    free(o->files);
+    free(o->temporary);
+    free(o->path);
+    free(o);
 }
 
 /* ---- 2 JSON ---- */
@@ -221,27 +295,29 @@ struct Json {
 
 enum { MAX_JSON = 100000000, MAX_DEPTH = 127 }; // the safetensors library's limits
 
-/* jsmn is lenient; what it splits is held to RFC 8259 first, as strictly as the safetensors library
- * does: strings are UTF-8 without half surrogate pairs, nesting is limited. */
+/* jsmn is lenient, so each text is checked before jsmn splits it: it must be JSON as RFC 8259 and
+ * the safetensors library define it. Strings are UTF-8 without half surrogate pairs. */
 typedef struct {
-    const char *at, *end; // `at` moves on to what is wrong
+    const char *at, *end; // `at` moves on, and stops where the text is wrong
 } Cursor;
 
+/* Passes over white space. Returns the byte after it, 0 at the end. */
 static char next_char(Cursor *c) {
     while (c->at < c->end && *c->at && strchr(" \t\n\r", *c->at)) c->at++;
     return c->at < c->end ? *c->at : 0;
 }
 
-/* The bytes of the UTF-8 character at s, 0 if it is none. */
+/* Passes over the word, if the text goes on with it. */
+static bool skip(Cursor *c, const char *word) {
+    size_t n = strlen(word);
+    if ((size_t)(c->end - c->at) < n || memcmp(c->at, word, n)) return false;
+    return c->at += n;
+}
+
+/* The bytes of the UTF-8 character at s, below 1 if there is none. */
 static int utf8_bytes(const char *s, const char *end) {
-    const unsigned char *u = (const unsigned char *)s;
-    int n = *u < 0x80 ? 1 : *u < 0xc2 ? 0 : *u < 0xe0 ? 2 : *u < 0xf0 ? 3 : *u < 0xf5 ? 4 : 0;
-    if (n > end - s) return 0;
-    for (int i = 1; i < n; i++)
-        if ((u[i] & 0xc0) != 0x80) return 0;
-    bool overlong = (*u == 0xe0 && u[1] < 0xa0) || (*u == 0xf0 && u[1] < 0x90);
-    bool surrogate = *u == 0xed && u[1] > 0x9f, too_large = *u == 0xf4 && u[1] > 0x8f;
-    return overlong || surrogate || too_large ? 0 : n;
+    utf8proc_int32_t code;
+    return utf8proc_iterate((const uint8_t *)s, end - s, &code);
 }
 
 /* The code unit of the escape \uXXXX at s, -1 if there is none. */
@@ -253,20 +329,24 @@ static int unicode_escape(const char *s, const char *end) {
     return hexadecimal ? (int)strtol(digits, NULL, 16) : -1;
 }
 
+/* The bytes of the escape at s: 2 of \n, 6 of \u0041, 12 of a surrogate pair; 0 if it is none. */
+static int escape_bytes(const char *s, const char *end) {
+    if (end - s > 1 && s[1] && strchr("\"\\/bfnrt", s[1])) return 2;
+    int unit = unicode_escape(s, end);
+    if (unit < 0xd800 || unit > 0xdfff) return unit < 0 ? 0 : 6;
+    int second = unicode_escape(s + 6, end);
+    return unit < 0xdc00 && second >= 0xdc00 && second <= 0xdfff ? 12 : 0;
+}
+
 static bool valid_string(Cursor *c) {
     if (next_char(c) != '"') return false;
     for (c->at++; c->at < c->end && *c->at != '"';) {
-        const char *s = c->at;
-        int bytes = utf8_bytes(s, c->end), unit = unicode_escape(s, c->end);
-        bool high = unit >= 0xd800 && unit < 0xdc00, low = unit >= 0xdc00 && unit < 0xe000;
-        int second = high ? unicode_escape(s + 6, c->end) : -1;
-        if (!bytes || (unsigned char)*s < ' ' || low) return false;
-        if (high && (second < 0xdc00 || second >= 0xe000)) return false;
-        if (*s == '\\' && unit < 0 && (c->end - s < 2 || !strchr("\"\\/bfnrt", s[1]) || !s[1]))
-            return false;
-        c->at += *s != '\\' ? bytes : unit < 0 ? 2 : high ? 12 : 6;
+        bool escape = *c->at == '\\', control = (unsigned char)*c->at < ' ';
+        int bytes = escape ? escape_bytes(c->at, c->end) : utf8_bytes(c->at, c->end);
+        if (bytes < 1 || control) return false;
+        c->at += bytes;
     }
-    return c->at < c->end && c->at++;
+    return skip(c, "\"");
 }
 
 static bool valid_digits(Cursor *c) {
@@ -276,25 +356,20 @@ static bool valid_digits(Cursor *c) {
 }
 
 static bool valid_number(Cursor *c) {
-    c->at += *c->at == '-';
+    skip(c, "-");
     const char *first = c->at;
     if (!valid_digits(c) || (*first == '0' && c->at - first > 1)) return false;
-    if (c->at < c->end && *c->at == '.' && (c->at++, !valid_digits(c))) return false;
-    if (c->at == c->end || (*c->at | 32) != 'e') return true;
-    c->at++;
-    c->at += c->at < c->end && (*c->at == '+' || *c->at == '-');
+    if (skip(c, ".") && !valid_digits(c)) return false;
+    if (!skip(c, "e") && !skip(c, "E")) return true;
+    if (!skip(c, "+")) skip(c, "-");
     return valid_digits(c);
 }
 
 static bool valid_value(Cursor *c, int depth) {
-    static const char *const literals[] = {"true", "false", "null"};
     char open = next_char(c), close = open == '{' ? '}' : ']';
     if (open == '"') return valid_string(c);
-    for (int i = 0; i < 3; i++) {
-        size_t n = strlen(literals[i]);
-        if ((size_t)(c->end - c->at) >= n && !memcmp(c->at, literals[i], n)) return c->at += n;
-    }
-    if (open != '{' && open != '[') return open && valid_number(c);
+    if (skip(c, "true") || skip(c, "false") || skip(c, "null")) return true;
+    if (open != '{' && open != '[') return valid_number(c);
     if (depth == MAX_DEPTH) return false;
     c->at++;
     if (next_char(c) == close) return c->at++;
@@ -348,17 +423,9 @@ void json_free(Json *j) {
 }
 
 char json_type(const Json *j, int node) {
-    if (node < 0) return 0;
-    switch (j->tokens[node].type) {
-    case JSMN_OBJECT:
-        return '{';
-    case JSMN_ARRAY:
-        return '[';
-    case JSMN_STRING:
-        return '"';
-    default:
-        return 'p';
-    }
+    static const char types[] = {
+        [JSMN_OBJECT] = '{', [JSMN_ARRAY] = '[', [JSMN_STRING] = '"', [JSMN_PRIMITIVE] = 'p'};
+    return node < 0 ? 0 : types[j->tokens[node].type];
 }
 
 int json_first(const Json *j, int node) {
@@ -412,15 +479,18 @@ char *json_string(const Json *j, int node, size_t *bytes) {
     if (!out) die("out of memory");
     while (s < end) {
         if (*s != '\\') {
+            // A byte that means itself.
             *o++ = *s++;
         } else if (s[1] != 'u') {
+            // A short escape.
             const char *from = "bfnrt", *to = "\b\f\n\r\t", *found = strchr(from, s[1]);
             *o++ = found ? to[found - from] : s[1];
             s += 2;
         } else {
+            // \uXXXX, or two that are one character: json_parse() has checked that.
             uint32_t c = unicode_escape(s, end);
             s += 6;
-            if (c >= 0xd800 && c < 0xdc00) { // a pair, as json_parse() has seen
+            if (c >= 0xd800 && c < 0xdc00) {
                 c = 0x10000 + ((c - 0xd800) << 10) + (unicode_escape(s, end) - 0xdc00);
                 s += 6;
             }
@@ -530,28 +600,6 @@ static char *read_file(const char *path, bool optional, size_t *bytes) {
 
 char *read_text(const char *path, size_t *bytes) {
     return read_file(path, false, bytes);
-}
-
-static Checkpoint *opened; // the newest; the others follow by `next`
-
-/* Reading a mapping where its file has no bytes any more, or where the disk fails, raises SIGBUS.
- * Nothing here may allocate or lock. */
-static void on_bus_error(int signal_number, siginfo_t *info, void *context) {
-    (void)context;
-    for (const Checkpoint *c = opened; c; c = c->next)
-        for (int i = 0; i < c->n_maps; i++) {
-            const Mapping *m = &c->maps[i];
-            if ((uintptr_t)info->si_addr - (uintptr_t)m->data >= m->bytes) continue;
-            static char line[4096 + 128] = "error: ";
-            strncat(line, m->path, 4096);
-            make_printable(line);
-            strcat(line, ": it was cut while it was in use, or the disk cannot read it\n");
-            remove_temporaries();
-            if (write(STDERR_FILENO, line, strlen(line)) < 0) _exit(1);
-            _exit(1);
-        }
-    remove_temporaries(); // not ours, or sent by kill
-    end_by(signal_number);
 }
 
 /* A whole number in [0, max] or -1. */
@@ -897,19 +945,12 @@ char *model_path(const char *path) {
 Checkpoint *checkpoint_open(const char *path) {
     Checkpoint *c = allocate(1, sizeof *c);
     c->path = model_path(path);
-    c->next = opened;
-    opened = c;
-    struct sigaction cut = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO};
-    sigaction(SIGBUS, &cut, NULL);
     if (is_directory(c->path)) open_directory(c);
     else open_model_bin(c);
     return c;
 }
 
 void checkpoint_close(Checkpoint *c) {
-    Checkpoint **link = &opened;
-    while (*link != c) link = &(*link)->next;
-    *link = c->next;
     for (int i = 0; i < c->n_tensors; i++) free(c->tensors[i].name);
     for (int i = 0; i < c->n_maps; i++) {
         munmap((void *)c->maps[i].data, c->maps[i].bytes);
@@ -1459,12 +1500,11 @@ static void open_qqq(Checkpoint *c) {
 /* ---- 6 the writer ---- */
 
 struct Writer {
-    char *path; // the target; what is being written are `temporaries`
-    int n_files, n;
-    int *fds; // [n_files]
+    Output *out;
+    int n;
     struct Slot {
         char *name;
-        int file;
+        int file;             // of `out`
         size_t offset, bytes; // in the file
         bool written;
     } * slots; // [n] sorted by name
@@ -1473,13 +1513,6 @@ struct Writer {
 
 static int by_slot_name(const void *a, const void *b) {
     return strcmp(((const struct Slot *)a)->name, ((const struct Slot *)b)->name);
-}
-
-static void on_signal(int signal_number) {
-    static const char line[] = "error: interrupted, nothing was written\n";
-    remove_temporaries();
-    if (write(STDERR_FILENO, line, sizeof line - 1) < 0) _exit(1);
-    end_by(signal_number);
 }
 
 char *json_without(const Json *j, const char *const *keys, int n, const char *more) {
@@ -1503,28 +1536,16 @@ char *json_without(const Json *j, const char *const *keys, int n, const char *mo
     return text;
 }
 
-/* Has `handler` called for each signal that would end the program, unless nohup or a script has set
- * it aside: all that can be caught but those which by default do nothing or stop. */
-static void catch_signals(void (*handler)(int)) {
-    static const int harmless[] = {SIGCHLD, SIGCONT,  SIGTSTP, SIGTTIN, SIGTTOU,
-                                   SIGURG,  SIGWINCH, SIGBUS,  SIGXFSZ};
-    for (int i = 1; i <= SIGRTMAX; i++) {
-        bool caught = i != SIGKILL && i != SIGSTOP && (i < 32 || i >= SIGRTMIN);
-        for (size_t k = 0; k < sizeof harmless / sizeof *harmless; k++) caught &= i != harmless[k];
-        if (caught && signal(i, handler) == SIG_IGN) signal(i, SIG_IGN);
-    }
-}
-
 void put_json_string(FILE *out, const char *text) {
     fputc('"', out);
     const char *end = text + strlen(text);
     for (const char *s = text; s < end;) {
         int bytes = utf8_bytes(s, end);
         if (*s == '"' || *s == '\\') fprintf(out, "\\%c", *s);
-        else if (!bytes) fputs("\\ufffd", out); // not UTF-8
+        else if (bytes < 1) fputs("\\ufffd", out); // not UTF-8
         else if ((unsigned char)*s < ' ') fprintf(out, "\\u%04x", *s);
         else fwrite(s, 1, bytes, out);
-        s += bytes ? bytes : 1;
+        s += bytes < 1 ? 1 : bytes;
     }
     fputc('"', out);
 }
@@ -1544,114 +1565,53 @@ static void put_tensor(FILE *out, const Tensor *t, size_t *offset) {
     *offset += t->bytes;
 }
 
-static void write_at(const Writer *w, int file, const void *data, size_t bytes, size_t offset) {
-    for (size_t done = 0; done < bytes;) {
-        ssize_t n = pwrite(w->fds[file], (const char *)data + done, bytes - done, offset + done);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) die("%s: cannot be written: %s", w->path, strerror(n ? errno : ENOSPC));
-        done += n;
-    }
-}
-
-/* Holds all signals back; returns the mask before. */
-static sigset_t block_signals(void) {
-    sigset_t all, before;
-    sigfillset(&all);
-    sigprocmask(SIG_SETMASK, &all, &before);
-    return before;
-}
-
-/* What is to be made or replaced: a link is followed, and its target must be there. */
-static char *target_of(const char *path, bool directory) {
-    struct stat st, own;
-    bool there = !stat(path, &st);
-    if (there && !(directory ? S_ISDIR(st.st_mode) : S_ISREG(st.st_mode)))
-        die("%s: cannot be written: not a %s", path, directory ? "directory" : "regular file");
-    for (int fd = STDOUT_FILENO; there && fd <= STDERR_FILENO; fd++)
-        if (!fstat(fd, &own) && own.st_dev == st.st_dev && own.st_ino == st.st_ino)
-            die("%s: cannot be written: stdout or stderr goes there", path);
-    if (lstat(path, &st) || S_ISREG(st.st_mode)) return format_text("%s", path);
-    char *target = realpath(path, NULL); // also of "name/.", beside which nothing can be made
-    if (!target) die("%s: cannot be written: a link to no file", path);
-    return target;
-}
-
-/* Creates a file, or the directory, that die() and signals will remove. Takes over `path`. */
-static void create(Writer *w, char *path, bool directory) {
-    if (n_temporaries == sizeof temporaries / sizeof *temporaries)
-        die("%s: more than %d files", w->path, n_temporaries);
-    sigset_t before = block_signals();
-    int flags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
-    int fd = directory ? mkdir(path, 0777) : open(path, flags, 0666), error = errno;
-    if (fd >= 0) temporaries[n_temporaries++] = path; // from now on a signal removes it
-    sigprocmask(SIG_SETMASK, &before, NULL);
-    if (fd < 0) die("%s: cannot be written: %s", w->path, strerror(error));
-    if (directory) return;
-    w->fds = realloc(w->fds, (w->n_files + 1) * sizeof *w->fds);
-    if (!w->fds) die("out of memory");
-    w->fds[w->n_files++] = fd;
-}
-
-static Writer *writer_new(const char *path, bool directory) {
-    static bool registered;
-    if (!registered) registered = !atexit(remove_temporaries); // libgomp exits without memory
-    signal(SIGXFSZ, SIG_IGN); // a file size limit then fails like a full disk
-    catch_signals(on_signal);
-    Writer *w = allocate(1, sizeof *w);
-    w->path = target_of(path, directory);
-    char *name = NULL;
-    struct stat st;
-    for (int id = getpid(); !name || !lstat(name, &st); id++) { // of an earlier process of this id
-        free(name);
-        name = format_text("%s.%d.tmp", w->path, id);
-    }
-    create(w, name, directory);
-    return w;
-}
-
-/* The header of the newest file, and the place in it of each tensor; metadata is a JSON object. */
-static void put_header(Writer *w, const char *metadata, const Tensor *tensors, int n) {
+/* Writes the header of a file, and notes the place of each of the tensors [n] in it; `metadata` is
+ * a JSON object. */
+static void put_header(Writer *w, int file, const char *metadata, const Tensor *tensors, int n) {
     char *header;
     size_t length, data_bytes = 0;
     FILE *out = open_memstream(&header, &length);
     if (!out) die("out of memory");
+    // 1. The entries, then spaces until the data starts at a multiple of 4096 bytes.
     fprintf(out, "{\"__metadata__\":%s", metadata);
     for (int i = 0; i < n; i++) put_tensor(out, &tensors[i], &data_bytes);
     fprintf(out, "}");
     while ((8 + ftell(out)) % 4096 && fputc(' ', out) == ' ') {
     }
     if (ferror(out) || fclose(out) || !header) die("out of memory");
+    // 2. The length, little-endian, and the header behind it.
     uint8_t prefix[8];
     for (int i = 0; i < 8; i++) prefix[i] = (uint64_t)length >> 8 * i;
-    write_at(w, w->n_files - 1, prefix, 8, 0);
-    write_at(w, w->n_files - 1, header, length, 8);
+    output_write(w->out, file, prefix, 8, 0);
+    output_write(w->out, file, header, length, 8);
     free(header);
+    // 3. The places.
     w->slots = realloc(w->slots, (w->n + n + 1) * sizeof *w->slots);
     if (!w->slots) die("out of memory");
     size_t offset = 8 + length;
     for (int i = 0; i < n; i++) {
-        w->slots[w->n++] = (struct Slot){format_text("%s", tensors[i].name), w->n_files - 1, offset,
-                                         tensors[i].bytes, false};
-        offset += tensors[i].bytes;
+        const Tensor *t = &tensors[i];
+        w->slots[w->n++] = (struct Slot){format_text("%s", t->name), file, offset, t->bytes, false};
+        offset += t->bytes;
     }
     qsort(w->slots, w->n, sizeof *w->slots, by_slot_name);
     w->bytes += offset;
 }
 
-/* Where a tensor stands in its file: whole multiples of 256 bytes first, which keep each other
+/* The order of the tensors in their file: whole multiples of 256 bytes first, which keep each other
  * aligned; then the small rest by size of element, for the same reason; texts last. */
-static int place_of(const Tensor *t) {
+static int rank(const Tensor *t) {
     if (t->dtype == U8 && t->n_dims == 1) return 5;
     if (t->bytes % 256 == 0) return 0;
     size_t size = dtype_size(t->dtype);
     return size == 8 ? 1 : size == 4 ? 2 : size == 2 ? 3 : 4;
 }
 
-static Tensor *in_place(const Tensor *tensors, int n) {
+static Tensor *in_file_order(const Tensor *tensors, int n) {
     Tensor *ordered = allocate(n + 1, sizeof *ordered);
-    for (int place = 0, m = 0; place <= 5; place++)
+    for (int r = 0, m = 0; r <= 5; r++)
         for (int i = 0; i < n; i++)
-            if (place_of(&tensors[i]) == place) ordered[m++] = tensors[i];
+            if (rank(&tensors[i]) == r) ordered[m++] = tensors[i];
     return ordered;
 }
 
@@ -1665,11 +1625,13 @@ int checkpoint_texts(const Checkpoint *c, Tensor texts[1 + N_CHAT_FILES]) {
 
 Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
                     const Tensor *tensors, int n) {
-    Tensor texts[1 + N_CHAT_FILES], *all = in_place(tensors, n);
+    // 1. The texts of the model come behind the tensors.
+    Tensor texts[1 + N_CHAT_FILES], *all = in_file_order(tensors, n);
     int n_texts = checkpoint_texts(c, texts);
     all = realloc(all, (n + n_texts + 1) * sizeof *all);
     if (!all) die("out of memory");
     memcpy(all + n, texts, n_texts * sizeof *all);
+    // 2. The metadata says what the file is.
     char *metadata;
     size_t bytes;
     FILE *out = open_memstream(&metadata, &bytes);
@@ -1680,44 +1642,51 @@ Writer *writer_open(const char *path, const Checkpoint *c, const char *quantizat
     put_metadata(out, "generation_config", c->generation_config);
     fprintf(out, "}");
     if (ferror(out) || fclose(out) || !metadata) die("out of memory");
-
-    Writer *w = writer_new(path, false);
-    put_header(w, metadata, all, n + n_texts);
+    // 3. The header and the texts are written, the tensors follow by writer_put().
+    Writer *w = allocate(1, sizeof *w);
+    w->out = output_open(path, false);
+    put_header(w, 0, metadata, all, n + n_texts);
     for (int i = 0; i < n_texts; i++) writer_put(w, texts[i].name, texts[i].data, texts[i].bytes);
     free(metadata);
     free(all);
     return w;
 }
 
-Writer *writer_open_text(const char *path) {
-    return writer_new(path, false);
+/* Cuts tensors [n] into shards of at most `bytes`, or one tensor that has more: shard s has tensors
+ * first[s] .. first[s + 1] - 1. Returns how many there are; first [n + 2] is malloc'ed. */
+static int cut_shards(size_t bytes, const Tensor *tensors, int n, int **first) {
+    int n_shards = 0;
+    size_t full = 0;
+    *first = allocate(n + 2, sizeof **first);
+    for (int i = 0; i < n; i++) {
+        bool fits = i > 0 && full + tensors[i].bytes <= bytes;
+        if (!fits) (*first)[n_shards++] = i, full = 0;
+        full += tensors[i].bytes;
+    }
+    (*first)[n_shards] = n;
+    return n_shards;
 }
 
 Writer *writer_open_directory(const char *path, size_t shard_bytes, const Tensor *tensors, int n) {
-    // Shard s has tensors first[s] .. first[s + 1] - 1.
-    int *first = allocate(n + 2, sizeof *first), n_shards = 0;
-    size_t bytes = 0, total = 0;
-    for (int i = 0; i < n; i++) {
-        if (i == 0 || bytes + tensors[i].bytes > shard_bytes) first[n_shards++] = i, bytes = 0;
-        bytes += tensors[i].bytes;
-        total += tensors[i].bytes;
-    }
-    first[n_shards] = n;
-
-    Writer *w = writer_new(path, true);
+    int *first, n_shards = cut_shards(shard_bytes, tensors, n, &first);
+    size_t total = 0, index_bytes;
+    for (int i = 0; i < n; i++) total += tensors[i].bytes;
+    Writer *w = allocate(1, sizeof *w);
+    w->out = output_open(path, true);
     char *index;
-    size_t index_bytes;
     FILE *out = open_memstream(&index, &index_bytes);
     if (!out) die("out of memory");
     fprintf(out, "{\n  \"metadata\": {\"total_size\": %zu},\n  \"weight_map\": {\n", total);
     for (int s = 0; s < n_shards; s++) {
+        // 1. A file with the header of one shard.
         char name[64] = "model.safetensors";
         if (n_shards > 1)
             snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", s + 1, n_shards);
-        create(w, format_text("%s/%s", temporaries[0], name), false);
-        Tensor *shard = in_place(tensors + first[s], first[s + 1] - first[s]);
-        put_header(w, "{\"format\":\"pt\"}", shard, first[s + 1] - first[s]);
+        int n_here = first[s + 1] - first[s];
+        Tensor *shard = in_file_order(tensors + first[s], n_here);
+        put_header(w, output_add(w->out, name), "{\"format\":\"pt\"}", shard, n_here);
         free(shard);
+        // 2. The index says which tensors are in it.
         for (int i = first[s]; i < first[s + 1]; i++)
             fprintf(out, "    \"%s\": \"%s\"%s\n", tensors[i].name, name, i < n - 1 ? "," : "");
     }
@@ -1730,37 +1699,27 @@ Writer *writer_open_directory(const char *path, size_t shard_bytes, const Tensor
 }
 
 void writer_text(Writer *w, const char *name, const char *text, size_t bytes) {
-    if (name) create(w, format_text("%s/%s", temporaries[0], name), false);
-    write_at(w, w->n_files - 1, text, bytes, 0);
+    output_write(w->out, output_add(w->out, name), text, bytes, 0);
     w->bytes += bytes;
 }
 
 void writer_put(Writer *w, const char *name, const void *data, size_t bytes) {
     const struct Slot key = {.name = (char *)name};
-    struct Slot *slot = bsearch(&key, w->slots, w->n, sizeof key, by_slot_name);
+    struct Slot *slot = w->n ? bsearch(&key, w->slots, w->n, sizeof key, by_slot_name) : NULL;
     if (!slot || slot->written || slot->bytes != bytes)
-        die("%s: tensor %s with %zu bytes was not announced", w->path, name, bytes);
-    write_at(w, slot->file, data, bytes, slot->offset);
+        die("tensor %s with %zu bytes was not announced", name, bytes);
+    output_write(w->out, slot->file, data, bytes, slot->offset);
     slot->written = true;
 }
 
 size_t writer_close(Writer *w) {
     for (int i = 0; i < w->n; i++) {
-        if (!w->slots[i].written) die("%s: tensor %s is missing", w->path, w->slots[i].name);
+        if (!w->slots[i].written) die("tensor %s is missing", w->slots[i].name);
         free(w->slots[i].name);
     }
-    for (int i = 0; i < w->n_files; i++)
-        if (fsync(w->fds[i]) || close(w->fds[i]))
-            die("%s: cannot be written: %s", w->path, strerror(errno));
-    sigset_t before = block_signals(); // one comes before the renaming, with a message, or after
-    if (rename(temporaries[0], w->path)) die("%s: cannot be written: %s", w->path, strerror(errno));
-    while (n_temporaries) free(temporaries[--n_temporaries]);
-    catch_signals(SIG_DFL);
-    sigprocmask(SIG_SETMASK, &before, NULL);
+    output_close(w->out);
     size_t bytes = w->bytes;
     free(w->slots);
-    free(w->fds);
-    free(w->path);
     free(w);
     return bytes;
 }

@@ -11,16 +11,12 @@
 extern "C" {
 #endif
 
-/* ---- files.c 1: errors, options, progress --------------------------------------------------- */
+/* ---- files.c 1: errors, options, progress, files that are written --------------------------- */
 
 /* Prints "error: " and the message as one line on stderr, removes the file that is being written,
  * and exits with status 1; with status 2 for a command line that makes no sense. */
 void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 void die_usage(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
-
-/* Ends the program by the signal that it has caught, also where the kernel spares it: process 1 of
- * a container is not ended by a signal that it does not catch. */
-void end_by(int signal_number) __attribute__((noreturn));
 
 /* count * size bytes, zeroed; free() releases them. format_text() is a printf() into such. */
 void *allocate(size_t count, size_t size) __attribute__((returns_nonnull));
@@ -30,11 +26,6 @@ char *format_text(const char *format, ...) __attribute__((format(printf, 1, 2)))
  * Last: what did not reach stdout is an error. */
 void open_standard_streams(void);
 void flush_output(void);
-
-/* Also first in main(): threads that wait for others spin for some microseconds instead of
- * milliseconds, in which a busy machine would have got their work done. Only if the environment
- * says nothing of it. */
-void spin_briefly(char **argv);
 
 /* Seconds of a monotonic clock; the path of `name` in the directory of the executable. */
 double seconds(void);
@@ -49,11 +40,28 @@ double parse_number(char flag, const char *value, double min, double max);
 long long parse_integer(char flag, const char *value, long long min, long long max);
 bool parse_choice(char flag, const char *value, const char *first, const char *second);
 
-/* Long work, on stderr: a bar on a terminal, in a pipe a line at once and every 5 s, the newest,
- * until done is total; seconds_left < 0: not known. show_windows() is the progress of perplexity().
- */
+/* Long work, on stderr: a bar on a terminal; in a pipe the first line, the last and one every 5 s.
+ * Work ends with done == total; seconds_left < 0: not known. show_windows() is the progress of
+ * perplexity(). */
 void show_progress(const char *what, int done, int total, double seconds_left);
 void show_windows(int done, int total);
+
+/* A file, or a directory of files, that appears at its path whole or not at all: the files have no
+ * name until output_close(), or if the file system has no such files a temporary one, which die()
+ * removes. One at a time. */
+typedef struct Output Output;
+
+/* Starts the file, or the directory, which may be there if it is empty; a link is followed. Fails
+ * early where it cannot be written. */
+Output *output_open(const char *path, bool directory);
+
+/* A new file of this name in the directory; its number. The number of a single file is 0. */
+int output_add(Output *o, const char *name);
+
+void output_write(const Output *o, int file, const void *data, size_t bytes, size_t offset);
+
+/* Syncs what was written and puts it in its place. */
+void output_close(Output *o);
 
 /* ---- files.c 2: JSON ------------------------------------------------------------------------ */
 
@@ -128,7 +136,6 @@ typedef struct Checkpoint {
     Tensor chat_files[N_CHAT_FILES]; // U8 [bytes]; data is NULL if there is none
     struct Mapping *maps;            // [n_maps] the mapped files
     int n_maps;
-    struct Checkpoint *next; // opened before this one
 } Checkpoint;
 
 /* Opens a Hugging Face directory (config.json, tokenizer.json and model.safetensors, or
@@ -216,9 +223,8 @@ void qqq_pack(const Linear *l, uint8_t *B, float *s_channel, uint16_t *s_group);
 /* The files that a model carries along, tokenizer.json first, as U8 tensors; returns how many. */
 int checkpoint_texts(const Checkpoint *c, Tensor texts[1 + N_CHAT_FILES]);
 
-/* A model being written, tensor by tensor: a model.bin, or a directory for other engines. All goes
- * to a temporary file or directory beside the target. If the program ends before writer_close(),
- * also by a signal, it is removed and what stood at the target stays. */
+/* A model being written, tensor by tensor: a model.bin, or a directory for other engines. It
+ * appears whole or not at all, as an Output. */
 typedef struct Writer Writer;
 
 /* Starts the model.bin `path` with the header for tensors [n], whose data is not read. In the file
@@ -227,9 +233,6 @@ typedef struct Writer Writer;
  * tensors of their names; `quantization` may be NULL. A link as `path` is followed. */
 Writer *writer_open(const char *path, const Checkpoint *c, const char *quantization,
                     const Tensor *tensors, int n);
-
-/* Starts the text file `path`, which writer_text() without a name writes. */
-Writer *writer_open_text(const char *path);
 
 /* Starts the directory `path`, which must not exist or be empty, with tensors [n] in
  * model.safetensors; if they have more than shard_bytes, in shards of at most as many with an
@@ -240,7 +243,7 @@ void writer_text(Writer *w, const char *name, const char *text, size_t bytes);
 /* Writes the data [bytes] of one of the tensors; in any order, each exactly once. */
 void writer_put(Writer *w, const char *name, const void *data, size_t bytes);
 
-/* Syncs what was written, renames it to its target and frees the writer. Returns its bytes. */
+/* Puts the model in its place and frees the writer. Returns its bytes. */
 size_t writer_close(Writer *w);
 
 #ifdef __cplusplus

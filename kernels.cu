@@ -31,11 +31,6 @@
  *     rmsnorm+quantize  qkv  attention+quantize  o+add  rmsnorm+quantize  gate,up
  *     swiglu+quantize  down+add              (prompts: cache, attention, quantize one by one)
  *
- * Of a single token a W4A8 linear quantizes its own input, each block what it multiplies; norms and
- * SwiGLU go with it, and five kernels are left:
- *
- *     qkv  attention  o+add  gate,up+swiglu  down+add
- *
  * W4A8 linears are section 2's. 16-bit ones, and lm_head always, are cuBLAS's, or gemv_kernel's for
  * a single token, which is bound by reading the weights and needs no tensor cores.
  * ============================================================================================== */
@@ -68,14 +63,12 @@ struct GpuModel {
  * token. 0: none yet. All ones: a logit was not finite. */
 typedef unsigned long long Choice;
 
-/* Keys and values of one layer: rows of head_dim numbers of 16, 8 or 4 bits, one a token and KV
- * head. What is attended to most is in 16 bits beside 4: position 0, and RECENT positions. */
+/* Keys and values of one layer: rows of head_dim numbers of 16 or 8 bits, one per token and KV
+ * head. */
 struct GpuCache {
     int bits;
-    uint8_t *keys, *values;            // [n_sequences][n_kv_heads][context][head_dim * bits / 8]
-    half2 *k_scales, *v_scales;        // [n_sequences][n_kv_heads][context] s, m; if not in 16 bits
-    half *position_0;                  // [n_sequences][n_kv_heads][2][head_dim] for 4 bits
-    half *recent_keys, *recent_values; // [n_sequences][n_kv_heads][RECENT][head_dim], for 4 bits
+    uint8_t *keys, *values;    // [n_sequences][n_kv_heads][context][head_dim * bits / 8]
+    half *k_scales, *v_scales; // [n_sequences][n_kv_heads][context] for 8 bits
     int n_kv_heads, context;
     __device__ size_t row(int sequence, int kv_head) const {
         return ((size_t)sequence * n_kv_heads + kv_head) * context;
@@ -91,7 +84,6 @@ struct GpuState {
     uint8_t *memory;      // [bytes] of all that follows
     size_t bytes;
     int *tokens;        // [max_T] of a prompt
-    int *skip;          // [max_T] of a TokenTree
     int *positions;     // [n_sequences] of the next token
     Choice *chosen;     // [n_sequences] the next token
     float *x;           // [max_T][dim] the residual stream
@@ -102,10 +94,6 @@ struct GpuState {
     half *att;          // [max_T][q_dim]
     half *gate_up;      // [max_T][2][hidden_dim]
     float *y;           // [max_T][dim] down's output before it is scaled (16-bit models)
-    bool of_one;        // decoded by layer_of_one(), for which there are
-    float *inner;       // [max(q_dim, hidden_dim)] o's or down's input
-    float *squares;     // [dim / 32] see OneInput
-    uint32_t *most;     // [n_layers][4] zero before a step
     GpuCache cache;     // of all layers, one after the other: layer_cache()
     GpuCache in_halves; // of one sequence and layer, in 16 bits: see read_cache_kernel
     float4 *rope;       // [context][head_dim / 4] cos and sin of two angles
@@ -114,39 +102,16 @@ struct GpuState {
     float *partial;     // of attention_decode_kernel, for `splits` blocks a row of blocks
     int *arrived;       // [n_sequences * rows of blocks]
     int splits;
-    int *gemm_workspace;
     uint8_t *cublas_workspace;
     float *host_logits; // [n_sequences][vocab_size] pinned
     int *host_chosen;   // [n_sequences]
-    int *ends;          // [n_sequences] how many tokens have been fed
     int rows;           // of logits, by the last call
-};
-
-/* A token's input before it is quantized. What concerns the whole row was gathered by the kernels
- * that wrote it, in a way that no timing can change: maxima of bits by atomicMax, and sums of which
- * each has its place and which are added in one order. So no kernel is needed in between. */
-struct OneInput {
-    const float *x;       // [K]
-    const float *norm;    // [K] RMSNorm's weights, or NULL: none
-    const float *squares; // [K/32] sums of x^2, for RMSNorm
-    const uint32_t *most; // the bits of max|x|, or of max|x norm|
-    float eps;
-};
-
-/* Where it was gathered. */
-struct OneOutput {
-    const float *norm; // [N] of the RMSNorm that follows, or NULL: none does
-    float *squares;    // [N/32]
-    float *product;    // [N/2] silu(gate) * up, of gate and up one below the other, or NULL
-    uint32_t *most;
 };
 
 /* Where T rows of x stand: one after the other in a sequence, or each the next token of its own. */
 struct Rows {
     int T;
-    int sequence, pos;      // of the first; sequence -1: a decode step
-    const int *skip = NULL; // [T] and trunk: see TokenTree
-    int trunk = 0;
+    int sequence, pos; // of the first; sequence -1: a decode step
 };
 
 /* ---- a layer --------------------------------------------------------------------------------- */
@@ -161,9 +126,6 @@ static void embed(GpuState *s, int T);
 static void embed_chosen(GpuState *s);
 static void linear(GpuState *s, const Matrix *w, int T, half *y);
 static void add_linear(GpuState *s, const Matrix *w, int T, const half *in, const float *scale);
-static void layer_of_one(GpuState *s, int l, const Rows &rows);
-static void gemm_one(const GpuLinear *l, const OneInput &in, half *y, float *residual,
-                     const OneOutput &out, cudaStream_t stream);
 static void attend(GpuState *s, int l, const Rows &rows);
 static void lm_head(GpuState *s, int first, int n);
 static void choose(GpuState *s, int sequence, int n);
@@ -174,7 +136,6 @@ static void layer(GpuState *s, int l, const Rows &rows) {
     const LinearInput input = linear_input(s);
     const int T = rows.T;
 
-    if (rows.sequence < 0 && s->of_one) return layer_of_one(s, l, rows);
     gpu_rmsnorm(s->x, w->attention_norm, T, c->dim, c->norm_eps, input, s->stream);
     linear(s, &w->qkv, T, s->qkv);
     attend(s, l, rows);
@@ -184,29 +145,6 @@ static void layer(GpuState *s, int l, const Rows &rows) {
     linear(s, &w->gate_up, T, s->gate_up);
     gpu_swiglu(s->gate_up, T, c->hidden_dim, input, s->stream);
     add_linear(s, &w->down, T, s->h, s->scale);
-}
-
-/* The same for one token of a W4A8 model, bit for bit: see OneInput. */
-static void layer_of_one(GpuState *s, int l, const Rows &rows) {
-    const Config *c = &s->model->config;
-    const GpuLayer *w = &s->model->layers[l];
-    const float eps = c->norm_eps, *next = l + 1 < c->n_layers ? w[1].attention_norm : NULL;
-    uint32_t *most = s->most + 4 * l; // of att, x, silu(gate) * up, the next layer's x
-
-    if (l == 0) {
-        gpu_rmsnorm(s->x, w->attention_norm, 1, c->dim, eps, linear_input(s), s->stream);
-        linear(s, &w->qkv, 1, s->qkv);
-    } else {
-        gemm_one(&w->qkv.w4a8, {s->x, w->attention_norm, s->squares, most - 1, eps}, s->qkv, NULL,
-                 {}, s->stream);
-    }
-    attend(s, l, rows);
-    gemm_one(&w->o.w4a8, {s->inner, NULL, NULL, most, 0}, NULL, s->x,
-             {w->ffn_norm, s->squares, NULL, most + 1}, s->stream);
-    gemm_one(&w->gate_up.w4a8, {s->x, w->ffn_norm, s->squares, most + 1, eps}, NULL, NULL,
-             {NULL, NULL, s->inner, most + 2}, s->stream);
-    gemm_one(&w->down.w4a8, {s->inner, NULL, NULL, most + 2, 0}, NULL, s->x,
-             {next, s->squares, NULL, most + 3}, s->stream);
 }
 
 /* All layers and the final norm: from x to h [T][dim], in 16 bits. */
@@ -403,7 +341,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
  * take turns at pairs of units, each with its own pipeline, and add their sums at the end.
  *
  * The idea of laying weights out in the order of the fragments, and much else, is Marlin's (arXiv
- * 2408.11743); stream-K is arXiv 2301.03598; the integer dequantization is LiquidGEMM's (arXiv
+ * 2408.11743); the integer dequantization is LiquidGEMM's (arXiv
  * 2509.01229).
  * ============================================================================================== */
 
@@ -732,45 +670,13 @@ __device__ __forceinline__ uint2 quantize_eight(const Eight &e, float s_a) {
     return make_uint2(a[0], a[1]);
 }
 
-/* x^2 summed over four channels; then over a strip, whose parts `lanes` lanes have, `step` apart,
- * for all of them; and over a row [strips], by a warp. Always in pairs of neighbours: whoever sums
- * up a row gets the same bits. */
-__device__ __forceinline__ float four_squares(const float *x) {
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) sum = __fmaf_rn(x[i], x[i], sum);
-    return sum;
-}
-
-__device__ __forceinline__ float strip_squares(float sum, int lanes, int step) {
-    for (int i = step; i < lanes * step; i *= 2) {
-        sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, i));
-    }
-    return sum;
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-    for (int i = 16; i > 0; i /= 2) x = __fadd_rn(x, __shfl_xor_sync(~0u, x, i));
-    return x;
-}
-
-__device__ __forceinline__ float row_squares(const float *squares, int strips) {
-    float sum = 0;
-    for (int i = threadIdx.x % 32; i < strips; i += 32) sum = __fadd_rn(sum, squares[i]);
-    return warp_sum(sum);
-}
-
-__device__ __forceinline__ float rms_scale(float squares, int dim, float eps) {
-    return rsqrtf(__fadd_rn(squares / dim, eps));
-}
-
 /* silu(gate) * up, silu(x) = x / (1 + e^-x). __fdividef() gives 0 where the divisor is above 2^126,
  * as good as right. */
 __device__ __forceinline__ float swiglu(float gate, float up) {
     return __fmul_rn(__fdividef(gate, __fadd_rn(1, expf(-gate))), up);
 }
 
-/* ---- who does what: tiles, and shares of tiles ----------------------------------------------- */
+/* ---- who does what: tiles -------------------------------------------------------------------- */
 
 /* TOKENS of a tile and TEAMS of a block decide the rest. */
 template <int TOKENS, int TEAMS> struct Shape {
@@ -782,7 +688,6 @@ template <int TOKENS, int TEAMS> struct Shape {
     static constexpr int STAGE =
         TOKENS * CHUNK_UNITS * UNIT;                         // bytes: a team's part of a chunk of a
     static constexpr int TEAM_SUMS = (TEAMS - 1) * TILE * 4; // bytes: for adding up the teams
-    static constexpr bool SHARES = TOKENS > 16; // blocks may share the K of a tile: add_blocks()
 };
 
 struct GemmArgs {
@@ -794,28 +699,19 @@ struct GemmArgs {
     const float *s_a;        // [M]
     half *y;                 // [M][N], unless there is a residual
     float *residual;         // [M][N] or NULL
-    int *acc;                // [M][N] or NULL
-    int4 *partial;           // [gridDim.x][2][TILE / 4] sums of blocks that share a tile
-    int *arrived;            // [split_tiles] chunks whose sums are in `partial`; zero in between
     int tiles_m, tiles_n;    // tiles of tokens, of channels
     int tokens;              // of a tile, for wgmma: all tiles are equally full
     int tiles;               // tiles_m * tiles_n
     int units;               // of K
     int chunks;              // of K
-    int split_tiles;         // the first so many tiles are shared out evenly, by chunks
-    int share, longer;       // each block gets `share` chunks of them, the first `longer` one more
     int teams;               // gemm_few_kernel: warps that share the K of a strip
-    OneInput in;             // gemm_few_kernel, instead of a and s_a if M = 1, or all NULL
-    OneOutput out;           // gemm_few_kernel, beside y or residual if M = 1, or all NULL
 };
 
-/* The next chunk of a block's list: a share of the split tiles, then whole tiles, one in gridDim.x.
- * With whole tiles alone the last round would leave most multiprocessors idle; with shares alone
- * ("stream-K") no two blocks would read the same weights at the same time. */
+/* The next chunk of a block's list: tiles, one in gridDim.x. */
 struct Work {
-    int tile;       // tiles or more: the list is at its end
-    int chunk, end; // of this tile: the next, and where this block's part ends
-    int m, n;       // the tile's place among the tiles of tokens and of channels
+    int tile;  // tiles or more: the list is at its end
+    int chunk; // of this tile: the next
+    int m, n;  // the tile's place among the tiles of tokens and of channels
 };
 
 /* Tiles go through bands of BAND tiles of tokens, along the channels, so that those in work at the
@@ -831,43 +727,16 @@ __device__ __forceinline__ void place_tile(Work &work, const GemmArgs &p) {
     work.n = in_band / rows;
 }
 
-/* The first chunk of a block's share, counting through all split tiles; and whose share a chunk is
- * in. */
-__device__ __forceinline__ int share_start(const GemmArgs &p, int block) {
-    return block * p.share + min(block, p.longer);
-}
-
-__device__ __forceinline__ int share_owner(const GemmArgs &p, int chunk) {
-    int in_longer = p.longer * (p.share + 1);
-    return chunk < in_longer ? chunk / (p.share + 1) : p.longer + (chunk - in_longer) / p.share;
-}
-
 __device__ __forceinline__ Work first_work(const GemmArgs &p) {
-    Work work = {p.split_tiles + (int)blockIdx.x, 0, p.chunks, 0, 0};
-    int start = share_start(p, blockIdx.x);
-    int stop = share_start(p, blockIdx.x + 1);
-    if (start < stop) {
-        work.tile = start / p.chunks;
-        work.chunk = start - work.tile * p.chunks;
-        work.end = min(p.chunks, stop - work.tile * p.chunks);
-    }
+    Work work = {(int)blockIdx.x, 0, 0, 0};
     place_tile(work, p);
     return work;
 }
 
 __device__ __forceinline__ void next_work(Work &work, const GemmArgs &p) {
-    if (++work.chunk < work.end) return;
-    int stop = share_start(p, blockIdx.x + 1);
+    if (++work.chunk < p.chunks) return;
     work.chunk = 0;
-    work.end = p.chunks;
-    if (work.tile >= p.split_tiles) {
-        work.tile += gridDim.x;
-    } else if ((work.tile + 1) * p.chunks < stop) {
-        work.tile++;
-        work.end = min(p.chunks, stop - work.tile * p.chunks);
-    } else {
-        work.tile = p.split_tiles + blockIdx.x;
-    }
+    work.tile += gridDim.x;
     place_tile(work, p);
 }
 
@@ -973,7 +842,7 @@ __device__ __forceinline__ void multiply_step(int (&acc)[2][N_TILES][4], const u
     }
 }
 
-/* ---- sums of teams and of blocks, and the output --------------------------------------------- */
+/* ---- sums of teams, and the output ----------------------------------------------------------- */
 
 __device__ __forceinline__ void add(int (&c)[4], int4 x) {
     c[0] += x.x;
@@ -1009,61 +878,6 @@ __device__ __forceinline__ void add_teams(int (&acc)[2][TOKENS / 8][4], int4 *su
     }
 }
 
-/* Adds to a counter and returns what it was. Writes of this block from before its last barrier are
- * seen by every block that finds the counter raised: half a fence before, half a fence after. */
-__device__ __forceinline__ int add_in_order(int *counter, int n) {
-    int before;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n"
-                 : "=r"(before)
-                 : "l"(counter), "r"(n)
-                 : "memory");
-    return before;
-}
-
-/* For a tile that several blocks share: each leaves its sums in `partial` and counts its chunks;
- * the one that completes the count adds up the others' and returns true. Nobody waits for anybody,
- * and integers give the same sum in whatever order.
- *
- * A block shares at most two tiles: its share ends within one (which it has from the first chunk
- * on) and starts within another. These are its two places in `partial`. */
-template <int TOKENS, int TEAMS>
-__device__ __forceinline__ bool add_blocks(const GemmArgs &p, int (&acc)[2][TOKENS / 8][4],
-                                           const Work &now, int team) {
-    using S = Shape<TOKENS, TEAMS>;
-    __shared__ bool last;
-    auto place = [&](int block, bool from_first_chunk) {
-        return p.partial + (size_t)(2 * block + from_first_chunk) * (S::TILE / 4) + threadIdx.x;
-    };
-    if (team == 0) {
-        int4 *to = place(blockIdx.x, now.chunk == 0);
-#pragma unroll
-        for (int i = 0; i < TOKENS / 4; i++) {
-            __stcg(to + i * S::TEAM_THREADS, as_int4(acc[i % 2][i / 2]));
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int mine = now.end - now.chunk;
-        last = add_in_order(p.arrived + now.tile, mine) + mine == p.chunks;
-        if (last) p.arrived[now.tile] = 0; // as the next launch wants it
-    }
-    __syncthreads();
-    if (!last) return false;
-    if (team == 0) {
-        int first = share_owner(p, now.tile * p.chunks);
-        int final = share_owner(p, (now.tile + 1) * p.chunks - 1);
-        for (int block = first; block <= final; block++) {
-            if (block == (int)blockIdx.x) continue;
-            const int4 *from = place(block, block == first);
-#pragma unroll
-            for (int i = 0; i < TOKENS / 4; i++) {
-                add(acc[i % 2][i / 2], __ldcg(from + i * S::TEAM_THREADS));
-            }
-        }
-    }
-    return true;
-}
-
 /* What a lane needs to turn its sums of M_TILES m16 tiles and 8 tokens into outputs: those of two
  * tokens, each of 2 M_TILES consecutive channels. */
 template <int M_TILES> struct Scales {
@@ -1093,7 +907,7 @@ __device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_ch
  * writes them to y or adds them to the residual stream. They are y^T in the registers, but
  * channel_place() has put a lane's channels side by side. s holds the scales of the channels and of
  * the first 8 tokens. */
-template <int M_TILES, int N_TILES, bool GROUPS>
+template <int M_TILES, int N_TILES>
 __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[M_TILES][N_TILES][4],
                                            Scales<M_TILES> s, const float *s_a, int m0, int tokens,
                                            int n0) {
@@ -1134,14 +948,6 @@ __device__ __forceinline__ void write_tile(const GemmArgs &p, const int (&acc)[M
     };
     if (p.residual) write(p.residual);
     else write(p.y);
-    if (!p.acc) return;
-#pragma unroll
-    for (int i = 0; i < 4 * N_TILES * M_TILES; i++) {
-        const int j = i / (4 * M_TILES), t = i / (2 * M_TILES) % 2, c = i % (2 * M_TILES);
-        int sum = acc[c / 2][j][c % 2 * 2 + t];
-        const size_t at = at_first + (size_t)(j * 8 + t) * p.N + c;
-        if (first + j * 8 + t < tokens) p.acc[at] = GROUPS ? sum : sum / 16;
-    }
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
@@ -1205,9 +1011,9 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 
     uint32_t filling = stages; // the stage that is being copied to
     while (next.tile < p.tiles) {
-        Work now = next; // this block's part of one tile
+        Work now = next;
         int acc[2][TOKENS / 8][4] = {};
-        for (int chunk = now.chunk; chunk < now.end; chunk++) {
+        for (int chunk = 0; chunk < p.chunks; chunk++) {
             next_work(next, p);
             aim(next);
             copy_async_wait();
@@ -1244,15 +1050,10 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
             const int m0 = now.m * TOKENS, n0 = (now.n * S::TEAM_WARPS + warp) * STRIP;
             if (team == 0 && n0 < p.N) then(m0, n0);
         };
-        if constexpr (!S::SHARES) output(load); // on their way while the teams add up
+        output(load); // on their way while the teams add up
         if constexpr (TEAMS > 1) add_teams<TOKENS, TEAMS>(acc, sums, team);
-        if constexpr (S::SHARES) {
-            bool whole = now.end - now.chunk == p.chunks;
-            if (!whole && !add_blocks<TOKENS, TEAMS>(p, acc, now, team)) continue;
-        }
         output([&](int m0, int n0) {
-            if constexpr (S::SHARES) load(m0, n0);
-            write_tile<2, TOKENS / 8, GROUPS>(p, acc, s, p.s_a + m0, m0, p.M - m0, n0);
+            write_tile<2, TOKENS / 8>(p, acc, s, p.s_a + m0, m0, p.M - m0, n0);
         });
     }
 }
@@ -1266,111 +1067,24 @@ __global__ void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
  * eight units in flight before they wait for the kernel ahead, those of the next kernel's blocks
  * wherever there is room beside them. The activations, all K of them, are in shared memory, and no
  * barrier stops a warp until the end.
- *
- * Of a single token a block may also quantize the input itself: see OneInput. */
+ */
 
 constexpr int FEW = 8;                 // tokens of a tile
 constexpr int FEW_AHEAD = 8;           // units that a warp has in flight
 constexpr int FEW_CACHED = 4;          // and behind them on their way to the L2 cache
 constexpr size_t FEW_SHARED = 1 << 16; // bytes of activations; above, gemm_w4a8_kernel is chosen
 
-/* The strip of a block's its-th; N / STRIP or more: none. For SwiGLU a strip of gate and one of up
- * take turns. */
-__device__ __forceinline__ int few_strip(const GemmArgs &p, int strips, int its) {
-    if (!p.out.product) return blockIdx.x * strips + its;
-    int i = (blockIdx.x * strips + its) / 2, half = p.N / STRIP / 2;
-    return i < half ? its % 2 * half + i : p.N / STRIP;
-}
-
 /* Where 16 bytes of a row are: as in activation_place(), panels of as many rows as there are. */
 __device__ __forceinline__ uint32_t few_place(int row, int column, int rows) {
     return (column / 8 * rows + row) * 128 + (column % 8 ^ row % 8) * 16;
 }
 
-/* a [K] of the token, and s_a for every thread. `floats` [2][K] gets x; norm is on its way there.
- */
-__device__ __forceinline__ float quantize_input(const GemmArgs &p, const float4 *floats,
-                                                uint32_t *a) {
-    const OneInput &in = p.in;
-    const int fours = p.K / 4, strips = in.norm ? p.K / STRIP : 0, lane = threadIdx.x % 32;
-    // What the scale is made of is asked for first, lest it waits behind x.
-    uint32_t most = *in.most;
-    float squares[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        squares[j] = lane + 32 * j < strips ? in.squares[lane + 32 * j] : 0;
-    }
-    for (int i = threadIdx.x; i < fours; i += THREADS) {
-        copy_async_16(shared_address(floats + i), in.x + 4 * i, true, true);
-    }
-    float scale = 1;
-    if (in.norm) {
-        float sum = 0; // as in row_squares()
-        for (float x : squares) sum = __fadd_rn(sum, x);
-        for (int i = lane + 128; i < strips; i += 32) sum = __fadd_rn(sum, in.squares[i]);
-        scale = rms_scale(warp_sum(sum), p.K, in.eps);
-        if (most < INFINITE) most = __float_as_uint(__fmul_rn(__uint_as_float(most), scale));
-    }
-    const float s_a = activation_scale(most);
-    copy_async_wait(); // each thread for what it has copied itself
-    const int words = ceil_div(p.K, 128) * 32;
-    for (int i = threadIdx.x; i < words; i += 2 * THREADS) {
-        float x[2][4] = {}; // zeros past the end make whatever weights they meet harmless
-#pragma unroll
-        for (int f = 0; f < 2; f++) {
-            const int at = i + f * THREADS;
-            if (at >= fours) continue;
-            *(float4 *)x[f] = floats[at];
-            if (!in.norm) continue;
-            const float4 w = floats[fours + at];
-            const float norm[4] = {w.x, w.y, w.z, w.w};
-            for (int j = 0; j < 4; j++) x[f][j] = __fmul_rn(__fmul_rn(x[f][j], norm[j]), scale);
-        }
-        uint32_t two[2];
-        quantize_fours(x, s_a, two);
-        a[i] = two[0];
-        if (i + THREADS < words) a[i + THREADS] = two[1];
-    }
-    return s_a;
-}
-
-/* A warp's output of one token, a strip from n0: added to the residual stream, of which `out` gets
- * what the RMSNorm that follows wants to know; or silu of it times that of up, another strip. */
-__device__ __forceinline__ void write_one(const GemmArgs &p, const int (&acc)[2][1][4],
-                                          const Scales<2> &s, const int (&up)[2][1][4],
-                                          const Scales<2> &of_up, float4 norm, int n0) {
-    const int lane = threadIdx.x % 32, n = n0 + lane / 4 * 4;
-    const bool mine = lane % 4 == 0; // four channels of token 0: see write_tile()
-    auto scaled = [](const int(&acc)[2][1][4], const Scales<2> &s, int c) {
-        return __fmul_rn(__fmul_rn((float)acc[c / 2][0][c % 2 * 2], s.s_a[0]), (&s.s_channel.x)[c]);
-    };
-    auto rounded = [](float y) { return __half2float(__float2half_rn(y)); }; // as s->gate_up is
-    float y[4];
-    uint32_t most = 0;
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-        y[c] = scaled(acc, s, c);
-        if (p.residual) y[c] = __fadd_rn((&s.x[0].x)[c], y[c]);
-        else y[c] = swiglu(rounded(y[c]), rounded(scaled(up, of_up, c)));
-        const float h = p.out.norm ? __fmul_rn(y[c], (&norm.x)[c]) : y[c];
-        most = max(most, __float_as_uint(h) & 0x7fffffff);
-    }
-    float *to = p.residual ? p.residual : p.out.product;
-    if (mine) *(float4 *)(to + n) = make_float4(y[0], y[1], y[2], y[3]);
-    most = __reduce_max_sync(~0u, mine ? most : 0);
-    const float squares = strip_squares(four_squares(y), 8, 4);
-    if (lane > 0) return;
-    atomicMax(p.out.most, most);
-    if (p.out.norm) p.out.squares[n0 / STRIP] = squares;
-}
-
 template <bool GROUPS>
 __global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_constant__ GemmArgs p) {
-    extern __shared__ __align__(1024) uint8_t shared[]; // a, and of one token x and norm
+    extern __shared__ __align__(1024) uint8_t shared[]; // a
     __shared__ int4 sums[WARPS][2][32];
-    __shared__ float s_one;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, strips = WARPS / p.teams;
-    const int team = warp / strips, strip = few_strip(p, strips, warp % strips);
+    const int team = warp / strips, strip = blockIdx.x * strips + warp % strips;
     const int m0 = blockIdx.y * FEW, rows = min(FEW, p.M - m0);
 
     uint4 w[FEW_AHEAD][2] = {};
@@ -1390,11 +1104,6 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_const
 #pragma unroll
     for (int u = 0; u < FEW_AHEAD; u++) load_weights(u);
     prefetch(p.s_channel + strip * STRIP, there);
-    prefetch(p.out.norm + strip * STRIP, there && p.out.norm);
-    float4 *floats = (float4 *)(shared + ceil_div(p.K, 128) * 128);
-    for (int i = threadIdx.x; i < p.K / 4 && p.in.norm; i += THREADS) {
-        copy_async_16(shared_address(floats + p.K / 4 + i), p.in.norm + 4 * i, true, true);
-    }
     launch_dependents();
     const uint8_t *strip_w = (const uint8_t *)(p.w + (size_t)strip * p.units * 64);
     const int first = FEW_AHEAD * p.teams, cached = min(p.units, first + FEW_CACHED * p.teams);
@@ -1402,20 +1111,16 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_const
         prefetch(strip_w + line * 128, there);
     }
     wait_for_previous_kernel();
-    if (p.in.x) {
-        const float s_a = quantize_input(p, floats, (uint32_t *)shared);
-        if (threadIdx.x == 0) s_one = s_a;
-    } else {
-        for (int row = 0; row < rows; row++) {
-            const int8_t *from = p.a + (size_t)(m0 + row) * p.K;
-            for (int i = threadIdx.x; i < pairs * 8; i += THREADS) {
-                bool inside = i * 16 < p.K; // else zeros, as above
-                copy_async_16(shared_address(shared) + few_place(row, i, rows),
-                              inside ? from + i * 16 : from, inside, true);
-            }
+    for (int row = 0; row < rows; row++) {
+        const int8_t *from = p.a + (size_t)(m0 + row) * p.K;
+        for (int i = threadIdx.x; i < pairs * 8; i += THREADS) {
+            bool inside =
+                i * 16 < p.K; // else zeros, which make whatever weights they meet harmless
+            copy_async_16(shared_address(shared) + few_place(row, i, rows),
+                          inside ? from + i * 16 : from, inside, true);
         }
-        copy_async_wait();
     }
+    copy_async_wait();
     __syncthreads();
 
     // As in gemm_w4a8_kernel; past the last row there are copies of it.
@@ -1443,32 +1148,19 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_few_kernel(const __grid_const
 
 #pragma unroll
     for (int i = 0; i < 2; i++) sums[warp][i][lane] = as_int4(acc[i][0]);
-    const float *s_a = p.in.x ? &s_one : p.s_a + m0;
-    const int outputs = p.out.product ? strips / 2 : strips; // warps that write
-    const int its = p.out.product ? 2 * warp : warp;
-    const int n0 = few_strip(p, strips, its) * STRIP;
-    const bool writes = warp < outputs && n0 < p.N;
-    Scales<2> s, of_up;
-    float4 norm = {};
+    const float *s_a = p.s_a + m0;
+    const int n0 = (blockIdx.x * strips + warp) * STRIP;
+    const bool writes = warp < strips && n0 < p.N;
+    Scales<2> s;
     if (writes) load_scales(p, p.s_channel + n0, s_a, m0, rows, n0, s);
-    if (writes && p.out.norm) norm = *(const float4 *)(p.out.norm + n0 + lane / 4 * 4);
-    if (writes && p.out.product) {
-        load_scales(p, p.s_channel + n0 + p.N / 2, s_a, m0, rows, n0, of_up);
-    }
     __syncthreads();
     if (!writes) return;
-    auto add_up = [&](int(&to)[2][1][4], int its) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            for (int &x : to[i][0]) x = 0;
-            for (int t = 0; t < p.teams; t++) add(to[i][0], sums[t * strips + its][i][lane]);
-        }
-    };
-    add_up(acc, its);
-    if (!p.out.most) return write_tile<2, 1, GROUPS>(p, acc, s, s_a, m0, rows, n0);
-    int up[2][1][4] = {};
-    if (p.out.product) add_up(up, its + 1);
-    write_one(p, acc, s, up, of_up, norm, n0);
+    for (int i = 0; i < 2; i++) {
+        for (int &x : acc[i][0]) x = 0;
+        for (int t = 0; t < p.teams; t++) add(acc[i][0], sums[t * strips + warp][i][lane]);
+    }
+    write_tile<2, 1>(p, acc, s, s_a, m0, rows, n0);
 }
 
 /* ---- the same for Hopper: wgmma, fed by the TMA ------------------------------------------------
@@ -1790,29 +1482,12 @@ __global__ void __launch_bounds__(3 * WARPGROUP, 1)
             if (n0 >= p.N) continue;
             Scales<T::M_TILES> s;
             load_scales(p, s_channel + (n0 - work.n * CHANNELS - channel), s_a, m0, tokens, n0, s);
-            write_tile<T::M_TILES, TOKENS / 8, GROUPS>(p, acc, s, s_a, m0, tokens, n0);
+            write_tile<T::M_TILES, TOKENS / 8>(p, acc, s, s_a, m0, tokens, n0);
         }
     }
 }
 
 /* ---- launching ------------------------------------------------------------------------------- */
-
-/* What the largest kernels need of `partial`: two tiles of 256 x 128 for each multiprocessor (or of
- * half that size for each of two blocks). Split tiles are fewer than twice the blocks. */
-static size_t partial_ints() {
-    return (size_t)multiprocessors() * 2 * 256 * 128;
-}
-
-static size_t gemm_workspace_bytes() {
-    return (partial_ints() + 4 * multiprocessors()) * sizeof(int);
-}
-
-int *gpu_gemm_workspace(void) {
-    size_t bytes = gemm_workspace_bytes();
-    int *workspace = (int *)device_alloc(bytes);
-    cuda_check(cudaMemset(workspace, 0, bytes), "GEMM workspace");
-    return workspace;
-}
 
 static void set_tiles(GemmArgs &p, int channels, int tokens, int chunk) {
     p.tiles_m = ceil_div(p.M, tokens);
@@ -1821,8 +1496,7 @@ static void set_tiles(GemmArgs &p, int channels, int tokens, int chunk) {
     p.chunks = ceil_div(p.K, chunk);
 }
 
-/* Shares the work out among the blocks. Unless SHARES, every tile is one block's, and each block
- * gets the same number of tiles. */
+/* Every tile is one block's, and each block gets the same number of tiles. */
 template <int TOKENS, int TEAMS, bool GROUPS>
 static void launch_gemm(GemmArgs p, cudaStream_t stream) {
     using S = Shape<TOKENS, TEAMS>;
@@ -1834,22 +1508,7 @@ static void launch_gemm(GemmArgs p, cudaStream_t stream) {
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     cuda_check(allowed, "shared memory");
-    if (S::SHARES) {
-        // Whole tiles, if that keeps the blocks busy for 13/14 of the time. Else the tiles of the
-        // last, incomplete round are split. Very few would be split very finely, with more to add
-        // than to multiply: then one round more.
-        int rounds = ceil_div(p.tiles, blocks);
-        int rest = p.tiles % blocks;
-        if (p.tiles * 14 < rounds * blocks * 13) {
-            p.split_tiles = rest * 2 < blocks && rounds > 1 ? rest + blocks : rest;
-        }
-        blocks = min(blocks, p.tiles * p.chunks);
-    } else {
-        blocks = ceil_div(p.tiles, ceil_div(p.tiles, blocks));
-    }
-    p.share = p.split_tiles * p.chunks / blocks;
-    p.longer = p.split_tiles * p.chunks % blocks;
-
+    blocks = ceil_div(p.tiles, ceil_div(p.tiles, blocks));
     launch(kernel, {dim3(blocks), THREADS, shared}, stream, p);
 }
 
@@ -1866,10 +1525,9 @@ static size_t few_bytes(int M, int K) {
 template <bool GROUPS> static void launch_few(GemmArgs p, cudaStream_t stream) {
     const int strips = p.N / STRIP, rows = min(FEW, p.M);
     size_t shared = few_bytes(rows, p.K);
-    if (p.in.x) shared += p.K * sizeof(float) * (p.in.norm ? 2 : 1);
     if (shared > few_shared()) return launch_gemm<16, 8, GROUPS>(p, stream); // stands in for it
     p.units = p.K / UNIT;
-    p.teams = p.out.product ? WARPS / 2 : WARPS; // two strips are gate and up
+    p.teams = WARPS;
     while (p.teams > 1 && strips * p.teams / 2 * 5 >= WARPS * multiprocessors() * 7) p.teams /= 2;
     constexpr auto kernel = gemm_few_kernel<GROUPS>;
     allow_shared(kernel, shared);
@@ -1943,7 +1601,6 @@ static const struct HopperCost {
 
 /* Measured, not derived: build and run `make bench` before changing a number. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
-    static const int largest_shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     const int sms = multiprocessors();
     if (M <= FEW && (size_t)M * l->K <= FEW_SHARED) return GEMM_FEW;
     if (M <= 16) return GEMM_16X8;
@@ -1958,12 +1615,11 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
         }
         return best;
     }
-    if (M <= 32) return GEMM_32X4;
-    // Large tiles pay if a block gets some chunks for each time that it adds up with others.
-    int chunks = ceil_div(M, 128) * ceil_div(l->N, 256) * ceil_div(l->K, CHUNK_UNITS * UNIT);
-    if (M > 64 && chunks >= 7 * sms) return GEMM_128;
-    bool fits = largest_shared >= 8 * Shape<64, 4>::STAGE + Shape<64, 4>::TEAM_SUMS;
-    return fits && ceil_div(M, 64) * ceil_div(l->N, 64) <= sms ? GEMM_64X4 : GEMM_64X2;
+    // Of mma.sync the largest tile that still leaves few multiprocessors idle.
+    const int tiles_128 = ceil_div(M, 128) * ceil_div(l->N, 256);
+    const int tiles_64 = ceil_div(M, 64) * ceil_div(l->N, 128);
+    if (M > 64 && tiles_128 >= sms) return GEMM_128;
+    return 2 * tiles_64 >= sms ? GEMM_64X2 : GEMM_16X8;
 }
 
 /* In the order of GemmKernel. */
@@ -1971,8 +1627,6 @@ template <bool GROUPS>
 static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
     launch_few<GROUPS>,
     launch_gemm<16, 8, GROUPS>,
-    launch_gemm<32, 4, GROUPS>,
-    launch_gemm<64, 4, GROUPS>,
     launch_gemm<64, 2, GROUPS>,
     launch_gemm<128, 1, GROUPS>,
     launch_hopper_gemm<64, 64, GROUPS>,
@@ -1983,7 +1637,8 @@ static void (*const gemm_launchers[N_GEMM_KERNELS])(GemmArgs, cudaStream_t) = {
     launch_hopper_gemm<256, 128, GROUPS>,
 };
 
-static GemmArgs gemm_args(const GpuLinear *l, int M) {
+void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
+                  half *y, float *residual, cudaStream_t stream) {
     GemmArgs p = {};
     p.M = M;
     p.N = l->N;
@@ -1991,36 +1646,16 @@ static GemmArgs gemm_args(const GpuLinear *l, int M) {
     p.w = (const uint4 *)l->w;
     p.s_group = (const uint32_t *)l->s_group;
     p.s_channel = l->s_channel;
-    return p;
-}
-
-void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
-                  half *y, float *residual, int *acc, int *workspace, cudaStream_t stream) {
-    GemmArgs p = gemm_args(l, M);
     p.a = a;
     p.s_a = s_a;
     p.y = y;
     p.residual = residual;
-    p.acc = acc;
-    p.partial = (int4 *)workspace;
-    p.arrived = workspace + partial_ints();
     (l->s_group ? gemm_launchers<true> : gemm_launchers<false>)[kernel](p, stream);
 }
 
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
-                   float *residual, int *workspace, cudaStream_t stream) {
-    gpu_gemm_run(gpu_gemm_choose(l, M, false), l, a, s_a, M, y, residual, NULL, workspace, stream);
-}
-
-/* The same of one token, whose input it quantizes. y, residual or out.product gets the output. */
-static void gemm_one(const GpuLinear *l, const OneInput &in, half *y, float *residual,
-                     const OneOutput &out, cudaStream_t stream) {
-    GemmArgs p = gemm_args(l, 1);
-    p.in = in;
-    p.out = out;
-    p.y = y;
-    p.residual = residual;
-    (l->s_group ? launch_few<true> : launch_few<false>)(p, stream);
+                   float *residual, cudaStream_t stream) {
+    gpu_gemm_run(gpu_gemm_choose(l, M, false), l, a, s_a, M, y, residual, stream);
 }
 
 /* ================================================================================================
@@ -2111,18 +1746,13 @@ __global__ void rmsnorm_kernel(const float *x, const float *weight, int dim, flo
     if (threadIdx.x < dim / 8) w = from_floats((const float4 *)weight + 2 * threadIdx.x);
     wait_for_previous_kernel();
     const float4 *x_row = (const float4 *)(x + (size_t)blockIdx.x * dim);
-    float *squares = (float *)(shared_row + dim / 4);
-    for (int i = threadIdx.x; i < ceil_div(dim / 8, 32) * 32; i += blockDim.x) {
-        Eight e = {};
-        if (i < dim / 8) e = from_floats(x_row + 2 * i);
-        const float eight = __fadd_rn(four_squares(e.v), four_squares(e.v + 4));
-        const float sum = strip_squares(eight, 4, 1);
-        if (i >= dim / 8) continue;
-        squares[i / 4] = sum;
+    float squares = 0;
+    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
+        Eight e = from_floats(x_row + 2 * i);
+        for (int j = 0; j < 8; j++) squares += e.v[j] * e.v[j];
         row.put(i, e);
     }
-    __syncthreads();
-    const float scale = rms_scale(row_squares(squares, ceil_div(dim, STRIP)), dim, eps);
+    const float scale = rsqrtf(block_sum(squares) / dim + eps);
     uint32_t most = 0;
     for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
         Eight e = row.get(i);
@@ -2160,7 +1790,7 @@ static int row_threads(int T, int K) {
 
 void gpu_rmsnorm(const float *x, const float *weight, int T, int dim, float eps, LinearInput out,
                  cudaStream_t stream) {
-    size_t shared = (dim + ceil_div(dim, STRIP)) * sizeof(float);
+    size_t shared = dim * sizeof(float);
     allow_shared(rmsnorm_kernel, shared);
     launch(rmsnorm_kernel, {dim3(T), row_threads(T, dim), shared}, stream, x, weight, dim, eps,
            out);
@@ -2435,13 +2065,13 @@ static void linear_bytes(GpuState *s, const Matrix *w, const half *x, int T, flo
 /* y [T][N] = W applied to linear_input(). */
 static void linear(GpuState *s, const Matrix *w, int T, half *y) {
     if (w->w) linear_halves(s, w, s->h, NULL, T, y, NULL, false);
-    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, y, NULL, s->gemm_workspace, s->stream);
+    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, y, NULL, s->stream);
 }
 
 /* x [T][N] += W applied to linear_input(), or in 16 bits to in [T][K] * scale [T]. */
 static void add_linear(GpuState *s, const Matrix *w, int T, const half *in, const float *scale) {
     if (w->w) linear_halves(s, w, in, scale, T, NULL, s->x, true);
-    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, NULL, s->x, s->gemm_workspace, s->stream);
+    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, NULL, s->x, s->stream);
 }
 
 /* logits [n][vocab_size] of tokens first .. first + n - 1 of the last layers(). */
@@ -2482,10 +2112,8 @@ __global__ void choose_kernel(const float *logits, int vocab_size, Choice *chose
     if (blockIdx.x == 0 && threadIdx.x == 0) positions[blockIdx.y]++;
 }
 
-/* The chosen token of each sequence becomes its row of x, and the choice is free for the next; so
- * are the maxima of layer_of_one(). */
-__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x,
-                                    uint32_t *most, int n_most) {
+/* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
+__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
     // In this order: no kernel of a step starts before the step before has finished. So they may
     // read what that left, positions and cache, without waiting for each other.
     wait_for_previous_kernel();
@@ -2493,7 +2121,6 @@ __global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int d
     const int token = max(0, chosen_token(chosen[blockIdx.x])); // the host sees to what is none
     __syncthreads();
     if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
-    for (int i = threadIdx.x; i < n_most; i += blockDim.x) most[i] = 0;
     embed_row(embedding, token, dim, x);
 }
 
@@ -2506,7 +2133,7 @@ static void embed(GpuState *s, int T) {
 static void embed_chosen(GpuState *s) {
     const int dim = s->model->config.dim, T = s->n_sequences;
     launch(embed_chosen_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding,
-           s->chosen, dim, s->x, s->most, s->of_one ? 4 * s->model->config.n_layers : 0);
+           s->chosen, dim, s->x);
 }
 
 static void choose(GpuState *s, int sequence, int n) {
@@ -2579,16 +2206,9 @@ __device__ __forceinline__ float score_scale(int head_dim) {
 
 /* ---- the cache ---------------------------------------------------------------------------------
  *
- * In 8 and 4 bits each row has scales, themselves halves:
+ * In 8 bits each row has a scale, itself a half:
  *
- *     8: x ~ q s,      s = max|x| / 127,            q = rint(x / s)
- *     4: x ~ q s + m,  s = (max - min) / 15,        q = rint((x - m) / s),   m = min
- *
- * For 4 bits keys, and queries with them, are turned by the Hadamard matrix of head_dim, which
- * spreads the few large dimensions that keys have and leaves every product q k as it was (QuaRot,
- * arXiv 2404.00456). Read in 16 bits are position 0 and, by the token at t, those positions p with
- * p / RECENT = t / RECENT. In a word of eight 4-bit numbers dimension 2n is nibble n, 2n + 1 nibble
- * n + 4: a shift and a mask then leave two neighbours in the halves of a register. */
+ *     x ~ q s,      s = max|x| / 127,      q = rint(x / s) */
 
 /* A head's vector over a warp. Lane l has dimensions 2j, 2j + 1 and, head_dim / 2 on, their
  * partners of RoPE, j = l % (head_dim / 4). */
@@ -2620,29 +2240,9 @@ template <int HEAD_DIM> struct HeadVector {
         rotate_pairs(h.x, h.y, angles[j()]);
         set(h.x, h.y);
     }
-    /* x <- x H / sqrt(HEAD_DIM), its own inverse. */
-    __device__ __forceinline__ void turn() {
-        auto butterfly = [](float &a, float &b) {
-            float sum = a + b;
-            b = a - b;
-            a = sum;
-        };
-        butterfly(x[0], x[1]);
-        butterfly(x[2], x[3]);
-#pragma unroll
-        for (int i = 1; i < QUARTER; i *= 2) {
-            for (float &v : x) {
-                float other = __shfl_xor_sync(~0u, v, i);
-                v = j() & i ? other - v : v + other;
-            }
-        }
-        butterfly(x[0], x[2]);
-        butterfly(x[1], x[3]);
-        for (float &v : x) v *= rsqrtf(HEAD_DIM);
-    }
-    template <typename F> __device__ __forceinline__ float reduce(F f) const {
-        float y = f(f(x[0], x[1]), f(x[2], x[3]));
-        for (int i = 1; i < QUARTER; i *= 2) y = f(y, __shfl_xor_sync(~0u, y, i));
+    __device__ __forceinline__ float largest() const {
+        float y = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+        for (int i = 1; i < QUARTER; i *= 2) y = fmaxf(y, __shfl_xor_sync(~0u, y, i));
         return y;
     }
 };
@@ -2650,121 +2250,76 @@ template <int HEAD_DIM> struct HeadVector {
 /* Row `row` of keys or values = x. */
 template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void store_row(const HeadVector<HEAD_DIM> &x, uint8_t *rows,
-                                          half2 *scales, size_t row) {
+                                          half *scales, size_t row) {
     uint8_t *to = rows + row * (HEAD_DIM * BITS / 8);
     if constexpr (BITS == 16) {
         x.store((half *)to);
         return;
     }
-    const int j = x.j();
-    const bool mine = threadIdx.x % 32 < x.QUARTER;
-    auto larger = [](float a, float b) { return fmaxf(a, b); };
-    auto smaller = [](float a, float b) { return fminf(a, b); };
-    float low = x.reduce(smaller), high = x.reduce(larger), offset = 0;
-    half s = __float2half_rn(__fdiv_rn(fmaxf(high, -low), 127.0f)), m = __float2half_rn(0);
-    if (BITS == 4) {
-        s = __float2half_rn(__fdiv_rn(high - low, 15.0f));
-        m = __float2half_rn(low);
-        offset = __half2float(m);
-    }
-    const float scale = __half2float(s), least = BITS == 4 ? 0 : -127, most = BITS == 4 ? 15 : 127;
-    uint32_t q[4];
+    // 1. the scale, rounded to a half before it divides
+    const half s = __float2half_rn(__fdiv_rn(x.largest(), 127.0f));
+    const float scale = __half2float(s);
+    if (threadIdx.x % 32 == 0) scales[row] = s;
+        // 2. two neighbours at a time: of the lower half of the dimensions, of the upper one
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float r = scale > 0 ? rintf(__fdiv_rn(x.x[i] - offset, scale)) : 0;
-        q[i] = (int)fminf(fmaxf(r, least), most);
-    }
-    if (threadIdx.x % 32 == 0) scales[row] = __halves2half2(s, m);
-#pragma unroll
-    for (int i = 0; i < 2; i++) { // the lower half of the dimensions, the upper one
-        if (BITS == 8) {
-            uint32_t two = (q[2 * i] & 0xff) | (q[2 * i + 1] & 0xff) << 8;
-            if (mine) ((uint16_t *)to)[j + i * x.QUARTER] = two;
-        } else {
-            uint32_t word = q[2 * i] << 4 * (j % 4) | q[2 * i + 1] << (16 + 4 * (j % 4));
-            word |= __shfl_xor_sync(~0u, word, 1);
-            word |= __shfl_xor_sync(~0u, word, 2);
-            if (mine && j % 4 == 0) ((uint32_t *)to)[j / 4 + i * (x.QUARTER / 4)] = word;
+    for (int i = 0; i < 2; i++) {
+        uint32_t q[2];
+        for (int j = 0; j < 2; j++) {
+            const float r = scale > 0 ? rintf(__fdiv_rn(x.x[2 * i + j], scale)) : 0;
+            q[j] = (int)fminf(fmaxf(r, -127.0f), 127.0f);
         }
+        if (threadIdx.x % 32 >= x.QUARTER) continue;
+        ((uint16_t *)to)[x.j() + i * x.QUARTER] = (q[0] & 0xff) | (q[1] & 0xff) << 8;
     }
 }
 
-/* A token's key (or value) of head number `head` = sequence * n_kv_heads + KV head, into the cache;
- * `recent`: in 16 bits too. One warp. */
+/* The key (or value) of the token at `pos`, into a row of the cache. One warp. */
 template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ HeadVector<HEAD_DIM> store_token(const GpuCache &cache, size_t head,
-                                                            int pos, bool is_key, bool recent,
-                                                            const half *qkv, const float4 *rope) {
+__device__ __forceinline__ HeadVector<HEAD_DIM> store_token(const GpuCache &cache, size_t row,
+                                                            int pos, bool is_key, const half *qkv,
+                                                            const float4 *rope) {
     HeadVector<HEAD_DIM> x;
     x.load(qkv);
     if (is_key) x.rotate(rope + (size_t)pos * (HEAD_DIM / 4));
-    if (BITS == 4 && is_key) x.turn();
     store_row<HEAD_DIM, BITS>(x, is_key ? cache.keys : cache.values,
-                              is_key ? cache.k_scales : cache.v_scales, head * cache.context + pos);
-    if (BITS > 4) return x;
-    if (pos == 0) x.store(cache.position_0 + (head * 2 + !is_key) * HEAD_DIM);
-    half *ring = is_key ? cache.recent_keys : cache.recent_values;
-    if (recent) x.store(ring + (head * RECENT + pos % RECENT) * HEAD_DIM);
+                              is_key ? cache.k_scales : cache.v_scales, row);
     return x;
 }
 
 /* k (after RoPE) and v of tokens at pos .. pos + T - 1 into the cache, T = gridDim.x. qkv
- * [T][qkv_dim]: all query heads, then k, then v. One block a token. */
+ * [T][qkv_dim]: all query heads, then k, then v. One block per token. */
 template <int HEAD_DIM, int BITS>
 __global__ void write_cache_kernel(const half *qkv, int q_dim, Rows rows, const float4 *rope,
                                    GpuCache cache) {
     launch_dependents();
     wait_for_previous_kernel();
     const int heads = cache.n_kv_heads, pos = rows.pos + blockIdx.x;
-    const bool recent = pos / RECENT == (rows.pos + (int)gridDim.x - 1) / RECENT;
-    if (rows.skip) rope -= (size_t)rows.skip[blockIdx.x] * (HEAD_DIM / 4);
     const half *row = qkv + (size_t)blockIdx.x * (q_dim + 2 * heads * HEAD_DIM) + q_dim;
     for (int i = threadIdx.x / 32; i < 2 * heads; i += blockDim.x / 32) {
-        store_token<HEAD_DIM, BITS>(cache, (size_t)rows.sequence * heads + i % heads, pos,
-                                    i < heads, recent, row + i * HEAD_DIM, rope);
+        store_token<HEAD_DIM, BITS>(cache, cache.row(rows.sequence, i % heads) + pos, pos,
+                                    i < heads, row + i * HEAD_DIM, rope);
     }
 }
 
-/* What the attention of a prompt reads of a cache in 8 or 4 bits: its positions 0 .. gridDim.x - 1
- * in 16 bits, keys turned back, as sequence 0 of `to`. Sequence 1, for 4 bits, has them as they
- * were, from `pos` on out of qkv and before out of what is recent. */
-template <int HEAD_DIM, int BITS>
-__global__ void read_cache_kernel(GpuCache cache, int sequence, const half *qkv, int q_dim, int pos,
-                                  const float4 *rope, GpuCache to) {
+/* What the attention of a prompt reads of a cache in 8 bits: its positions 0 .. gridDim.x - 1 in
+ * 16 bits, as sequence 0 of `to`. */
+template <int HEAD_DIM>
+__global__ void read_cache_kernel(GpuCache cache, int sequence, GpuCache to) {
     launch_dependents();
     wait_for_previous_kernel();
-    const int heads = cache.n_kv_heads, p = blockIdx.x;
+    const int heads = cache.n_kv_heads, pos = blockIdx.x;
     for (int i = threadIdx.x / 32; i < 2 * heads; i += blockDim.x / 32) {
         const bool is_key = i < heads;
-        const size_t head = (size_t)sequence * heads + i % heads, row = head * cache.context + p;
-        uint8_t *to_rows = is_key ? to.keys : to.values;
+        const size_t row = cache.row(sequence, i % heads) + pos;
+        const char2 *from = (const char2 *)((is_key ? cache.keys : cache.values) + row * HEAD_DIM);
+        const float s = __half2float((is_key ? cache.k_scales : cache.v_scales)[row]);
         HeadVector<HEAD_DIM> x;
-        if (BITS == 4 && p == 0) {
-            x.load(cache.position_0 + (head * 2 + !is_key) * HEAD_DIM);
-        } else {
-            const uint8_t *from =
-                (is_key ? cache.keys : cache.values) + row * (HEAD_DIM * BITS / 8);
-            const float2 s = __half22float2((is_key ? cache.k_scales : cache.v_scales)[row]);
-            for (int k = 0; k < 4; k++) {
-                const int pair = x.j() + k / 2 * x.QUARTER;
-                const int word = pair / 4 * 4, nibble = pair % 4;
-                int q = BITS == 8 ? (int8_t)from[2 * pair + k % 2]
-                                  : from[word + nibble / 2 + k % 2 * 2] >> 4 * (nibble % 2) & 15;
-                x.x[k] = q * s.x + s.y;
-            }
+        for (int k = 0; k < 2; k++) {
+            const char2 q = from[x.j() + k * x.QUARTER];
+            x.x[2 * k] = (signed char)q.x * s;
+            x.x[2 * k + 1] = (signed char)q.y * s;
         }
-        if (BITS == 4 && is_key) x.turn();
-        store_row<HEAD_DIM, 16>(x, to_rows, NULL, to.row(0, i % heads) + p);
-        if (BITS == 8 || p < pos / RECENT * RECENT) continue;
-        if (p < pos) {
-            const half *ring = is_key ? cache.recent_keys : cache.recent_values;
-            x.load(ring + (head * RECENT + p % RECENT) * HEAD_DIM);
-            if (is_key) x.turn();
-        } else {
-            x.load(qkv + (size_t)(p - pos) * (q_dim + 2 * heads * HEAD_DIM) + q_dim + i * HEAD_DIM);
-            if (is_key) x.rotate(rope + (size_t)p * (HEAD_DIM / 4));
-        }
-        store_row<HEAD_DIM, 16>(x, to_rows, NULL, to.row(1, i % heads) + p);
+        store_row<HEAD_DIM, 16>(x, is_key ? to.keys : to.values, NULL, to.row(0, i % heads) + pos);
     }
 }
 
@@ -2778,37 +2333,31 @@ template <int HEAD_DIM> __device__ __forceinline__ uint32_t key_place(int row, i
     return row * HEAD_DIM * 2 + (column / 8 * 8 + (column % 8 ^ row % 8)) * 16;
 }
 
-/* Tokens of a block: a power of 2, so that all of a block's have the same recent positions. */
+/* Tokens of a block. */
 static __host__ __device__ int prompt_tokens(int group) {
-    int tokens = 16 * WARPS;
-    while (tokens * group > 16 * WARPS) tokens /= 2;
-    return tokens;
+    return 16 * WARPS / group;
 }
 
 /* One block is one KV head and up to 128 rows of queries, 16 a warp. A row is a token and one of
- * the `group` query heads: row r is token r / group, head r % group. Positions that are recent for
- * its tokens are read in sequence `recent` of the cache, those before in `sequence`. */
+ * the `group` query heads: row r is token r / group, head r % group. */
 template <int HEAD_DIM>
 __global__ void __launch_bounds__(THREADS, 1)
     attention_prefill_kernel(const half *qkv, Rows rows, int group, const float4 *rope,
-                             GpuCache cache, int recent, half *out) {
+                             GpuCache cache, half *out) {
     constexpr int STEPS = HEAD_DIM / 16, PIECES = HEAD_DIM / 8, TILE = KEYS * HEAD_DIM * 2;
     extern __shared__ __align__(1024) uint8_t shared[]; // [2][keys, values] tiles
     const uint32_t tiles = shared_address(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, T = rows.T, pos = rows.pos;
-    const int tokens = prompt_tokens(group);                             // of this block
-    const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens - pos % tokens; // the longest first
+    const int tokens = prompt_tokens(group);              // of this block
+    const int t0 = (gridDim.y - 1 - blockIdx.y) * tokens; // the longest first
     const int kv_head = blockIdx.x, q_dim = cache.n_kv_heads * group * HEAD_DIM;
     const int qkv_dim = q_dim + 2 * cache.n_kv_heads * HEAD_DIM;
     const int n_keys = pos + min(t0 + tokens, T); // of the last token
-    const size_t older = cache.row(rows.sequence, kv_head) * HEAD_DIM;
-    const size_t newer = cache.row(recent, kv_head) * HEAD_DIM;
-    const int newer_from = (pos + t0) / RECENT * RECENT;
+    const size_t cached = cache.row(rows.sequence, kv_head) * HEAD_DIM;
     launch_dependents();
     wait_for_previous_kernel();
 
     auto load_tile = [&](int first, int stage) { // 64 positions, zeros past the end
-        const size_t cached = first < newer_from ? older : newer;
         const half *keys = (half *)cache.keys + cached, *values = (half *)cache.values + cached;
         for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
             int row = i / PIECES, column = i % PIECES;
@@ -2824,18 +2373,16 @@ __global__ void __launch_bounds__(THREADS, 1)
     // This lane's two rows of queries, as mma's left operand, turned by RoPE: dimension i and its
     // partner i + HEAD_DIM / 2 are STEPS / 2 steps apart in the same lane.
     uint32_t q[STEPS][4] = {};
-    int position[2];       // of the two rows, in the cache; -1: there is none
-    uint32_t skip[2] = {}; // places behind the trunk that they do not see
-    size_t place[2];       // of their heads in a [T][q_dim]
+    int position[2]; // of the two rows, in the cache; -1: there is none
+    size_t place[2]; // of their heads in a [T][q_dim]
     for (int i = 0; i < 2; i++) {
         int row = warp * 16 + lane / 4 + 8 * i, t = t0 + row / group;
-        bool there = row < tokens * group && t >= 0 && t < T;
+        bool there = row < tokens * group && t < T;
         position[i] = there ? pos + t : -1;
         place[i] = (size_t)t * q_dim + (kv_head * group + row % group) * HEAD_DIM;
         if (!there) continue;
         const uint32_t *from = (const uint32_t *)(qkv + place[i] + (size_t)t * (qkv_dim - q_dim));
-        if (rows.skip) skip[i] = rows.skip[t];
-        const float4 *angles = rope + (size_t)(pos + t - skip[i]) * (HEAD_DIM / 4);
+        const float4 *angles = rope + (size_t)(pos + t) * (HEAD_DIM / 4);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) {
             for (int j = 0; j < 2; j++) q[s][i + 2 * j] = from[s * 8 + j * 4 + lane % 4];
@@ -2868,13 +2415,6 @@ __global__ void __launch_bounds__(THREADS, 1)
                               k_tile + key_place<HEAD_DIM>(j * 8 + lane % 8, step * 2 + lane / 8));
                 mma(s[j], q[step], b[0], b[1]);
                 mma(s[j], q[step + 1], b[2], b[3]);
-            }
-        }
-        if (rows.skip) { // other branches
-#pragma unroll
-            for (int j = 0; j < KEYS / 8 * 4; j++) {
-                uint32_t behind = first + j / 4 * 8 + lane % 4 * 2 + j % 2 - rows.trunk;
-                if (behind < skip[j % 4 / 2]) s[j / 4][j % 4] = -INFINITY;
             }
         }
 #pragma unroll
@@ -2946,55 +2486,48 @@ constexpr int HEADS = 8;       // query heads of a block: mma's right side is 8 
 
 /* Attention of one new token for each sequence, its RoPE and its place in the cache included. Block
  * (split, heads, sequence): one of gridDim.x parts of the positions of a sequence, for up to 8
- * query heads of one KV head. A warp takes every fourth tile of 16 positions:
+ * query heads of one KV head. A warp takes every eighth tile of 16 positions:
  *
  *     s^T [16 positions][8 heads] = k q^T          o^T [head_dim][8 heads] += v^T p^T
  *
  * The order of dimensions in a sum does not matter, and that of rows of o^T is ours to choose, so
  * that every operand of mma is part of a 16-byte load (lane 4g + t, j and i count eights of
- * dimensions), or with fewer bits of all that the lane has of a row: Share.
+ * dimensions), or in 8 bits of all that the lane has of a row: Share.
  *
  *     of k, positions g and g + 8:            in 16 bits dimensions 32 j + 8 t .. + 7, two steps
  *     of v, positions 2t, 2t+1, 2t+8, 2t+9:   dimensions 64 i + 8 g .. + 7, four tiles of o^T
  *
- * Scales are left out of the products: s_k and m_k are applied to scores, with the sum of q; s_v to
- * p; p m_v, the same for all dimensions, is summed up beside l. */
+ * Scales are left out of the products: s_k is applied to scores, s_v to p. */
 
-/* The eights of dimensions that one of LANES lanes has of a row of the cache, in loads of 16 bytes
- * if there are so many: RUN dimensions are consecutive. */
+/* The eights of dimensions that one of LANES lanes has of a row of the cache, in loads of 16 bytes:
+ * RUN dimensions are consecutive. */
 template <int HEAD_DIM, int BITS, int LANES> struct Share {
-    static constexpr int EACH = HEAD_DIM / LANES, RUN = EACH < 128 / BITS ? EACH : 128 / BITS;
+    static constexpr int RUN = 128 / BITS < HEAD_DIM / LANES ? 128 / BITS : HEAD_DIM / LANES;
+    static constexpr int WORDS = HEAD_DIM / LANES * BITS / 32;
     __device__ static constexpr int dimension(int i, int lane) {
         return i * 8 / RUN * LANES * RUN + lane * RUN + i * 8 % RUN;
     }
 };
 
-/* Rows of STORED bits in the order of dimensions that BITS ask for: into words of 32 bits, those of
- * the i-th eight dimensions from i * STORED / 4 on. */
-template <int STORED, typename S, bool SHARED = false, int WORDS>
-__device__ __forceinline__ void load_share(const uint8_t *row, int lane, uint32_t (&words)[WORDS]) {
+/* The part of a row that lane number `lane` of LANES has, into words of 32 bits, those of the i-th
+ * eight dimensions from i * BITS / 4 on. */
+template <int HEAD_DIM, int BITS, int LANES, bool SHARED = false>
+__device__ __forceinline__ void load_share(const uint8_t *row, int lane,
+                                           uint32_t (&words)[Share<HEAD_DIM, BITS, LANES>::WORDS]) {
+    using S = Share<HEAD_DIM, BITS, LANES>;
     auto load = [](auto *from) { return SHARED ? *from : __ldcg(from); };
-    constexpr int RUN = STORED == 16 ? 8 : S::RUN, LOAD = RUN * STORED / 32;
+    constexpr int LOAD = S::RUN * BITS / 32;
 #pragma unroll
-    for (int i = 0; i < WORDS; i += LOAD) {
-        const uint8_t *from = row + S::dimension(i * 4 / STORED, lane) * STORED / 8;
+    for (int i = 0; i < S::WORDS; i += LOAD) {
+        const uint8_t *from = row + S::dimension(i * 4 / BITS, lane) * BITS / 8;
         if constexpr (LOAD == 4) {
             uint4 v = load((const uint4 *)from);
             words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
-        } else if constexpr (LOAD == 2) {
+        } else {
             uint2 v = load((const uint2 *)from);
             words[i] = v.x, words[i + 1] = v.y;
-        } else {
-            words[i] = load((const uint32_t *)from);
         }
     }
-}
-
-/* Two 4-bit numbers, in the lowest bits of a word's halves, as halves: see bytes_to_halves(). */
-__device__ __forceinline__ uint32_t nibbles_to_halves(uint32_t word) {
-    uint32_t x = (word & 0x000f000f) | 0x64006400, y = 0x64006400;
-    half2 z = __hsub2(*(half2 *)&x, *(half2 *)&y);
-    return *(uint32_t *)&z;
 }
 
 /* Eight dimensions of one row, two to a register. */
@@ -3003,8 +2536,7 @@ __device__ __forceinline__ void row_to_halves(const uint32_t *words, uint32_t (&
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         if (BITS == 16) h[e] = words[e];
-        if (BITS == 8) h[e] = bytes_to_halves(words[e / 2] ^ 0x80808080, e % 2 ? 0x4342 : 0x4140);
-        if (BITS == 4) h[e] = nibbles_to_halves(words[0] >> 4 * e);
+        else h[e] = bytes_to_halves(words[e / 2] ^ 0x80808080, e % 2 ? 0x4342 : 0x4140);
     }
 }
 
@@ -3015,13 +2547,10 @@ __device__ __forceinline__ void rows_to_halves(const uint32_t *a, const uint32_t
     if (BITS == 16) {
         h[0] = __byte_perm(a[e], b[e], 0x5410);
         h[1] = __byte_perm(a[e], b[e], 0x7632);
-    } else if (BITS == 8) {
+    } else {
         uint32_t bytes = __byte_perm(a[e / 2], b[e / 2], e % 2 ? 0x7362 : 0x5140) ^ 0x80808080;
         h[0] = bytes_to_halves(bytes, 0x4140);
         h[1] = bytes_to_halves(bytes, 0x4342);
-    } else {
-        h[0] = nibbles_to_halves(__byte_perm(a[0], b[0], 0x5410) >> 4 * e);
-        h[1] = nibbles_to_halves(__byte_perm(a[0], b[0], 0x7632) >> 4 * e);
     }
 }
 
@@ -3032,9 +2561,7 @@ struct DecodeArgs {
     const float4 *rope;
     GpuCache cache;
     half *out;             // [sequences][q_dim]
-    LinearInput quantized; // the same as o's input, or
-    float *inner;          // of one token, with
-    uint32_t *most;        // the bits of max|out|
+    LinearInput quantized; // the same as o's input, in int8
     float *partial;        // [sequences][rows of blocks][gridDim.x][HEADS * (HEAD_DIM + 2)] o, m, l
     int *arrived;          // [sequences][rows of blocks + 1] blocks that are through
 };
@@ -3044,7 +2571,7 @@ struct DecodeBlock {
     int kv_head, head0, n_heads; // of the query heads the first, and how many: at most HEADS
     int q_dim, kv_dim, pos;
     int tiles, tile0, tile1; // of the sequence; of this block
-    size_t head;             // of the cache: sequence, KV head
+    size_t cache_row;        // of position 0
     const half *row;         // of qkv
 };
 
@@ -3060,92 +2587,76 @@ template <int HEAD_DIM> __device__ __forceinline__ DecodeBlock decode_block(cons
     b.tiles = b.pos / 16 + 1;
     b.tile0 = (int)((long long)b.tiles * blockIdx.x / gridDim.x);
     b.tile1 = (int)((long long)b.tiles * (blockIdx.x + 1) / gridDim.x);
-    b.head = (size_t)blockIdx.z * p.cache.n_kv_heads + b.kv_head;
+    b.cache_row = p.cache.row(blockIdx.z, b.kv_head);
     b.row = p.qkv + (size_t)blockIdx.z * (b.q_dim + 2 * b.kv_dim);
     return b;
 }
-
-/* Where rows of one head's keys and values are, from number `row` on. */
-struct Stored {
-    const void *keys, *values;
-    const half2 *k_scales, *v_scales;
-    size_t row;
-};
 
 /* The new token's key and value, as they go into the cache, for the warp whose tile they belong to:
  * that was loaded before they were there. */
 template <int HEAD_DIM, int BITS> struct NewToken {
     __align__(16) uint8_t rows[2][HEAD_DIM * BITS / 8];
-    half2 scales[2];
+    half scales[2];
 };
 
-/* A warp's tile of the cache in registers: rows of STORED bits, laid out as BITS want it. */
-template <int HEAD_DIM, int BITS, int STORED> struct CacheTile {
-    uint32_t k[2][HEAD_DIM / 4 * STORED / 32], v[4][HEAD_DIM / 8 * STORED / 32];
-    half2 k_scale[2], v_scale[2]; // of positions g and g + 8, if not in 16 bits
+/* A warp's tile of the cache in registers. */
+template <int HEAD_DIM, int BITS> struct CacheTile {
+    uint32_t k[2][Share<HEAD_DIM, BITS, 4>::WORDS], v[4][Share<HEAD_DIM, BITS, 8>::WORDS];
+    half k_scale[2], v_scale[2]; // of positions g and g + 8, if not in 16 bits
 
     // The cache has room for whole tiles, and past the end old numbers, whose weight will be 0.
-    __device__ __forceinline__ void load_keys(const Stored &from, size_t row) {
+    __device__ __forceinline__ void load_keys(const GpuCache &cache, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const size_t at = row + g + 8 * i;
-            load_share<STORED, Share<HEAD_DIM, BITS, 4>>(
-                (const uint8_t *)from.keys + at * (HEAD_DIM * STORED / 8), t, k[i]);
-            if (STORED < 16) k_scale[i] = __ldcg(from.k_scales + at);
+            load_share<HEAD_DIM, BITS, 4>(cache.keys + at * (HEAD_DIM * BITS / 8), t, k[i]);
+            if (BITS < 16) k_scale[i] = __ldcg(cache.k_scales + at);
         }
     }
-    __device__ __forceinline__ void load_values(const Stored &from, size_t row) {
+    __device__ __forceinline__ void load_values(const GpuCache &cache, size_t row) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const size_t at = row + 2 * t + i / 2 * 8 + i % 2;
-            load_share<STORED, Share<HEAD_DIM, BITS, 8>>(
-                (const uint8_t *)from.values + at * (HEAD_DIM * STORED / 8), g, v[i]);
-            if (STORED < 16 && i < 2) v_scale[i] = __ldcg(from.v_scales + row + g + 8 * i);
+            load_share<HEAD_DIM, BITS, 8>(cache.values + at * (HEAD_DIM * BITS / 8), g, v[i]);
+            if (BITS < 16 && i < 2) v_scale[i] = __ldcg(cache.v_scales + row + g + 8 * i);
         }
     }
-    __device__ __forceinline__ void load(const Stored &from, int tile) {
-        load_keys(from, from.row + tile * 16);
-        load_values(from, from.row + tile * 16);
-    }
     /* Row `at` of the tile becomes the new token's. */
-    __device__ __forceinline__ void replace(const NewToken<HEAD_DIM, STORED> &by, int at) {
+    __device__ __forceinline__ void replace(const NewToken<HEAD_DIM, BITS> &by, int at) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (at != g + 8 * i) continue;
-            load_share<STORED, Share<HEAD_DIM, BITS, 4>, true>(by.rows[0], t, k[i]);
-            if (STORED < 16) k_scale[i] = by.scales[0], v_scale[i] = by.scales[1];
+            load_share<HEAD_DIM, BITS, 4, true>(by.rows[0], t, k[i]);
+            if (BITS < 16) k_scale[i] = by.scales[0], v_scale[i] = by.scales[1];
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (at != 2 * t + i / 2 * 8 + i % 2) continue;
-            load_share<STORED, Share<HEAD_DIM, BITS, 8>, true>(by.rows[1], g, v[i]);
+            load_share<HEAD_DIM, BITS, 8, true>(by.rows[1], g, v[i]);
         }
     }
 };
 
 /* The new token's k and v, into the cache, by the last two warps: queries are the first ones'. */
-template <int HEAD_DIM, int DECODE_WARPS, int BITS>
+template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void append_kv(const DecodeArgs &p, const DecodeBlock &b,
                                           NewToken<HEAD_DIM, BITS> &token) {
-    const int i = threadIdx.x / 32 - (DECODE_WARPS - 2); // 0: its key, 1: its value
+    const int i = threadIdx.x / 32 - (WARPS - 2); // 0: its key, 1: its value
     if (i < 0) return;
     const HeadVector<HEAD_DIM> x =
-        store_token<HEAD_DIM, BITS>(p.cache, b.head, b.pos, i == 0, true,
+        store_token<HEAD_DIM, BITS>(p.cache, b.cache_row + b.pos, b.pos, i == 0,
                                     b.row + b.q_dim + i * b.kv_dim + b.kv_head * HEAD_DIM, p.rope);
-    if (BITS > 4) store_row<HEAD_DIM, BITS>(x, token.rows[0], token.scales, i);
+    store_row<HEAD_DIM, BITS>(x, token.rows[0], token.scales, i);
 }
 
 /* The queries of a block as mma's right operand: [eight dimensions of a lane's keys][4 head + t],
- * the same for every warp; and their sums. */
-template <int HEAD_DIM> struct Queries {
-    uint4 q[HEAD_DIM / 32][32];
-    float sum[HEADS];
-};
+ * the same for every warp. */
+template <int HEAD_DIM> struct Queries { uint4 q[HEAD_DIM / 32][32]; };
 
-/* RoPE applied, and for 4 bits turned. One warp a head. */
+/* RoPE applied. One warp per head. */
 template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void load_query(const DecodeArgs &p, const DecodeBlock &b,
                                            Queries<HEAD_DIM> &queries) {
@@ -3156,12 +2667,7 @@ __device__ __forceinline__ void load_query(const DecodeArgs &p, const DecodeBloc
             x.load(b.row + (size_t)(b.head0 + head) * HEAD_DIM);
             x.rotate(p.rope + (size_t)b.pos * (HEAD_DIM / 4));
         }
-        if (BITS == 4) x.turn();
         const uint2 h = x.halves();
-        if (BITS == 4) {
-            x.set(h.x, h.y);
-            queries.sum[head] = x.reduce([](float a, float b) { return a + b; });
-        }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int d = 2 * x.j() + i * HEAD_DIM / 2; // the dimension, and where it is
@@ -3175,8 +2681,7 @@ __device__ __forceinline__ void load_query(const DecodeArgs &p, const DecodeBloc
 /* o, m and l of a warp's part of the positions. */
 template <int HEAD_DIM> struct Attended {
     float o[HEAD_DIM / 64][4][4] = {}; // [eight dimensions of a lane's values][two of them]
-    // Of heads 2 t, 2 t + 1; what the offsets of 4-bit values add to every dimension of o:
-    float m[2] = {-INFINITY, -INFINITY}, l[2] = {}, offset[2] = {};
+    float m[2] = {-INFINITY, -INFINITY}, l[2] = {}; // of heads 2 t, 2 t + 1
 };
 
 /* s = q k for position g (s[0], s[1]: heads 2t, 2t + 1) and g + 8 (s[2], s[3]), if k holds in
@@ -3197,52 +2702,23 @@ __device__ __forceinline__ void attention_scores(const Queries<HEAD_DIM> &querie
     for (int i = 0; i < 4; i++) s[i] += odd[i];
 }
 
-/* Position 0 in 16 bits: where the warp of the first tile starts. */
+/* A warp's tiles from `tile` on, which is in `kv`, every eighth of the block's. */
 template <int HEAD_DIM, int BITS>
-__device__ __forceinline__ void attend_first(const DecodeArgs &p, const DecodeBlock &b,
-                                             const Queries<HEAD_DIM> &queries,
-                                             Attended<HEAD_DIM> &a) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const half *k = p.cache.position_0 + b.head * 2 * HEAD_DIM;
-    float s[4] = {};
-    attention_scores(queries, s, [&](int j, uint32_t(&first)[4], uint32_t(&other)[4]) {
-        uint4 x = __ldcg((const uint4 *)(k + Share<HEAD_DIM, BITS, 4>::dimension(j, t)));
-        first[0] = x.x, first[1] = x.y, first[2] = x.z, first[3] = x.w;
-        for (uint32_t &zero : other) zero = 0;
-    });
-    for (int h = 0; h < 2; h++) {
-        a.m[h] = s[h] * score_scale(HEAD_DIM); // every row of the product is that of position 0
-        a.l[h] = g == 0;
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 64; i++) {
-            Eight v = from_halves(
-                __ldcg((const uint4 *)(k + HEAD_DIM + Share<HEAD_DIM, BITS, 8>::dimension(i, g))));
-            for (int e = 0; e < 4; e++) {
-                a.o[i][e][h] = v.v[2 * e];
-                a.o[i][e][2 + h] = v.v[2 * e + 1];
-            }
-        }
-    }
-}
-
-/* A warp's tiles from `tile` on, which is in `kv`, every DECODE_WARPS-th before `end`. Returns the
- * one after them. */
-template <int HEAD_DIM, int DECODE_WARPS, int BITS, int STORED>
-__device__ __forceinline__ int
-attend_tiles(const DecodeBlock &b, const Stored &from, CacheTile<HEAD_DIM, BITS, STORED> &kv,
-             int tile, int end, const Queries<HEAD_DIM> &queries, Attended<HEAD_DIM> &a) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+__device__ __forceinline__ void
+attend_tiles(const DecodeBlock &b, const GpuCache &cache, CacheTile<HEAD_DIM, BITS> &kv, int tile,
+             const Queries<HEAD_DIM> &queries, Attended<HEAD_DIM> &a) {
+    const int g = threadIdx.x % 32 / 4;
     const float scale = score_scale(HEAD_DIM);
-    for (; tile < end; tile += DECODE_WARPS) {
-        const int next = tile + DECODE_WARPS;
+    for (; tile < b.tile1; tile += WARPS) {
+        const int next = tile + WARPS;
         float s[4] = {};
         attention_scores(queries, s, [&](int j, uint32_t(&x)[4], uint32_t(&y)[4]) {
-            row_to_halves<STORED>(kv.k[0] + j * STORED / 4, x);
-            row_to_halves<STORED>(kv.k[1] + j * STORED / 4, y);
+            row_to_halves<BITS>(kv.k[0] + j * BITS / 4, x);
+            row_to_halves<BITS>(kv.k[1] + j * BITS / 4, y);
         });
-        const half2 k_scale[2] = {kv.k_scale[0], kv.k_scale[1]};
+        const half k_scale[2] = {kv.k_scale[0], kv.k_scale[1]};
         // What is used up makes room for the next tile.
-        if (next < end) kv.load_keys(from, from.row + next * 16);
+        if (next < b.tile1) kv.load_keys(cache, b.cache_row + next * 16);
         float w[4], shrink[2]; // p, and p s_v
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -3251,63 +2727,58 @@ attend_tiles(const DecodeBlock &b, const Stored &from, CacheTile<HEAD_DIM, BITS,
             for (int i = 0; i < 2; i++) {
                 const int pos = tile * 16 + g + 8 * i;
                 float &x = s[2 * i + h];
-                if (STORED < 16) x *= __low2float(k_scale[i]);
-                if (STORED == 4) x += __high2float(k_scale[i]) * queries.sum[2 * t + h];
-                x = pos <= b.pos && (STORED > 4 || pos > 0) ? x * scale : -INFINITY;
+                if (BITS < 16) x *= __half2float(k_scale[i]);
+                x = pos <= b.pos ? x * scale : -INFINITY;
                 most = fmaxf(most, x);
             }
             for (int i = 4; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
             shrink[h] = exp2f(a.m[h] - most);
             a.m[h] = most;
             a.l[h] *= shrink[h];
-            if (STORED == 4) a.offset[h] *= shrink[h];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float x = exp2f(s[2 * i + h] - most);
                 a.l[h] += x;
-                if (STORED == 4) a.offset[h] += x * __high2float(kv.v_scale[i]);
-                w[2 * i + h] = STORED < 16 ? x * __low2float(kv.v_scale[i]) : x;
+                w[2 * i + h] = BITS < 16 ? x * __half2float(kv.v_scale[i]) : x;
             }
         }
         const uint32_t b0 = transpose_8x8(pack(w[0], w[1]));
         const uint32_t b1 = transpose_8x8(pack(w[2], w[3]));
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 64; i++) {
-            const uint32_t *rows[4] = {kv.v[0] + i * STORED / 4, kv.v[1] + i * STORED / 4,
-                                       kv.v[2] + i * STORED / 4, kv.v[3] + i * STORED / 4};
+            const uint32_t *rows[4] = {kv.v[0] + i * BITS / 4, kv.v[1] + i * BITS / 4,
+                                       kv.v[2] + i * BITS / 4, kv.v[3] + i * BITS / 4};
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 for (int c = 0; c < 4; c++) a.o[i][e][c] *= shrink[c % 2];
                 uint32_t low[2], high[2]; // of positions 2t, 2t + 1; of those 8 on
-                rows_to_halves<STORED>(rows[0], rows[1], e, low);
-                rows_to_halves<STORED>(rows[2], rows[3], e, high);
+                rows_to_halves<BITS>(rows[0], rows[1], e, low);
+                rows_to_halves<BITS>(rows[2], rows[3], e, high);
                 const uint32_t v[4] = {low[0], low[1], high[0], high[1]};
                 mma(a.o[i][e], v, b0, b1);
             }
         }
         __syncwarp(); // loaded any earlier, values would find no register free: spills
-        if (next < end) kv.load_values(from, from.row + next * 16);
+        if (next < b.tile1) kv.load_values(cache, b.cache_row + next * 16);
     }
-    return tile;
 }
 
 /* Where the warps of a block put their shares together. */
-template <int HEAD_DIM, int DECODE_WARPS> struct Joined {
-    float o[DECODE_WARPS][HEADS][HEAD_DIM + 1]; // + 1: other banks
-    float m[DECODE_WARPS][HEADS], l[DECODE_WARPS][HEADS];
+template <int HEAD_DIM> struct Joined {
+    float o[WARPS][HEADS][HEAD_DIM + 1]; // + 1: other banks
+    float m[WARPS][HEADS], l[WARPS][HEADS];
     float block_m[HEADS], block_l[HEADS];
 };
 
 /* Joins the warps: a warp's share is scaled by e^(m - maximum of all), which then stands in m. */
-template <int HEAD_DIM, int DECODE_WARPS, int BITS>
+template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_DIM> &a,
-                                           Joined<HEAD_DIM, DECODE_WARPS> &all) {
+                                           Joined<HEAD_DIM> &all) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         for (int i = 4; i < 32; i *= 2) {
             a.l[h] += __shfl_xor_sync(~0u, a.l[h], i);
-            if (BITS == 4) a.offset[h] += __shfl_xor_sync(~0u, a.offset[h], i);
         }
         const int head = 2 * t + h;
         if (head >= b.n_heads) continue;
@@ -3320,8 +2791,8 @@ __device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_D
             float *to = all.o[warp][head] + Share<HEAD_DIM, BITS, 8>::dimension(i, g);
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                to[2 * e] = a.o[i][e][h] + a.offset[h];
-                to[2 * e + 1] = a.o[i][e][2 + h] + a.offset[h];
+                to[2 * e] = a.o[i][e][h];
+                to[2 * e + 1] = a.o[i][e][2 + h];
             }
         }
     }
@@ -3329,8 +2800,8 @@ __device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_D
     if (threadIdx.x < HEADS) {
         const int head = threadIdx.x;
         float most = -INFINITY, total = 0;
-        for (int w = 0; w < DECODE_WARPS; w++) most = fmaxf(most, all.m[w][head]);
-        for (int w = 0; w < DECODE_WARPS; w++) {
+        for (int w = 0; w < WARPS; w++) most = fmaxf(most, all.m[w][head]);
+        for (int w = 0; w < WARPS; w++) {
             float factor = all.m[w][head] == -INFINITY ? 0 : exp2f(all.m[w][head] - most);
             total += all.l[w][head] * factor;
             all.m[w][head] = factor;
@@ -3341,7 +2812,18 @@ __device__ __forceinline__ void join_warps(const DecodeBlock &b, Attended<HEAD_D
     __syncthreads();
 }
 
-/* The last of n blocks to come here finds what all of them have written, as in add_blocks(). */
+/* Adds to a counter and returns what it was. Writes of this block from before its last barrier are
+ * seen by every block that finds the counter raised: half a fence before, half a fence after. */
+__device__ __forceinline__ int add_in_order(int *counter, int n) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;\n"
+                 : "=r"(before)
+                 : "l"(counter), "r"(n)
+                 : "memory");
+    return before;
+}
+
+/* The last of n blocks to come here finds what all of them have written. */
 __device__ __forceinline__ bool is_last(int *counter, int n) {
     __shared__ bool last;
     __syncthreads();
@@ -3353,9 +2835,9 @@ __device__ __forceinline__ bool is_last(int *counter, int n) {
     return last;
 }
 
-/* Joins the parts [blocks] of a row of blocks: write(i, the i-th four of [n_heads][HEAD_DIM]). */
-template <int HEAD_DIM, typename Write>
-__device__ __forceinline__ void join_blocks(const float *parts, int n_heads, Write write) {
+/* Joins the parts [blocks] of a row of blocks into out [n_heads][HEAD_DIM]. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void join_blocks(const float *parts, int n_heads, uint2 *out) {
     constexpr int PART = HEADS * (HEAD_DIM + 2); // floats: o, m, l
     const int n = n_heads * HEAD_DIM / 4, blocks = gridDim.x;
     for (int i = threadIdx.x; i < (n + 31) / 32 * 32; i += blockDim.x) {
@@ -3383,45 +2865,38 @@ __device__ __forceinline__ void join_blocks(const float *parts, int n_heads, Wri
             sum.z += x[b].z * f;
             sum.w += x[b].w * f;
         }
-        if (i < n)
-            write(i, make_uint2(pack(sum.x / total, sum.y / total),
-                                pack(sum.z / total, sum.w / total)));
+        if (i < n) {
+            out[i] =
+                make_uint2(pack(sum.x / total, sum.y / total), pack(sum.z / total, sum.w / total));
+        }
     }
 }
 
-template <int HEAD_DIM, int DECODE_WARPS, int BITS>
-__global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
+template <int HEAD_DIM, int BITS>
+__global__ void __launch_bounds__(THREADS, 2)
     attention_decode_kernel(const __grid_constant__ DecodeArgs p) {
     __shared__ Queries<HEAD_DIM> queries;
     __shared__ NewToken<HEAD_DIM, BITS> token;
-    __shared__ Joined<HEAD_DIM, DECODE_WARPS> all;
+    __shared__ Joined<HEAD_DIM> all;
     launch_dependents();
     const DecodeBlock b = decode_block<HEAD_DIM>(p);
 
     // Older tokens have been in the cache since earlier steps: see embed_chosen_kernel.
-    const Stored cached = {p.cache.keys, p.cache.values, p.cache.k_scales, p.cache.v_scales,
-                           b.head * p.cache.context};
-    const int recent = BITS == 4 ? b.pos / RECENT * (RECENT / 16) : b.tiles; // in 16 bits from here
-    const int end = min(b.tile1, recent);
-    CacheTile<HEAD_DIM, BITS, BITS> kv;
-    int tile = b.tile0 + threadIdx.x / 32;
-    if (tile < end) kv.load(cached, tile);
+    CacheTile<HEAD_DIM, BITS> kv;
+    const int tile = b.tile0 + threadIdx.x / 32;
+    const size_t row = b.cache_row + tile * 16;
+    if (tile < b.tile1) {
+        kv.load_keys(p.cache, row);
+        kv.load_values(p.cache, row);
+    }
     wait_for_previous_kernel();
     load_query<HEAD_DIM, BITS>(p, b, queries);
-    if (b.tile1 == b.tiles) append_kv<HEAD_DIM, DECODE_WARPS>(p, b, token); // this block's part
+    if (b.tile1 == b.tiles) append_kv<HEAD_DIM>(p, b, token); // this block's part
     __syncthreads(); // now there are the queries, and the new token's k and v
-    if (BITS > 4 && tile == b.pos / 16) kv.replace(token, b.pos % 16);
+    if (tile == b.pos / 16) kv.replace(token, b.pos % 16);
     Attended<HEAD_DIM> a;
-    if (BITS == 4 && tile == 0 && end > 0) attend_first<HEAD_DIM, BITS>(p, b, queries, a);
-    tile = attend_tiles<HEAD_DIM, DECODE_WARPS>(b, cached, kv, tile, end, queries, a);
-    if (BITS == 4 && tile < b.tile1) {
-        const Stored ring = {p.cache.recent_keys, p.cache.recent_values, NULL, NULL,
-                             b.head * RECENT - recent * 16};
-        CacheTile<HEAD_DIM, BITS, 16> kv;
-        kv.load(ring, tile);
-        attend_tiles<HEAD_DIM, DECODE_WARPS>(b, ring, kv, tile, b.tile1, queries, a);
-    }
-    join_warps<HEAD_DIM, DECODE_WARPS, BITS>(b, a, all);
+    attend_tiles<HEAD_DIM>(b, p.cache, kv, tile, queries, a);
+    join_warps<HEAD_DIM, BITS>(b, a, all);
 
     constexpr int PART = HEADS * (HEAD_DIM + 2);
     float *parts = p.partial + (size_t)(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x * PART;
@@ -3430,7 +2905,7 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
     for (int i = threadIdx.x; i < b.n_heads * HEAD_DIM; i += blockDim.x) {
         int head = i / HEAD_DIM;
         float sum = 0;
-        for (int w = 0; w < DECODE_WARPS; w++) sum += all.o[w][head][i % HEAD_DIM] * all.m[w][head];
+        for (int w = 0; w < WARPS; w++) sum += all.o[w][head][i % HEAD_DIM] * all.m[w][head];
         if (gridDim.x > 1) mine[i] = sum;
         else out[i] = __float2half(sum / all.block_l[head]);
     }
@@ -3441,19 +2916,7 @@ __global__ void __launch_bounds__(DECODE_WARPS * 32, 16 / DECODE_WARPS)
             mine[HEADS * (HEAD_DIM + 1) + threadIdx.x] = all.block_l[threadIdx.x];
         }
         if (!is_last(counters + blockIdx.y, gridDim.x)) return;
-        uint32_t most = 0;
-        join_blocks<HEAD_DIM>(parts, b.n_heads, [&](int i, uint2 four) {
-            ((uint2 *)out)[i] = four;
-            if (!p.inner) return;
-            float2 x = __half22float2(*(half2 *)&four.x), y = __half22float2(*(half2 *)&four.y);
-            ((float4 *)(p.inner + b.head0 * HEAD_DIM))[i] = make_float4(x.x, x.y, y.x, y.y);
-            most = max(most, magnitude({{x.x, x.y, y.x, y.y}}));
-        });
-        if (p.inner) {
-            most = __reduce_max_sync(~0u, most);
-            if (threadIdx.x % 32 == 0) atomicMax(p.most, most);
-            return;
-        }
+        join_blocks<HEAD_DIM>(parts, b.n_heads, (uint2 *)out);
     }
 
     // The last block of a token quantizes its row for o.
@@ -3471,66 +2934,51 @@ static int decode_rows(const Config *c) {
 /* The kernels for a head_dim and so many bits of the cache. */
 struct AttentionKernels {
     void (*write)(const half *, int, Rows, const float4 *, GpuCache);
-    void (*read)(GpuCache, int, const half *, int, int, const float4 *, GpuCache); // below 16 bits
-    void (*prompt)(const half *, Rows, int, const float4 *, GpuCache, int, half *);
-    void (*decode[2])(DecodeArgs); // with 8 warps, with 4
+    void (*read)(GpuCache, int, GpuCache); // of 8 bits
+    void (*prompt)(const half *, Rows, int, const float4 *, GpuCache, half *);
+    void (*decode)(DecodeArgs);
 };
 
 template <int HEAD_DIM, int BITS> static AttentionKernels kernels_for() {
-    AttentionKernels kernels = {
-        write_cache_kernel<HEAD_DIM, BITS>,
-        NULL,
-        attention_prefill_kernel<HEAD_DIM>,
-        {attention_decode_kernel<HEAD_DIM, 8, BITS>, attention_decode_kernel<HEAD_DIM, 4, BITS>}};
-    if constexpr (BITS < 16) kernels.read = read_cache_kernel<HEAD_DIM, BITS>;
-    return kernels;
+    return {write_cache_kernel<HEAD_DIM, BITS>, read_cache_kernel<HEAD_DIM>,
+            attention_prefill_kernel<HEAD_DIM>, attention_decode_kernel<HEAD_DIM, BITS>};
 }
 
 static AttentionKernels attention_kernels(int head_dim, int bits) {
-    if (head_dim == 64)
-        return bits == 16  ? kernels_for<64, 16>()
-               : bits == 8 ? kernels_for<64, 8>()
-                           : kernels_for<64, 4>();
-    return bits == 16  ? kernels_for<128, 16>()
-           : bits == 8 ? kernels_for<128, 8>()
-                       : kernels_for<128, 4>();
+    if (head_dim == 64) return bits == 16 ? kernels_for<64, 16>() : kernels_for<64, 8>();
+    return bits == 16 ? kernels_for<128, 16>() : kernels_for<128, 8>();
 }
 
-/* att [T][q_dim] of tokens of a sequence, by way of the cache; if that is in 8 or 4 bits it is read
- * back into `in_halves`. */
+/* att [T][q_dim] of tokens of a sequence, by way of the cache; if that is in 8 bits it is read back
+ * into `in_halves`. */
 static void attend_prompt(const Config *c, const half *qkv, Rows rows, const float4 *rope,
                           GpuCache cache, const GpuCache &in_halves, half *att,
                           cudaStream_t stream) {
     const AttentionKernels kernels = attention_kernels(c->head_dim, cache.bits);
     const int group = c->n_heads / c->n_kv_heads, q_dim = c->n_heads * c->head_dim;
     launch(kernels.write, {dim3(rows.T), THREADS}, stream, qkv, q_dim, rows, rope, cache);
-    int recent = rows.sequence; // where the positions next to a token are read
     if (cache.bits < 16) {
-        launch(kernels.read, {dim3(rows.pos + rows.T), THREADS}, stream, cache, rows.sequence, qkv,
-               q_dim, rows.pos, rope, in_halves);
+        launch(kernels.read, {dim3(rows.pos + rows.T), THREADS}, stream, cache, rows.sequence,
+               in_halves);
         rows.sequence = 0;
-        recent = cache.bits == 4;
         cache = in_halves;
     }
     const size_t shared = 2 * 2 * KEYS * c->head_dim * sizeof(half);
     allow_shared(kernels.prompt, shared);
-    const int tokens = prompt_tokens(group), blocks = ceil_div(rows.pos % tokens + rows.T, tokens);
+    const int tokens = prompt_tokens(group), blocks = ceil_div(rows.T, tokens);
     launch(kernels.prompt, {dim3(c->n_kv_heads, blocks), THREADS, shared}, stream, qkv, rows, group,
-           rope, cache, recent, att);
+           rope, cache, att);
 }
 
 /* Layer l's cache. */
 static GpuCache layer_cache(const GpuState *s, int l) {
     const Config *c = &s->model->config;
     GpuCache cache = s->cache;
-    const size_t heads = (size_t)l * s->n_sequences * c->n_kv_heads, rows = heads * cache.context;
+    const size_t rows = (size_t)l * s->n_sequences * c->n_kv_heads * cache.context;
     cache.keys += rows * c->head_dim * cache.bits / 8;
     cache.values += rows * c->head_dim * cache.bits / 8;
     cache.k_scales += rows;
     cache.v_scales += rows;
-    cache.position_0 += heads * 2 * c->head_dim;
-    cache.recent_keys += heads * RECENT * c->head_dim;
-    cache.recent_values += heads * RECENT * c->head_dim;
     return cache;
 }
 
@@ -3539,17 +2987,13 @@ static void attend(GpuState *s, int l, const Rows &rows) {
     const Config *c = &s->model->config;
     const GpuCache cache = layer_cache(s, l);
     if (rows.sequence < 0) {
-        // Four warps each, if that many blocks fill the GPU: less to join.
-        const bool many = decode_rows(c) * rows.T >= 3 * multiprocessors();
         const DecodeArgs args = {s->qkv,          c->n_heads / c->n_kv_heads,
                                  s->positions,    s->rope,
                                  cache,           s->att,
-                                 linear_input(s), s->of_one ? s->inner : NULL,
-                                 s->most + 4 * l, s->partial,
+                                 linear_input(s), s->partial,
                                  s->arrived};
-        const auto kernel = attention_kernels(c->head_dim, cache.bits).decode[many];
-        launch(kernel, {dim3(s->splits, decode_rows(c), rows.T), many ? 128 : 256, 0, CARVEOUT},
-               s->stream, args);
+        launch(attention_kernels(c->head_dim, cache.bits).decode,
+               {dim3(s->splits, decode_rows(c), rows.T), THREADS, 0, CARVEOUT}, s->stream, args);
         return;
     }
     attend_prompt(c, s->qkv, rows, s->rope, cache, s->in_halves, s->att, s->stream);
@@ -3583,10 +3027,9 @@ struct Machine {
     cudaStream_t stream;
     cublasHandle_t cublas;
     std::vector<void *> arrays, host_arrays;
-    float4 *rope; // [length][head_dim / 4]
-    double *sums; // [SUM_BLOCKS]
-    int *flag;    // something is not finite or not positive
-    int *gemm_workspace;
+    float4 *rope;     // [length][head_dim / 4]
+    double *sums;     // [SUM_BLOCKS]
+    int *flag;        // something is not finite or not positive
     uint8_t *scratch; // [scratch_bytes] for the arrays of one operation; the next overwrites them
     size_t scratch_bytes;
 };
@@ -3977,11 +3420,6 @@ static void norm(Machine *m, const float *x, const float *weight, int T, bool in
     for_each(m, (size_t)T * dim, activations_kernel, in.a, in.scale, T, dim, y);
 }
 
-static void multiply_w4a8(Machine *m, const GpuLinear *w, LinearInput in, int T, half *y,
-                          float *x) {
-    gpu_gemm_w4a8(w, in.a, in.scale, T, y, x, m->gemm_workspace, m->stream);
-}
-
 static void add_linear(Machine *m, const Linear *w, const float *in, int T, float *x) {
     if (w->dtype == F32) {
         product(m, T, w->N, w->K, 1.0f, {in, w->K}, {(const float *)w->w, w->K, true}, 1.0f, x,
@@ -3992,7 +3430,7 @@ static void add_linear(Machine *m, const Linear *w, const float *in, int T, floa
     const LinearInput a = int8_input(s, T, w->K);
     const GpuLinear g = gpu_linear(w, 1);
     for_blocks(m, T, 0, quantize_floats_kernel, in, (const float *)NULL, w->K, a.a, a.scale);
-    multiply_w4a8(m, &g, a, T, NULL, x);
+    gpu_gemm_w4a8(&g, a.a, a.scale, T, NULL, x, m->stream);
 }
 
 /* Of a window's keys, or values, [n_kv_heads][length][head_dim] in halves. */
@@ -4064,7 +3502,7 @@ static void w4a8_inside(Machine *m, const Inside &h, bool ffn, const float *x, i
     const GpuLinear linears = gpu_linear(h.first, h.count);
     half *wide = s.array<half>((size_t)T * h.N);
     gpu_rmsnorm(x, h.norm, T, c->dim, c->norm_eps, in, m->stream);
-    multiply_w4a8(m, &linears, in, T, wide, NULL);
+    gpu_gemm_w4a8(&linears, in.a, in.scale, T, wide, NULL, m->stream);
 
     // 2. SwiGLU, or attention; then int8
     if (ffn) {
@@ -4466,7 +3904,7 @@ static double smoothed_distance(Machine *m, const Linear *w, const float *x, int
     float *output = scratch.array<float>((size_t)T * N);
     zero(m, output, (size_t)T * N * sizeof *output);
     for_blocks(m, T, 0, quantize_floats_kernel, x, s, K, in.a, in.scale);
-    multiply_w4a8(m, &g, in, T, NULL, output);
+    gpu_gemm_w4a8(&g, in.a, in.scale, T, NULL, output, m->stream);
     return sum(m, output, y, (size_t)T * N, true);
 }
 
@@ -4711,7 +4149,6 @@ static size_t place_buffers(GpuState *s) {
     const bool q = s->model->quantized;
     Places take = {s->memory, 0};
     take(s->tokens, T);
-    take(s->skip, T);
     take(s->positions, B);
     take(s->chosen, B);
     take(s->x, T * c->dim);
@@ -4722,21 +4159,14 @@ static size_t place_buffers(GpuState *s) {
     take(s->att, T * q_dim);
     take(s->gate_up, T * 2 * c->hidden_dim);
     take(s->y, q ? 0 : T * c->dim);
-    take(s->inner, s->of_one ? max((size_t)c->hidden_dim, q_dim) : 0);
-    take(s->squares, s->of_one ? c->dim / STRIP : 0);
-    take(s->most, s->of_one ? c->n_layers * 4 : 0);
     GpuCache *k = &s->cache, *h = &s->in_halves;
-    const size_t heads = c->n_layers * B * c->n_kv_heads, rows = heads * k->context;
+    const size_t rows = c->n_layers * B * c->n_kv_heads * k->context;
     const bool small = k->bits < 16;
-    const size_t recent = k->bits == 4 ? heads * RECENT * c->head_dim : 0;
-    const size_t read = small ? (size_t)2 * c->n_kv_heads * h->context * c->head_dim * 2 : 0;
+    const size_t read = small ? (size_t)c->n_kv_heads * h->context * c->head_dim * sizeof(half) : 0;
     take(k->keys, rows * c->head_dim * k->bits / 8);
     take(k->values, rows * c->head_dim * k->bits / 8);
     take(k->k_scales, small ? rows : 0);
     take(k->v_scales, small ? rows : 0);
-    take(k->position_0, small ? heads * 2 * c->head_dim : 0);
-    take(k->recent_keys, recent);
-    take(k->recent_values, recent);
     take(h->keys, read);
     take(h->values, read);
     take(s->rope, (size_t)s->context * (c->head_dim / 4));
@@ -4765,17 +4195,12 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context, int 
     // Enough blocks to fill the GPU, two of 8 warps to a multiprocessor; about a tile a warp.
     int rows = decode_rows(&g->config) * n_sequences, parts = max(2, (context + 64) / (8 * 16));
     s.splits = max(1, min(min(MAX_SPLITS, parts), 2 * multiprocessors() / rows));
-    // A block of gemm_few_kernel has x and what is made of it.
-    const Config *c = &g->config;
-    const size_t inside = max(c->hidden_dim, c->n_heads * c->head_dim);
-    const size_t most = max(9 * (size_t)c->dim, 5 * inside);
-    s.of_one = g->quantized && n_sequences == 1 && s.splits > 1 && most + 1024 <= few_shared();
     s.bytes = place_buffers(&s);
     return s;
 }
 
 static size_t gpu_state_bytes(const GpuModel *g, int n_sequences, int context, int kv_bits) {
-    return plan_state(g, n_sequences, context, kv_bits).bytes + gemm_workspace_bytes();
+    return plan_state(g, n_sequences, context, kv_bits).bytes;
 }
 
 static void upload_rope(const Config *c, int context, float4 *to) {
@@ -4793,14 +4218,12 @@ static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, 
     *s = plan_state(g, n_sequences, context, kv_bits);
     s->memory = (uint8_t *)device_alloc(s->bytes);
     place_buffers(s);
-    s->gemm_workspace = gpu_gemm_workspace();
     // Zeros: counters, and the cache, where what is not written yet must at least be finite.
     cuda_check(cudaMemset(s->memory, 0, s->bytes), "cudaMemset");
     upload_rope(c, context, s->rope);
     cuda_check(cudaMallocHost(&s->host_logits, (size_t)n_sequences * c->vocab_size * sizeof(float)),
                "pinned memory");
     s->host_chosen = (int *)allocate(n_sequences, sizeof *s->host_chosen);
-    s->ends = (int *)allocate(n_sequences, sizeof *s->ends);
     cuda_check(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), "cudaStreamCreate");
     cublas_check(CUBLAS(cublasCreate_v2)(&s->cublas));
     cublas_check(CUBLAS(cublasSetStream_v2)(s->cublas, s->stream));
@@ -4815,10 +4238,8 @@ static void gpu_state_free(GpuState *s) {
     cublas_check(CUBLAS(cublasDestroy_v2)(s->cublas));
     cuda_check(cudaStreamDestroy(s->stream), "cudaStreamDestroy");
     cuda_check(cudaFreeHost(s->host_logits), "cudaFreeHost");
-    cuda_check(cudaFree(s->gemm_workspace), "cudaFree");
     cuda_check(cudaFree(s->memory), "cudaFree");
     free(s->host_chosen);
-    free(s->ends);
     free(s);
 }
 
@@ -4863,31 +4284,17 @@ static void check_tokens(const GpuState *s, const int *tokens, int T, int pos) {
     }
 }
 
-/* A sequence goes on at `pos` with T tokens. To an earlier position a cache in 4 bits can go back
- * only while what is recent there has not been overwritten. */
-static void go_on(GpuState *s, int sequence, int pos, int T) {
-    int *end = &s->ends[sequence];
-    if (s->cache.bits == 4 && pos % RECENT && pos / RECENT < (*end - 1) / RECENT)
-        die("-k 4: from position %d the KV cache cannot go back to %d, only to a multiple of %d",
-            *end, pos, RECENT);
-    *end = pos + T;
-}
-
-/* Runs tokens of one sequence through all layers, in chunks; calls then(first, T) after each. A
- * cache in 4 bits is overwritten, where it is recent, at a multiple of RECENT: a chunk starts
- * there, or ends. */
+/* Runs tokens [n] of one sequence through all layers, in chunks; calls after_chunk(first, T) after
+ * each. */
 template <typename F>
-static void feed_chunks(GpuState *s, int sequence, const TokenTree &tree, F then) {
-    check_tokens(s, tree.tokens, tree.n, tree.pos);
-    go_on(s, sequence, tree.pos, tree.n);
-    for (int first = 0, T; first < tree.n; first += T) {
-        const int pos = tree.pos + first, into = pos % RECENT;
-        T = min(tree.n - first, s->max_T);
-        if (into && s->cache.bits == 4) T = min(T, RECENT - into);
-        to_gpu(s, s->tokens, tree.tokens + first, T);
-        if (tree.skip) to_gpu(s, s->skip, tree.skip + first, T);
-        prompt(s, {T, sequence, pos, tree.skip ? s->skip : NULL, tree.trunk});
-        then(first, T);
+static void feed_chunks(GpuState *s, int sequence, const int *tokens, int n, int pos,
+                        F after_chunk) {
+    check_tokens(s, tokens, n, pos);
+    for (int first = 0; first < n; first += s->max_T) {
+        const int T = min(n - first, s->max_T);
+        to_gpu(s, s->tokens, tokens + first, T);
+        prompt(s, {T, sequence, pos + first});
+        after_chunk(first, T);
     }
 }
 
@@ -4895,12 +4302,8 @@ static void feed_chunks(GpuState *s, int sequence, const TokenTree &tree, F then
 static void engine_step(Engine *e, const int *tokens, const int *positions) {
     GpuState *s = state_of(e);
     for (int i = 0; i < s->n_sequences; i++) {
-        if (!tokens) {
-            s->ends[i]++;
-            continue;
-        }
+        if (!tokens) break;
         check_tokens(s, tokens + i, 1, positions[i]);
-        go_on(s, i, positions[i], 1);
         const Choice given = (uint32_t)~tokens[i];
         to_gpu(s, s->chosen + i, &given, 1);
         to_gpu(s, s->positions + i, positions + i, 1);
@@ -4921,7 +4324,7 @@ static void engine_feed(Engine *e, int sequence, const int *tokens, int n, int p
     GpuState *s = state_of(e);
     if (n == 1 && s->n_sequences == 1) return engine_step(e, tokens, &pos);
     int last = 0; // of the last chunk
-    feed_chunks(s, sequence, {tokens, NULL, NULL, n, pos, 0}, [&](int, int T) { last = T - 1; });
+    feed_chunks(s, sequence, tokens, n, pos, [&](int, int T) { last = T - 1; });
     lm_head(s, last, 1);
     const int end = pos + n - 1;
     const Choice none = 0;
@@ -4944,17 +4347,17 @@ static const float *engine_logits(Engine *e) {
     return s->host_logits;
 }
 
-static void engine_score(Engine *e, int sequence, const TokenTree *tree, Score *scores) {
+static void engine_score(Engine *e, int sequence, const int *tokens, const int *targets, int n,
+                         int pos, Score *scores) {
     GpuState *s = state_of(e);
-    feed_chunks(s, sequence, *tree, [&](int first, int T) {
-        to_gpu(s, s->tokens, tree->targets + first, T);
-        for (int t = max(0, tree->trunk - tree->pos - first), rows; t < T; t += rows) {
+    feed_chunks(s, sequence, tokens, n, pos, [&](int first, int T) {
+        to_gpu(s, s->tokens, targets + first, T);
+        for (int t = 0, rows; t < T; t += rows) {
             rows = min(LOGIT_ROWS, T - t);
             lm_head(s, t, rows);
             launch(score_kernel, {dim3(rows), THREADS}, s->stream, s->logits,
                    e->model->config.vocab_size, s->tokens + t, s->scores);
-            to_host(s, scores, s->scores, rows);
-            scores += rows;
+            to_host(s, scores + first + t, s->scores, rows);
         }
     });
 }
@@ -4967,15 +4370,15 @@ static void engine_free(Engine *engine) {
 }
 
 Engine *gpu_engine(const Model *m, int kv_bits) {
-    if (kv_bits != 16 && kv_bits != 8 && kv_bits != 4)
-        die("-k %d: on the GPU the KV cache has 16, 8 or 4 bits", kv_bits);
+    if (kv_bits != 16 && kv_bits != 8)
+        die("-k %d: on the GPU the KV cache has 16 or 8 bits", kv_bits);
     const Config *c = &m->config;
     GpuEngine *e = (GpuEngine *)allocate(1, sizeof *e);
     e->weights = gpu_model_load(m);
     e->model = m;
     e->on_gpu = true;
     e->kv_bits = kv_bits;
-    const size_t row = c->head_dim * kv_bits / 8 + (kv_bits < 16 ? sizeof(half2) : 0);
+    const size_t row = c->head_dim * kv_bits / 8 + (kv_bits < 16 ? sizeof(half) : 0);
     e->position_bytes = 2 * row * c->n_layers * c->n_kv_heads;
     e->weight_bytes = e->weights->bytes;
     e->step_bytes = e->weight_bytes; // of a table only a row
@@ -5030,8 +4433,7 @@ static size_t free_bytes() {
 }
 
 static size_t start_bytes(const Workload *work) {
-    return scratch_bytes(work) + rope_bytes(work) + CUBLAS_WORKSPACE + gemm_workspace_bytes() +
-           SUM_BLOCKS * sizeof(double);
+    return scratch_bytes(work) + rope_bytes(work) + CUBLAS_WORKSPACE + SUM_BLOCKS * sizeof(double);
 }
 
 static void *array(Machine *m, size_t bytes, bool on_host) {
@@ -5060,7 +4462,6 @@ static Machine *start(const Workload *work) {
     cublas_check(CUBLAS(cublasSetStream_v2)(m->cublas, m->stream));
     cublas_check(CUBLAS(cublasSetWorkspace_v2)(m->cublas, array(m, CUBLAS_WORKSPACE, false),
                                                CUBLAS_WORKSPACE));
-    m->gemm_workspace = (int *)array(m, gemm_workspace_bytes(), false);
     m->sums = (double *)array(m, SUM_BLOCKS * sizeof(double), false);
     m->flag = (int *)array(m, sizeof(int), false);
     m->scratch_bytes = scratch_bytes(work);

@@ -27,7 +27,6 @@ typedef struct {
     size_t row, column;
 } View;
 
-static void require_recent(const State *s, int T, int pos);
 static float f16_to_float(uint16_t h);
 static float max_magnitude(const float *x, size_t n);
 static float clamp(float x, float low, float high);
@@ -58,8 +57,6 @@ void forward(const Model *m, State *s, const int *tokens, int T, int pos) {
     const Config *c = &m->config;
     if (T < 1 || T > s->max_T || pos < 0 || pos > s->context - T)
         die("%d tokens at position %d do not fit a context of %d", T, pos, s->context);
-    if (s->kv_bits == 4) require_recent(s, T, pos);
-    s->end = pos + T;
     for (int t = 0; t < T; t++) {
         if (tokens[t] < 0 || tokens[t] >= c->vocab_size)
             die("token %d is outside the vocabulary of %d", tokens[t], c->vocab_size);
@@ -85,8 +82,7 @@ static void rope(const State *s, float *x, int T, int n_heads, int head_dim, int
     int half = head_dim / 2;
 #pragma omp parallel for if (T > 1)
     for (int t = 0; t < T; t++) {
-        int position = pos + t - (s->skip ? s->skip[t] : 0);
-        const float *angle = s->rope + (size_t)position * head_dim;
+        const float *angle = s->rope + (size_t)(pos + t) * head_dim;
         for (int h = 0; h < n_heads; h++) {
             float *v = x + ((size_t)t * n_heads + h) * head_dim;
             for (int i = 0; i < half; i++) {
@@ -98,188 +94,114 @@ static void rope(const State *s, float *x, int T, int n_heads, int head_dim, int
     }
 }
 
-/* row <- softmax(row * scale) over its first n; the rest, up to n_keys, becomes 0. */
-static void softmax(float *row, int n, int n_keys, float scale) {
-    float max = row[0];
-    for (int i = 1; i < n; i++) max = row[i] > max ? row[i] : max;
+/* p [n] <- softmax(p) */
+static void softmax(float *p, int n) {
+    float max = p[0];
     double sum = 0; // in float, 8000 terms of one size would lose four digits
-    for (int i = 0; i < n; i++) row[i] = exponential((row[i] - max) * scale);
-    for (int i = 0; i < n; i++) sum += row[i];
-    for (int i = 0; i < n; i++) row[i] /= (float)sum;
-    memset(row + n, 0, (n_keys - n) * sizeof *row);
+    for (int i = 1; i < n; i++) max = p[i] > max ? p[i] : max;
+    for (int i = 0; i < n; i++) p[i] = exponential(p[i] - max);
+    for (int i = 0; i < n; i++) sum += p[i];
+    for (int i = 0; i < n; i++) p[i] /= (float)sum;
 }
 
 /* ---- the KV cache
  *
- * A row is a key (after RoPE) or a value of one head and position: in floats (-k 16), or as
- *
- *     8 bits: x = q s,        s = max|x| / 127,         q = rint(x / s)
- *     4 bits: x = q s + m,    s = (max - min) / 15,     q = rint((x - m) / s),     m = min
- *
- * with s and m, halves, before the codes q. For 4 bits keys, and queries with them, are turned by
- * H_d / sqrt(d), which spreads the few large dimensions that keys have and leaves each product q k
- * as it was (QuaRot, arXiv 2404.00456). And what is attended to most is read as it was: position 0
- * and, by the token at t, the positions p with p / RECENT = t / RECENT. A prompt and one token read
- * the same rows. ---- */
+ * A row is the key (after RoPE) or the value of one KV head at one position: head_dim floats, or
+ * with -k 8 the scale s and head_dim int8 codes q of quantize_row(), x = q s. ---- */
 
 size_t kv_row_bytes(const Config *c, int kv_bits) {
     size_t d = c->head_dim;
-    return kv_bits == 16 ? d * sizeof(float) : d * kv_bits / 8 + 2 * sizeof(uint16_t);
+    return kv_bits == 16 ? d * sizeof(float) : sizeof(float) + d;
+}
+
+/* The row of position p; layer l has n_kv_heads heads of keys, then as many of values. */
+static uint8_t *cache_row(const Config *c, const State *s, int l, int head, int p) {
+    size_t row = ((size_t)l * 2 * c->n_kv_heads + head) * s->context + p;
+    return s->cache + row * kv_row_bytes(c, s->kv_bits);
 }
 
 static void write_row(const float *x, int d, int bits, uint8_t *row) {
+    float scale;
     if (bits == 16) {
         memcpy(row, x, d * sizeof *x);
         return;
     }
-    uint16_t halves[2];
-    float low = x[0], high = x[0], scales[2]; // s, m
-    for (int i = 1; i < d; i++) {
-        low = x[i] < low ? x[i] : low;
-        high = x[i] > high ? x[i] : high;
-    }
-    scales[0] = bits == 8 ? max_magnitude(x, d) / 127 : (high - low) / 15;
-    scales[1] = bits == 8 ? 0 : low;
-    if (!all_finite(x, d)) scales[0] = NAN; // so that it shows in the output
-    for (int i = 0; i < 2; i++) halves[i] = float_to_f16(scales[i]);
-    memcpy(row, halves, sizeof halves);
-    floats(halves, F16, 0, 2, scales);
-    int8_t q[d];
-    bool usable = scales[0] > 0 && scales[0] < INFINITY;
-    float least = bits == 8 ? -127 : 0, most = bits == 8 ? 127 : 15;
-    for (int i = 0; i < d; i++)
-        q[i] = usable ? (int8_t)clamp(rintf((x[i] - scales[1]) / scales[0]), least, most) : 0;
-    row += 2 * sizeof(uint16_t);
-    if (bits == 8) memcpy(row, q, d);
-    for (int i = 0; bits == 4 && i < d / 2; i++) row[i] = q[i] | q[i + d / 2] << 4;
+    scale = quantize_row(x, d, (int8_t *)row + sizeof scale);
+    memcpy(row, &scale, sizeof scale);
 }
 
 static void read_row(const uint8_t *row, int d, int bits, float *x) {
+    float scale;
     if (bits == 16) {
         memcpy(x, row, d * sizeof *x);
         return;
     }
-    uint16_t halves[2];
-    memcpy(halves, row, sizeof halves);
-    row += sizeof halves;
-    float s = f16_to_float(halves[0]), m = f16_to_float(halves[1]);
-    if (bits == 8)
-        for (int i = 0; i < d; i++) x[i] = (int8_t)row[i] * s;
-    if (bits == 4)
-        for (int i = 0; i < d / 2; i++) {
-            x[i] = (row[i] & 0x0f) * s + m;
-            x[i + d / 2] = (row[i] >> 4) * s + m;
-        }
-}
-
-/* Keys, then values, of layer l: number `head` < 2 n_kv_heads of its heads. */
-static uint8_t *row_of(const Config *c, const State *s, int l, int head, int p) {
-    size_t row = ((size_t)l * 2 * c->n_kv_heads + head) * s->context + p;
-    return s->rows + row * kv_row_bytes(c, s->kv_bits);
-}
-
-static float *exact_row(const Config *c, const State *s, int l, int head, int p) {
-    size_t first = ((size_t)l * 2 * c->n_kv_heads + head) * (1 + RECENT);
-    return s->exact + (first + (p ? 1 + p % RECENT : 0)) * c->head_dim;
+    memcpy(&scale, row, sizeof scale);
+    const int8_t *q = (const int8_t *)row + sizeof scale;
+    for (int i = 0; i < d; i++) x[i] = q[i] * scale;
 }
 
 /* Keys and values of T tokens, from s->keys and s->values into the cache. */
 static void write_cache(const Config *c, State *s, int l, int T, int pos) {
     int d = c->head_dim, n = c->n_kv_heads;
 #pragma omp parallel for if (T > 1)
-    for (int p = pos; p < pos + T; p++)
-        for (int head = 0; head < 2 * n; head++) {
-            const float *x = (head < n ? s->keys : s->values) + ((size_t)p * n + head % n) * d;
-            write_row(x, d, s->kv_bits, row_of(c, s, l, head, p));
-            if (s->exact) memcpy(exact_row(c, s, l, head, p), x, d * sizeof *x);
+    for (int t = 0; t < T; t++)
+        for (int h = 0; h < n; h++) {
+            size_t at = ((size_t)t * n + h) * d;
+            write_row(s->keys + at, d, s->kv_bits, cache_row(c, s, l, h, pos + t));
+            write_row(s->values + at, d, s->kv_bits, cache_row(c, s, l, n + h, pos + t));
         }
 }
 
-/* Positions first .. first + n - 1 of a head, as the token at `pos` reads them, to x [n][d]. */
-static void read_cache(const Config *c, const State *s, int l, int head, int first, int n, int pos,
-                       float *x) {
+/* Positions first .. first + n - 1 of a head as floats [n][head_dim]: in the cache itself, or read
+ * into `buffer`. */
+static const float *cache_floats(const Config *c, const State *s, int l, int head, int first, int n,
+                                 float *buffer) {
     int d = c->head_dim;
-    for (int p = first; p < first + n; p++, x += d)
-        if (s->exact && (p == 0 || p >= pos / RECENT * RECENT))
-            memcpy(x, exact_row(c, s, l, head, p), d * sizeof *x);
-        else read_row(row_of(c, s, l, head, p), d, s->kv_bits, x);
+    if (s->kv_bits == 16) return (const float *)(const void *)cache_row(c, s, l, head, first);
+    for (int i = 0; i < n; i++)
+        read_row(cache_row(c, s, l, head, first + i), d, s->kv_bits, buffer + (size_t)i * d);
+    return buffer;
 }
 
-/* Where they are as floats: in the cache, or else in x. */
-static const float *cache_rows(const Config *c, const State *s, int l, int head, int first, int n,
-                               int pos, float *x) {
-    if (s->kv_bits == 16) return (const float *)(const void *)row_of(c, s, l, head, first);
-    read_cache(c, s, l, head, first, n, pos, x);
-    return x;
-}
-
-/* All that a prompt attends to, in s->keys and s->values. */
-static void read_layer(const Config *c, State *s, int l, int T, int pos) {
-    int d = c->head_dim, n = c->n_kv_heads;
-#pragma omp parallel for
-    for (int p = 0; p < pos + T; p++)
-        for (int head = 0; head < 2 * n; head++) {
-            float *x = (head < n ? s->keys : s->values) + ((size_t)p * n + head % n) * d;
-            read_cache(c, s, l, head, p, 1, pos, x);
-        }
-}
-
-/* x [n][d] <- x H_d / sqrt(d) */
-static void turn(float *x, int n, int d) {
-#pragma omp parallel for if (n > 64)
-    for (int i = 0; i < n; i++) {
-        double row[d];
-        for (int k = 0; k < d; k++) row[k] = x[(size_t)i * d + k];
-        hadamard(row, d);
-        for (int k = 0; k < d; k++) x[(size_t)i * d + k] = row[k];
-    }
-}
-
-/* A cache in 4 bits has the positions since the last multiple of RECENT, and no others, as they
- * were. */
-static void require_recent(const State *s, int T, int pos) {
-    if (pos % RECENT && pos / RECENT < (s->end - 1) / RECENT)
-        die("-k 4: from position %d the KV cache cannot go back to %d, only to a multiple of %d",
-            s->end, pos, RECENT);
-    if (pos / RECENT != (pos + T - 1) / RECENT)
-        die("-k 4: %d tokens at position %d are not of one block of %d", T, pos, RECENT);
-}
-
-/* att = softmax(q k^T / sqrt(head_dim)) v, causal, without other branches of a TokenTree. Query
- * head h reads KV head h / group. A prompt is bound by arithmetic. A task is one KV head and a
- * block of queries: their query heads are the rows of two matrix products. */
+/* att = softmax(q k^T / sqrt(head_dim)) v, causal. Query head h reads KV head h / group. A prompt
+ * is bound by arithmetic. A task is one KV head and a block of queries: their query heads are the
+ * rows of two matrix products. */
 static void attend_prompt(const Config *c, State *s, int l, int T, int pos) {
     enum { BLOCK = 32 };
     int d = c->head_dim, group = c->n_heads / c->n_kv_heads;
-    size_t q_dim = (size_t)c->n_heads * d, kv_dim = (size_t)c->n_kv_heads * d;
+    size_t q_dim = (size_t)c->n_heads * d, width = (size_t)group * d;
     int n_blocks = (T + BLOCK - 1) / BLOCK;
-    read_layer(c, s, l, T, pos);
 #pragma omp parallel
     {
         size_t most_rows = (size_t)(T < BLOCK ? T : BLOCK) * group;
         float *scores = allocate(most_rows * (pos + T), sizeof *scores);
         float *in = allocate(most_rows * d, sizeof *in); // queries, later the output
+        float *read = s->kv_bits == 16 ? NULL : allocate(2 * (size_t)(pos + T) * d, sizeof *read);
 #pragma omp for schedule(dynamic)
         for (int task = c->n_kv_heads * n_blocks - 1; task >= 0; task--) { // the long ones first
             int h = task % c->n_kv_heads, t0 = task / c->n_kv_heads * BLOCK;
             int n = T - t0 < BLOCK ? T - t0 : BLOCK, n_keys = pos + t0 + n, rows = n * group;
-            size_t at = t0 * q_dim + (size_t)h * group * d, row_bytes = group * d * sizeof(float);
+            size_t at = t0 * q_dim + h * width;
             for (int t = 0; t < n; t++)
-                memcpy(in + (size_t)t * group * d, s->q + at + t * q_dim, row_bytes);
-            View k = {s->keys + h * d, F32, kv_dim, 1}, v = {s->values + h * d, F32, 1, kv_dim};
-            matmul(rows, n_keys, d, in, d, k, scores, n_keys);
+                for (size_t i = 0; i < width; i++)
+                    in[t * width + i] = s->q[at + t * q_dim + i] / sqrtf(d);
+            const float *keys = cache_floats(c, s, l, h, 0, n_keys, read);
+            const float *values = cache_floats(c, s, l, c->n_kv_heads + h, 0, n_keys,
+                                               read ? read + (size_t)n_keys * d : NULL);
+            matmul(rows, n_keys, d, in, d, (View){keys, F32, d, 1}, scores, n_keys);
             for (int r = 0; r < rows; r++) {
-                float *row = scores + (size_t)r * n_keys;
-                int t = t0 + r / group, others = s->skip ? s->skip[t] : 0;
-                for (int i = s->trunk; i < s->trunk + others; i++) row[i] = -INFINITY;
-                softmax(row, pos + t + 1, n_keys, 1.0f / sqrtf(d));
+                int seen = pos + t0 + r / group + 1;
+                softmax(scores + (size_t)r * n_keys, seen);
+                memset(scores + (size_t)r * n_keys + seen, 0, (n_keys - seen) * sizeof *scores);
             }
-            matmul(rows, d, n_keys, scores, n_keys, v, in, d);
+            matmul(rows, d, n_keys, scores, n_keys, (View){values, F32, 1, d}, in, d);
             for (int t = 0; t < n; t++)
-                memcpy(s->att + at + t * q_dim, in + (size_t)t * group * d, row_bytes);
+                memcpy(s->att + at + t * q_dim, in + t * width, width * sizeof *in);
         }
         free(scores);
         free(in);
+        free(read);
     }
 }
 
@@ -323,9 +245,9 @@ static void attend_token(const Config *c, State *s, int l, int pos) {
         for (int task = 0; task < n_parts * c->n_kv_heads; task++) {
             int first = task / c->n_kv_heads * PART, h = task % c->n_kv_heads;
             int n = pos + 1 - first < PART ? pos + 1 - first : PART;
-            const float *keys = cache_rows(c, s, l, h, first, n, pos, read);
+            const float *keys = cache_floats(c, s, l, h, first, n, read);
             const float *values =
-                cache_rows(c, s, l, c->n_kv_heads + h, first, n, pos, read + PART * d);
+                cache_floats(c, s, l, c->n_kv_heads + h, first, n, read + PART * d);
             attend_part(s->q + (size_t)h * group * d, group, d, keys, values, n,
                         parts + (size_t)task * group);
         }
@@ -349,17 +271,11 @@ static void attend_token(const Config *c, State *s, int l, int pos) {
 }
 
 void attention_block(const Config *c, const Layer *layer, State *s, int l, int T, int pos) {
-    size_t kv_dim = (size_t)c->n_kv_heads * c->head_dim;
-    float *k = s->keys + pos * kv_dim, *v = s->values + pos * kv_dim;
-    linears(&layer->q, 3, s->xb, T, (float *[]){s->q, k, v});
+    linears(&layer->q, 3, s->xb, T, (float *[]){s->q, s->keys, s->values});
     rope(s, s->q, T, c->n_heads, c->head_dim, pos);
-    rope(s, k, T, c->n_kv_heads, c->head_dim, pos);
-    if (s->kv_bits == 4) {
-        turn(s->q, T * c->n_heads, c->head_dim);
-        turn(k, T * c->n_kv_heads, c->head_dim);
-    }
+    rope(s, s->keys, T, c->n_kv_heads, c->head_dim, pos);
     write_cache(c, s, l, T, pos);
-    if (T == 1 && !s->skip) attend_token(c, s, l, pos);
+    if (T == 1) attend_token(c, s, l, pos);
     else attend_prompt(c, s, l, T, pos);
 }
 
@@ -463,21 +379,20 @@ size_t model_bytes(const Model *m) {
 State *state_new(const Config *c, int context, int max_T, int kv_bits) {
     State *s = allocate(1, sizeof *s);
     size_t T = max_T, q_dim = (size_t)c->n_heads * c->head_dim;
-    size_t heads = (size_t)c->n_layers * 2 * c->n_kv_heads; // keys and values
-    size_t cache = (size_t)context * c->n_kv_heads * c->head_dim;
+    size_t kv_dim = (size_t)c->n_kv_heads * c->head_dim;
     s->context = context;
     s->max_T = max_T;
     s->kv_bits = kv_bits;
-    s->rows = allocate(heads * context, kv_row_bytes(c, kv_bits));
-    if (kv_bits == 4) s->exact = allocate(heads * (1 + RECENT) * c->head_dim, sizeof(float));
     s->x = allocate(T * c->dim, sizeof(float));
     s->xb = allocate(T * c->dim, sizeof(float));
     s->q = allocate(T * q_dim, sizeof(float));
+    s->keys = allocate(T * kv_dim, sizeof(float));
+    s->values = allocate(T * kv_dim, sizeof(float));
     s->att = allocate(T * q_dim, sizeof(float));
     s->gate = allocate(T * c->hidden_dim, sizeof(float));
     s->up = allocate(T * c->hidden_dim, sizeof(float));
-    s->keys = allocate(cache, sizeof(float));
-    s->values = allocate(cache, sizeof(float));
+    s->cache =
+        allocate((size_t)c->n_layers * 2 * c->n_kv_heads * context, kv_row_bytes(c, kv_bits));
     s->rope = allocate((size_t)context * c->head_dim, sizeof(float));
     s->logits = allocate((size_t)LOGIT_ROWS * c->vocab_size, sizeof(float));
 #pragma omp parallel for
@@ -488,10 +403,10 @@ State *state_new(const Config *c, int context, int max_T, int kv_bits) {
 
 void state_free(State *s) {
     if (!s) return;
-    float *buffers[] = {s->x,    s->xb,     s->q,     s->att,  s->gate,  s->up,
-                        s->keys, s->values, s->exact, s->rope, s->logits};
+    float *buffers[] = {s->x,   s->xb,   s->q,  s->keys, s->values,
+                        s->att, s->gate, s->up, s->rope, s->logits};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
-    free(s->rows);
+    free(s->cache);
     free(s);
 }
 
@@ -524,7 +439,7 @@ Perplexity perplexity(Engine *e, const int *tokens, int n, int length, int max_w
     for (int w = 0; w < total; w++) {
         double loss = 0;
         const int *window = tokens + (size_t)w * length;
-        e->score(e, 0, &(TokenTree){window, window + 1, .n = length - 1}, scores);
+        e->score(e, 0, window, window + 1, length - 1, 0, scores);
         for (int t = 0; t < length - 1; t++) loss += scores[t].nll;
         loss /= length - 1;
         sum += loss;
@@ -2408,18 +2323,14 @@ static void engine_start(Engine *engine, int n_sequences, int context) {
     engine->state_bytes = engine->position_bytes * context;
 }
 
-/* forward() in chunks: tokens first .. first + *T - 1 are a chunk of tokens [n]. */
-static void next_chunk(CpuEngine *e, const int *tokens, int n, int first, int pos, int *T) {
-    int most = e->engine.kv_bits == 4 ? RECENT - (pos + first) % RECENT : e->state->max_T;
-    *T = n - first < most ? n - first : most;
-    forward(e->engine.model, e->state, tokens + first, *T, pos + first);
-}
-
 static void engine_feed(Engine *engine, int sequence, const int *tokens, int n, int pos) {
     CpuEngine *e = (CpuEngine *)engine;
     (void)sequence; // there is one
     int T = 0;
-    for (int i = 0; i < n; i += T) next_chunk(e, tokens, n, i, pos, &T);
+    for (int i = 0; i < n; i += T) {
+        T = smaller(n - i, e->state->max_T);
+        forward(engine->model, e->state, tokens + i, T, pos + i);
+    }
     e->logits = logits(engine->model, e->state, T - 1, 1);
     e->pos = pos + n;
 }
@@ -2439,25 +2350,23 @@ static void engine_step(Engine *engine, const int *tokens, const int *positions)
     engine_feed(engine, 0, &token, 1, positions ? *positions : ((CpuEngine *)engine)->pos);
 }
 
-static void engine_score(Engine *engine, int sequence, const TokenTree *tree, Score *scores) {
-    CpuEngine *e = (CpuEngine *)engine;
-    State *s = e->state;
-    size_t vocab = engine->model->config.vocab_size;
+static void engine_score(Engine *engine, int sequence, const int *tokens, const int *targets, int n,
+                         int pos, Score *scores) {
+    const Model *m = engine->model;
+    State *s = ((CpuEngine *)engine)->state;
+    size_t vocab = m->config.vocab_size;
     (void)sequence;
-    s->trunk = tree->trunk;
-    for (int i = 0, T, rows; i < tree->n; i += T) {
-        s->skip = tree->skip ? tree->skip + i : NULL;
-        next_chunk(e, tree->tokens, tree->n, i, tree->pos, &T);
-        int t = tree->trunk - tree->pos - i; // the first behind the trunk
-        for (t = t < 0 ? 0 : t; t < T; t += rows, scores += rows) {
-            rows = T - t < LOGIT_ROWS ? T - t : LOGIT_ROWS;
-            const float *l = logits(engine->model, s, t, rows);
+    for (int i = 0, T; i < n; i += T) {
+        T = smaller(n - i, s->max_T);
+        forward(m, s, tokens + i, T, pos + i);
+        for (int t = 0, rows; t < T; t += rows) {
+            rows = smaller(T - t, LOGIT_ROWS);
+            const float *l = logits(m, s, t, rows);
 #pragma omp parallel for
             for (int r = 0; r < rows; r++)
-                scores[r] = score(l + r * vocab, vocab, tree->targets[i + t + r]);
+                scores[i + t + r] = score(l + r * vocab, vocab, targets[i + t + r]);
         }
     }
-    s->skip = NULL;
 }
 
 /* Bytes a second that all threads together read: the best of some passes over 512 MB, which fit in
@@ -2486,8 +2395,7 @@ static void engine_free(Engine *engine) {
 }
 
 Engine *engine_new(const Model *m, bool on_gpu, int kv_bits) {
-    if (kv_bits != 16 && kv_bits != 8 && kv_bits != 4)
-        die("-k %d: the KV cache has 16, 8 or 4 bits", kv_bits);
+    if (kv_bits != 16 && kv_bits != 8) die("-k %d: the KV cache has 16 or 8 bits", kv_bits);
     if (on_gpu) return gpu_engine(m, kv_bits);
     const Config *c = &m->config;
     CpuEngine *e = allocate(1, sizeof *e);

@@ -103,44 +103,34 @@ void model_free(Model *m);
 /* Bytes of all weights that one token reads (an embedding row counts as one). */
 size_t model_bytes(const Model *m);
 
-/* Buffers of one sequence. All float32, but for a KV cache in 8 or 4 bits. */
+/* Buffers of one sequence, float32, and its KV cache. */
 typedef struct {
-    int context;   // positions that the KV cache holds
-    int max_T;     // most tokens that one call takes
-    int kv_bits;   // of a number in the KV cache: 8 or 4; 16: here floats
-    int end;       // the position after the last token
-    float *x;      // [max_T][dim] residual stream; after forward(): normed, ready for lm_head
-    float *xb;     // [max_T][dim] normed, or a linear's output to be added to x
-    float *q;      // [max_T][n_heads * head_dim]
-    float *att;    // [max_T][n_heads * head_dim] output of attention
-    float *gate;   // [max_T][hidden_dim]
-    float *up;     // [max_T][hidden_dim]
-    float *keys;   // [context][n_kv_heads * head_dim] of the layer at work
-    float *values; // the same
-    uint8_t *rows; // [n_layers][2][n_kv_heads][context][kv_row_bytes()] the KV cache: keys, values
-    float *exact;  // [n_layers][2][n_kv_heads][1 + RECENT][head_dim] of it for 4 bits, else NULL
-    float *rope;   // [context][head_dim / 2][2] cos and sin
-    float *logits; // [LOGIT_ROWS][vocab_size]
-
-    const int *skip; // [T] and trunk: those of the TokenTree at work; NULL: none is
-    int trunk;
+    int context;    // positions that the KV cache holds
+    int max_T;      // most tokens that one call accepts
+    int kv_bits;    // per number in the KV cache: 8, or 16, which are floats here
+    float *x;       // [max_T][dim] residual stream; after forward(): normed, ready for lm_head
+    float *xb;      // [max_T][dim] normed, or a linear's output to be added to x
+    float *q;       // [max_T][n_heads * head_dim]
+    float *keys;    // [max_T][n_kv_heads * head_dim] of the tokens at work
+    float *values;  // [max_T][n_kv_heads * head_dim]
+    float *att;     // [max_T][n_heads * head_dim] output of attention
+    float *gate;    // [max_T][hidden_dim]
+    float *up;      // [max_T][hidden_dim]
+    uint8_t *cache; // [n_layers][2][n_kv_heads][context][kv_row_bytes()] keys, values
+    float *rope;    // [context][head_dim / 2][2] cos and sin
+    float *logits;  // [LOGIT_ROWS][vocab_size]
 } State;
 
 enum { LOGIT_ROWS = 64 };
 
-/* A KV cache in 4 bits keeps position 0, and the last positions from a multiple of RECENT on, as
- * they are: to an earlier position it can go back only within those, or to a multiple of RECENT. */
-enum { RECENT = 128 };
-
-/* Buffers for `context` positions, at most max_T tokens a call, a KV cache of 16, 8 or 4 bits, of
- * which a row (a key or value of one head and position) takes kv_row_bytes(). */
+/* Buffers for `context` positions, at most max_T tokens per call, a KV cache of 16 or 8 bits. Its
+ * rows, a key or value of one head and position each, have kv_row_bytes(). */
 State *state_new(const Config *c, int context, int max_T, int kv_bits);
 void state_free(State *s);
 size_t kv_row_bytes(const Config *c, int kv_bits);
 
-/* Runs T tokens, which stand at positions pos .. pos + T - 1, through the model: T <= max_T,
- * pos + T <= context, with 4 bits no multiple of RECENT among the positions after pos; earlier
- * positions are in the KV cache. Leaves the final norm's output in s->x [T][dim]. */
+/* Runs T tokens at positions pos .. pos + T - 1 through the model: T <= max_T, pos + T <= context;
+ * earlier positions are in the KV cache. Leaves the final norm's output in s->x [T][dim]. */
 void forward(const Model *m, State *s, const int *tokens, int T, int pos);
 
 /* Logits [n][vocab_size] of tokens first .. first + n - 1 of the last forward(), n <= LOGIT_ROWS;
@@ -174,22 +164,11 @@ typedef struct {
 
 Score score(const float *logits, int n, int token);
 
-/* A text that may go on in several ways: its trunk, then the branches one after the other in the KV
- * cache. A token sees the trunk and what is before it in its own branch, and its position is
- * counted along these (tree attention: SpecInfer, arXiv 2305.09781). */
-typedef struct {
-    const int *tokens;  // [n] which stand in the cache at pos .. pos + n - 1
-    const int *targets; // [n] of each, the next token, whose score is asked for
-    const int *skip;    // [n] places between trunk and branch of a token; NULL: there is one branch
-    int n, pos, trunk;  // the trunk is at 0 .. trunk - 1; its tokens get no scores
-} TokenTree;
-
 /* ---- the engine: a model at work, on the CPU (qqq.c) or the GPU (kernels.cu) ----------------- */
 
 /* A model that runs. After start() it holds n_sequences sequences side by side, each a KV cache of
  * `context` positions; the engine owns them, and the arrays that it returns until its next call.
- * Where a sequence goes on at an earlier position (with a KV cache in 4 bits see RECENT), what
- * stood from there on is forgotten. */
+ * A sequence that goes on at an earlier position forgets what came after that position. */
 typedef struct Engine Engine;
 struct Engine {
     const Model *model;
@@ -219,9 +198,10 @@ struct Engine {
     const int *(*chosen)(Engine *e);
     const float *(*logits)(Engine *e);
 
-    // feed() of a tree, which sets the scores of the targets behind the trunk, in their order; with
-    // a KV cache in 4 bits of one branch. chosen() and logits() are lost.
-    void (*score)(Engine *e, int sequence, const TokenTree *tree, Score *scores);
+    // feed() of tokens [n] that also sets scores[i], of targets[i] as the token after tokens[i].
+    // chosen() and logits() are lost.
+    void (*score)(Engine *e, int sequence, const int *tokens, const int *targets, int n, int pos,
+                  Score *scores);
 
     double (*bandwidth)(void); // bytes a second of the memory that it reads from, measured
     void (*free)(Engine *e);
@@ -233,8 +213,8 @@ struct Engine {
 typedef enum { ANY, CPU, CUDA } Device;
 bool choose_gpu(Device device, const Config *c, bool w4a8, char *where, size_t size);
 
-/* An engine for a model, which must outlive it. kv_bits: 16 (on the CPU floats), 8 or 4;
- * others end the program. e->free(e) releases it. */
+/* An engine for a model, which must outlive it. kv_bits: 16 (on the CPU floats) or 8; others end
+ * the program. e->free(e) releases it. */
 Engine *engine_new(const Model *m, bool on_gpu, int kv_bits);
 
 /* Perplexity of tokens [n] in consecutive windows of `length` (the last, shorter one is left out):
@@ -564,16 +544,12 @@ typedef struct {
 GpuLinear gpu_linear_create(const Linear *parts, int n_parts);
 void gpu_linear_free(GpuLinear *l);
 
-/* Device memory through which blocks that share an output tile add up their sums. One for each
- * stream that runs GEMMs; cudaFree() releases it. */
-int *gpu_gemm_workspace(void);
-
 /* y [M][N] = (a [M][K] . w8 [N][K]) * s_a [M] * s_channel [N], any M >= 1. All device memory, a and
  * y 16-byte aligned. Launches one kernel on `stream` and nothing else, so it may be captured into a
  * graph. The kernel starts to read its weights before the kernel ahead of it on the stream has
  * finished (programmatic dependent launch); everything else it reads and writes afterwards. */
 void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M, half *y,
-                   float *residual, int *workspace, cudaStream_t stream);
+                   float *residual, cudaStream_t stream);
 
 /* The kernels that it chooses from, each right for every shape: of mma.sync, for up to 8 tokens,
  * then by the tokens of a tile and how many teams of warps share K; of wgmma (where the program was
@@ -581,8 +557,6 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
 typedef enum {
     GEMM_FEW,
     GEMM_16X8,
-    GEMM_32X4,
-    GEMM_64X4,
     GEMM_64X2,
     GEMM_128,
     GEMM_HOPPER_64X64,
@@ -597,10 +571,9 @@ typedef enum {
 /* Its choice, with `portable` among those of mma.sync only. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable);
 
-/* For tests and benchmarks: gpu_gemm_w4a8() with a given kernel. acc, unless NULL, receives the
- * integer sums [M][N]. */
+/* For tests and benchmarks: gpu_gemm_w4a8() with a given kernel. */
 void gpu_gemm_run(GemmKernel kernel, const GpuLinear *l, const int8_t *a, const float *s_a, int M,
-                  half *y, float *residual, int *acc, int *workspace, cudaStream_t stream);
+                  half *y, float *residual, cudaStream_t stream);
 
 /* quantize_row() for each row of x [M][K]: a [M][K], s_a [M]. K is a multiple of 8, x and a are
  * 16-byte aligned. */

@@ -670,7 +670,6 @@ static void quantize(Options *o, const Checkpoint *c) {
 
 int main(int argc, char **argv) {
     open_standard_streams();
-    spin_briefly(argv);
     Options o = parse_options(argc, argv);
     Checkpoint *c = checkpoint_open(o.model);
     if (!o.out) o.out = default_out(&o, c->path);

@@ -51,7 +51,7 @@ static const char usage[] =
     "\n"
     "  -l TOKENS          context (8192 or the model's, if less); with -e the window (2048)\n"
     "  -d cpu|cuda        device (cuda if there is a GPU)\n"
-    "  -k 16|8|4          bits of the KV cache (16)\n"
+    "  -k 16|8            bits of the KV cache (16)\n"
     "  -h, --help         this help; --version\n";
 
 typedef enum { GENERATE, CHAT, PERPLEXITY, ZERO_SHOT, TOKEN_IDS, BENCHMARK } Task;
@@ -122,7 +122,7 @@ static Options parse_options(int argc, char **argv) {
         if (flag == 's') o.seed = parse_integer(flag, value, 0, LLONG_MAX);
         if (flag == 'n') o.n_tokens = parse_integer(flag, value, 0, INT_MAX);
         if (flag == 'l') o.length = parse_integer(flag, value, 2, INT_MAX);
-        if (flag == 'k') o.kv_bits = parse_integer(flag, value, 4, 16);
+        if (flag == 'k') o.kv_bits = parse_choice(flag, value, "16", "8") ? 8 : 16;
         if (flag == 'o') o.items = value;
         if (flag == 'i') {
             free(o.prompt);
@@ -135,8 +135,6 @@ static Options parse_options(int argc, char **argv) {
     if (chat && o.task != GENERATE) die_usage("-m chat: not together with -e, -z, -x or -b");
     if (o.items && o.task != ZERO_SHOT) die_usage("-o: only with -z");
     if (o.items && !*o.items) die_usage("-o: the name of the file is empty");
-    if (o.kv_bits != 16 && o.kv_bits != 8 && o.kv_bits != 4)
-        die_usage("-k %d: expected 16, 8 or 4", o.kv_bits);
     if (o.system && !chat) die_usage("-y: a system prompt needs -m chat");
     if (chat) o.task = CHAT;
     if (o.n_tokens < 0) o.n_tokens = chat ? 0 : 256;
@@ -472,7 +470,7 @@ static void push_turn(Session *s, const char *text, size_t bytes) {
 
 /* Ctrl-C ends an answer; a second time, or when there is none, the program. */
 static void on_interrupt(int number) {
-    if (interrupted) end_by(number);
+    if (interrupted) signal(number, SIG_DFL), raise(number);
     interrupted = 1;
 }
 
@@ -695,64 +693,33 @@ static int same_tokens(const int *a, const int *b, int n) {
     return same;
 }
 
-/* ll [count] of requests that begin with the same `trunk` tokens and take n places of the cache.
- * *greedy: each token of the last one's choice is the likeliest. */
-static void score_requests(Scorer *z, const Request *r, int count, int trunk, int n, double *ll,
-                           bool *greedy) {
+/* Sum of log p over the choice's tokens. *greedy: each of them is the likeliest. The KV cache keeps
+ * the context for the item's next choice, which goes back to its end. */
+static double log_likelihood(Scorer *z, const Request *r, bool *greedy) {
     Engine *e = z->s->engine;
-    if (n > e->context) { // none yet, or too short
-        e->start(e, 1, 2 * n < z->max_length ? 2 * n : z->max_length);
+    int last = r->n - r->length - 1; // of the context: its logits score the choice's first token
+    if (r->n - 1 > e->context) {     // none yet, or too short
+        e->start(e, 1, 2 * r->n < z->max_length ? 2 * r->n : z->max_length);
         z->fed.n = 0;
     }
-    int known = same_tokens(r->ids, z->fed.ids, trunk < z->fed.n ? trunk : z->fed.n);
-    if (e->kv_bits == 4 && known / RECENT < (z->fed.n - 1) / RECENT) known -= known % RECENT;
-    int *tokens = allocate(3 * n, sizeof *tokens), *targets = tokens + n, *skip = targets + n;
-    memcpy(tokens, r->ids, trunk * sizeof *tokens);
-    for (int k = 0, place = trunk; k < count; k++)
-        for (int i = trunk; i < r[k].n - 1; i++, place++) {
-            tokens[place] = r[k].ids[i];
-            targets[place] = r[k].ids[i + 1];
-            skip[place] = place - i;
-        }
-    Score *scores = allocate(n - trunk, sizeof *scores), *s = scores;
-    TokenTree tree = {tokens + known, targets + known, count > 1 ? skip + known : NULL,
-                      n - known,      known,           trunk};
-    e->score(e, 0, &tree, scores);
+    // 1. what the KV cache lacks of the context
+    int known = same_tokens(r->ids, z->fed.ids, last < z->fed.n ? last : z->fed.n);
+    if (known < last) e->feed(e, 0, r->ids + known, last - known, known);
+    // 2. the choice
+    Score *scores = allocate(r->length, sizeof *scores);
+    e->score(e, 0, r->ids + last, r->ids + last + 1, r->length, last, scores);
     z->fed.n = 0;
     push(&z->fed, r->ids, r->n - 1);
-    for (int k = 0; k < count; k++) {
-        ll[k] = 0, *greedy = true;
-        for (int i = trunk + 1; i < r[k].n; i++, s++) {
-            if (i < r[k].n - r[k].length) continue; // a token of the context
-            ll[k] -= s->nll;
-            *greedy = *greedy && s->likeliest;
-        }
-        if (!isfinite(ll[k]))
-            die("%s: a logit is NaN or infinite: the weights are damaged", z->s->path);
+    // 3. its sum
+    double ll = 0;
+    *greedy = true;
+    for (int i = 0; i < r->length; i++) {
+        ll -= scores[i].nll;
+        *greedy = *greedy && scores[i].likeliest;
     }
-    free(tokens);
+    if (!isfinite(ll)) die("%s: a logit is NaN or infinite: the weights are damaged", z->s->path);
     free(scores);
-}
-
-/* ll [item->n], of as many choices at once as the cache takes; in 4 bits, where what is exact goes
- * by places, of one. */
-static void log_likelihoods(Scorer *z, const Item *item, double *ll, bool *greedy) {
-    Request *requests = allocate(item->n, sizeof *requests);
-    for (int k = 0; k < item->n; k++) requests[k] = new_request(z, item, k);
-    for (int first = 0, last; first < item->n; first = last) {
-        const Request *a = requests + first, *b = a;
-        int trunk = a->n, rows = 0, n = 0;
-        for (last = first; last < item->n; last++, b++) {
-            int before = b->n - b->length - 1; // the context's last token is needed in each branch
-            int same = same_tokens(a->ids, b->ids, before < trunk ? before : trunk);
-            int places = rows + b->n - 1 - (last - first) * same;
-            if (last > first && (places > z->max_length || z->s->engine->kv_bits == 4)) break;
-            trunk = same, n = places, rows += b->n - 1;
-        }
-        score_requests(z, a, last - first, trunk, n, ll + first, greedy);
-    }
-    for (int k = 0; k < item->n; k++) free(requests[k].ids);
-    free(requests);
+    return ll;
 }
 
 /* Mean and its standard error of x over n items. */
@@ -801,7 +768,7 @@ static void zero_shot(Session *s, const Options *o) {
     if (o->items && same_file(o->items, o->file)) die("-o %s: it is the file of -z", o->items);
     if (o->items && checkpoint_owns(s->checkpoint, o->items))
         die("-o %s: it is a file of MODEL", o->items);
-    Writer *writer = o->items ? writer_open_text(o->items) : NULL;
+    Output *file = o->items ? output_open(o->items, false) : NULL;
     char *lines;
     size_t bytes;
     FILE *out = open_memstream(&lines, &bytes);
@@ -814,8 +781,10 @@ static void zero_shot(Session *s, const Options *o) {
         double *ll = allocate(item->n, sizeof *ll), *ll_norm = allocate(item->n, sizeof *ll);
         double all = 0, right = 0;
         bool greedy = false;
-        log_likelihoods(&z, item, ll, &greedy);
         for (int k = 0; k < item->n; k++) {
+            Request r = new_request(&z, item, k);
+            ll[k] = log_likelihood(&z, &r, &greedy);
+            free(r.ids);
             ll_norm[k] = ll[k] / characters(item->choices[k]);
             fprintf(out, k ? ", %.5f" : "{\"loglikelihoods\": [%.5f", ll[k]);
         }
@@ -837,7 +806,7 @@ static void zero_shot(Session *s, const Options *o) {
         free(ll_norm);
     }
     if (ferror(out) || fclose(out) || !lines) die("out of memory");
-    if (writer) writer_text(writer, NULL, lines, bytes), writer_close(writer);
+    if (file) output_write(file, 0, lines, bytes, 0), output_close(file);
     free(lines);
     if (items[0].kind == WEIGHTED) print_mean("mc2", mass, squares, n);
     else print_mean("acc", acc, acc, n); // 0 and 1 are their own squares
@@ -885,6 +854,15 @@ static void print_token_ids(const Options *o) {
 
 /* ---- 8: benchmark -------------------------------------------------------------------------- */
 
+/* One row of the benchmark. Rates are tokens per second of all sequences together. */
+typedef struct {
+    int batch, prompt, end;    // sequences; tokens of each prompt; position of the last measurement
+    int decoded;               // tokens of each sequence decoded after the prompt
+    double GB, prefill;        // memory in GB
+    double empty, after, last; // decoding from an empty context, after the prompt, from `end` on
+    double read;               // bytes per second that decoding after the prompt reads
+} Rates;
+
 /* Waits for the GPU, and ends the program if a sequence has no next token. */
 static void require_chosen(Session *s) {
     for (int b = 0; b < s->engine->n_sequences; b++)
@@ -892,98 +870,135 @@ static void require_chosen(Session *s) {
             die("%s: a logit is NaN or infinite: the weights are damaged", s->path);
 }
 
-/* Runs `steps` tokens more of each sequence, or as many as 10 s allow. Returns how many. */
-static int decode(Session *s, int steps, double *time) {
+/* Decodes `steps` tokens of each sequence, or as many as 10 s allow, after one to warm up. Returns
+ * how many per second and sequence. */
+static double decode_rate(Session *s, int steps, int *done) {
     Engine *e = s->engine;
-    int done = 0;
-    double start = seconds();
-    for (*time = 0; done < steps && *time < 10; done++) {
+    require_chosen(s);
+    e->step(e, NULL, NULL);
+    require_chosen(s);
+    double start = seconds(), time = 0;
+    for (*done = 0; *done < steps && time < 10; ++*done) {
         e->step(e, NULL, NULL);
-        if (!e->on_gpu) *time = seconds() - start;
+        if (!e->on_gpu) time = seconds() - start;
     }
     require_chosen(s);
-    *time = seconds() - start;
-    return done;
+    return *done / (seconds() - start);
 }
 
-/* What `steps` decoded tokens of each sequence, from position `pos` on, read a second: all weights
- * and the KV cache so far, for each. Against the memory's bandwidth it is how good the decoder is.
- */
-static double bytes_per_second(const Engine *e, int pos, int steps, double time) {
-    double positions = pos + (steps + 1) / 2.0;
-    return steps * (e->step_bytes + (double)e->position_bytes * e->n_sequences * positions) / time;
+/* Feeds made-up tokens at positions first .. end - 1 of sequence b. */
+static void feed_prompt(Session *s, int b, int first, int end) {
+    int *tokens = allocate(end - first, sizeof *tokens);
+    for (int t = first; t < end; t++)
+        tokens[t - first] = (int)((t * 7919ll + b * 104729ll) % s->model->config.vocab_size);
+    s->engine->feed(s->engine, b, tokens, end - first, first);
+    free(tokens);
 }
 
-/* Decode from an empty context, prefill of 1024 tokens of each sequence (fewer where they would
- * take longer than 15 s), decode after them: 128 tokens of all sequences together. */
+/* How many tokens a prompt has: `limit`, or as many as run in 15 s. It also warms up. */
+static int affordable_prompt(Session *s, int limit) {
+    int n = !s->engine->on_gpu && limit > 32 ? 32 : limit;
+    double start = seconds();
+    feed_prompt(s, 0, 0, n);
+    s->engine->chosen(s->engine); // waits
+    double affordable = 15 * n / (seconds() - start);
+    return affordable >= limit ? limit : affordable < n ? n : (int)affordable;
+}
+
+/* Fills the contexts of all sequences from position `first` to `end`, and shows how far it is. */
+static void fill_contexts(Session *s, int batch, int first, int end) {
+    enum { PIECE = 512 };
+    double start = seconds();
+    int total = batch * (end - first), done = 0;
+    for (int b = 0; b < batch; b++)
+        for (int t = first, next; t < end; t = next) {
+            next = end - t < PIECE ? end : t + PIECE;
+            feed_prompt(s, b, t, next);
+            done += next - t;
+            double left = (seconds() - start) / done * (total - done);
+            show_progress("tokens of the contexts", done, total, left);
+        }
+    require_chosen(s);
+}
+
+/* Decodes from an empty context, runs prompts of up to 1024 tokens, decodes after them, and, if the
+ * context is longer than that, at its end. */
+static Rates measure(Session *s, int batch, int context) {
+    Engine *e = s->engine;
+    int steps = context < 1154 ? context / 9 : 128, limit = context - steps - 2, decoded;
+    Rates r = {.batch = batch, .end = limit};
+    e->start(e, batch, context);
+    r.GB = (e->weight_bytes + e->state_bytes) / 1e9;
+    // 1. from an empty context
+    for (int b = 0; b < batch; b++) feed_prompt(s, b, 0, 1);
+    r.empty = batch * decode_rate(s, steps, &decoded);
+    // 2. prompts
+    r.prompt = affordable_prompt(s, limit < 1024 ? limit : 1024);
+    double start = seconds();
+    for (int b = 0; b < batch; b++) feed_prompt(s, b, 0, r.prompt);
+    require_chosen(s);
+    r.prefill = batch * r.prompt / (seconds() - start);
+    // 3. after them: a step reads all weights and the KV cache so far
+    r.after = r.last = batch * decode_rate(s, steps, &r.decoded);
+    double positions = r.prompt + 1 + (r.decoded + 1) / 2.0;
+    r.read = (e->step_bytes + positions * e->position_bytes * batch) * r.after / batch;
+    // 4. at the end of the context
+    if (limit <= 1024) {
+        r.end = r.prompt;
+        return r;
+    }
+    fill_contexts(s, batch, r.prompt, limit);
+    r.last = batch * decode_rate(s, steps, &decoded);
+    return r;
+}
+
 static void benchmark(Session *s, const Options *o) {
     static const int batches[] = {1, 4, 16, 64};
     enum { N = sizeof batches / sizeof *batches };
-    const Config *c = &s->model->config;
     Engine *e = s->engine;
-    int limit = o->length ? o->length : c->max_context, context = limit < 1154 ? limit : 1154;
-    int steps = context / 9, most = context - steps - 2; // 128, 1024
-    if (steps < 1) die_usage("-l %d: a benchmark needs a context of 9 or more", limit);
+    int most = s->model->config.max_context, context = o->length ? o->length : most;
+    if (!o->length && context > 1154) context = 1154; // a prompt of 1024, 128 steps
+    if (context < 9) die_usage("-l %d: a benchmark needs a context of 9 or more", context);
     print_model(s);
-    int *tokens = allocate(most, sizeof *tokens);
-    char device[400], csv[N][200] = {0};
+    char device[400];
     if (e->on_gpu) snprintf(device, sizeof device, "%s", s->where);
     else snprintf(device, sizeof device, "%d threads", omp_get_max_threads());
     double memory = e->bandwidth();
+    // 1. a table for people
     printf("%s, %s, on %s; GB/s is of weights and KV cache, memory's is %.1f\n\n", o->model,
-           weights_kind(s->model), e->on_gpu ? s->where : device, memory / 1e9);
+           weights_kind(s->model), device, memory / 1e9);
     printf("batch  memory GB  prefill tokens/s  decode tokens/s, empty  after prefill    GB/s  of "
-           "memory's\n");
-    for (int i = 0; i < N; i++) {
-        int batch = batches[i], prompt = most;
-        if (!e->fits(e, batch, context)) {
-            if (e->on_gpu) printf("%5d  does not fit: %.2f GB\n", batch, e->state_bytes / 1e9);
+           "memory's");
+    if (context > 1154) printf("  decode from %d on", context - 130);
+    putchar('\n');
+    Rates rates[N];
+    int n = 0;
+    for (; n < N; n++) {
+        if (!e->fits(e, batches[n], context)) {
+            if (e->on_gpu) printf("%5d  does not fit: %.2f GB\n", batches[n], e->state_bytes / 1e9);
             break;
         }
-        e->start(e, batch, context);
-        double time[3], start = 0;
-        for (int b = 0, token; b < batch; b++) {
-            token = b % c->vocab_size;
-            e->feed(e, b, &token, 1, 0);
-        }
-        require_chosen(s);
-        decode(s, 1, &time[0]); // the weights come from the disk, the GPU makes its graph
-        int empty = decode(s, steps, &time[0]);
-        for (int b = -1; b < batch; b++) { // -1: to warm up
-            for (int t = 0; t < prompt; t++)
-                tokens[t] = (int)((t * 7919ll + b * 104729ll + 104729) % c->vocab_size);
-            if (b <= 0) start = seconds();
-            int n = b < 0 && !e->on_gpu && prompt > 32 ? 32 : prompt;
-            e->feed(e, b < 0 ? 0 : b, tokens, n, 0);
-            if (b >= 0) continue;
-            e->chosen(e); // waits
-            double affordable = 15 * n / (seconds() - start);
-            if (affordable < prompt) prompt = affordable < n ? n : (int)affordable;
-        }
-        require_chosen(s);
-        time[1] = seconds() - start;
-        decode(s, 1, &time[2]);
-        int decoded = decode(s, steps, &time[2]);
-        double rate = batch * prompt / time[1], GB = (e->weight_bytes + e->state_bytes) / 1e9;
-        double read = bytes_per_second(e, prompt + 1, decoded, time[2]);
-        printf("%5d  %9.2f  %16.1f  %22.1f  %13.1f  %6.1f  %.0f %%\n", batch, GB, rate,
-               batch * empty / time[0], batch * decoded / time[2], read / 1e9, 100 * read / memory);
+        Rates r = rates[n] = measure(s, batches[n], context);
+        printf("%5d  %9.2f  %16.1f  %22.1f  %13.1f  %6.1f  %8.0f %%", r.batch, r.GB, r.prefill,
+               r.empty, r.after, r.read / 1e9, 100 * r.read / memory);
+        if (context > 1154) printf("  %*.1f", 15, r.last);
+        putchar('\n');
         fflush(stdout);
-        snprintf(csv[i], sizeof csv[i], "%d,%.3f,%d,%.1f,%d,%.2f,%.2f,%.2f,%.2f\n", batch, GB,
-                 prompt, rate, decoded, batch * decoded / time[2], read / 1e9, memory / 1e9,
-                 batch * empty / time[0]);
     }
+    // 2. the same for programs
     printf("\nmodel,weights,device,batch,memory_GB,prefill_tokens,prefill_tokens_per_s,"
            "decode_tokens,decode_tokens_per_s,decode_GB_per_s,memory_GB_per_s,"
-           "empty_decode_tokens_per_s\n");
-    for (int i = 0; i < N && *csv[i]; i++)
-        printf("%s,%s,%s,%s", o->model, weights_kind(s->model), device, csv[i]);
-    free(tokens);
+           "empty_decode_tokens_per_s,last_position,last_decode_tokens_per_s\n");
+    for (int i = 0; i < n; i++) {
+        Rates r = rates[i];
+        printf("%s,%s,%s,%d,%.3f,%d,%.1f,%d,%.2f,%.2f,%.2f,%.2f,%d,%.2f\n", o->model,
+               weights_kind(s->model), device, r.batch, r.GB, r.prompt, r.prefill, r.decoded,
+               r.after, r.read / 1e9, memory / 1e9, r.empty, r.end, r.last);
+    }
 }
 
 int main(int argc, char **argv) {
     open_standard_streams();
-    spin_briefly(argv);
     Options o = parse_options(argc, argv);
     if (o.task == TOKEN_IDS) {
         print_token_ids(&o);

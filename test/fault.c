@@ -1,8 +1,9 @@
 /* A shared object for LD_PRELOAD that lets one call fail, for the tests of test_faults.c:
  *
- *   FAULT_KIND=memory|disk   allocations and mappings, or what writes, syncs and renames files
- *   FAULT_AT=N               the N-th call of that kind fails; 0: none
- *   FAULT_COUNT=FILE         gets the number of calls, if the program ends by itself
+ *   FAULT_KIND=memory|disk   allocations and mappings, or what writes, syncs, links and renames
+ * files FAULT_AT=N               the N-th call of that kind fails; 0: none FAULT_COUNT=FILE gets
+ * the number of calls, if the program ends by itself FAULT_NAMED=1            no file can be opened
+ * without a name, as on some file systems
  *
  * It needs glibc, whose own allocator has names beside malloc's. */
 #define _GNU_SOURCE
@@ -15,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 void *__libc_malloc(size_t bytes);
@@ -70,4 +72,25 @@ int fsync(int fd) {
 int rename(const char *from, const char *to) {
     int (*real)(const char *, const char *) = dlsym(RTLD_NEXT, "rename");
     return fails('d') ? -1 : real(from, to);
+}
+
+int linkat(int from_directory, const char *from, int to_directory, const char *to, int flags) {
+    int (*real)(int, const char *, int, const char *, int) = dlsym(RTLD_NEXT, "linkat");
+    return fails('d') ? -1 : real(from_directory, from, to_directory, to, flags);
+}
+
+int mkdir(const char *path, mode_t mode) {
+    int (*real)(const char *, mode_t) = dlsym(RTLD_NEXT, "mkdir");
+    return fails('d') ? -1 : real(path, mode);
+}
+
+int open(const char *path, int flags, ...) {
+    va_list args;
+    va_start(args, flags);
+    mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(args, mode_t) : 0;
+    va_end(args);
+    bool nameless = (flags & O_TMPFILE) == O_TMPFILE;
+    if (nameless && getenv("FAULT_NAMED")) return errno = EOPNOTSUPP, -1;
+    int (*real)(const char *, int, ...) = dlsym(RTLD_NEXT, "open");
+    return (nameless || flags & O_CREAT) && fails('d') ? -1 : real(path, flags, mode);
 }

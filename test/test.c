@@ -167,33 +167,6 @@ double model_perplexity(const Model *m, const int *tokens, int n, int length, in
     return p.mean;
 }
 
-double tree_difference(Engine *e, const int *tokens, int trunk, int fed) {
-    enum { MOST = 2000 };
-    static const int lengths[] = {40, 1, 700};
-    int text[MOST], targets[MOST], skip[MOST] = {0}, n = trunk;
-    Score alone[MOST], together[MOST], *scores = alone;
-    e->start(e, 1, MOST);
-    memcpy(text, tokens, trunk * sizeof *text);
-    if (trunk) e->feed(e, 0, text, trunk, 0);
-    for (int b = 0; b < 3; scores += lengths[b++]) {
-        const int *branch = tokens + 1000 * b;
-        e->score(e, 0, &(TokenTree){branch, branch + 1, .n = lengths[b], .pos = trunk}, scores);
-        for (int i = 0; i < lengths[b]; i++, n++) {
-            text[n] = branch[i];
-            targets[n] = branch[i + 1];
-            skip[n] = n - trunk - i;
-        }
-    }
-    TokenTree tree = {text + fed, targets + fed, skip + fed, n - fed, fed, trunk};
-    e->score(e, 0, &tree, together);
-    double most = 0;
-    for (int i = 0; i < n - trunk; i++) {
-        double off = fabs(together[i].nll - alone[i].nll);
-        most = off <= most ? most : off;
-    }
-    return most;
-}
-
 float random_float(uint64_t *seed) {
     *seed = *seed * 6364136223846793005u + 1442695040888963407u;
     return (int32_t)(*seed >> 32) * 0x1p-31f;

@@ -46,11 +46,6 @@ bool exists(const char *path);
 double model_perplexity(const Model *m, const int *tokens, int n, int length, int max_windows,
                         int *windows, void (*progress)(int done, int total));
 
-/* Starts the engine and runs a trunk, of which the first `fed` tokens are in the cache before, with
- * three branches in one pass; tokens [3000]. The largest difference of a target's negative
- * log-likelihood from that of its branch alone. */
-double tree_difference(Engine *e, const int *tokens, int trunk, int fed);
-
 /* A reproducible random number in [-1, 1). */
 float random_float(uint64_t *seed);
 

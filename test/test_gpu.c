@@ -110,10 +110,40 @@ static void test_contexts(int m, int f, int longest, float bound) {
         printf("     %5d tokens: off by %.4f as a prompt, %.4f decoded\n", length, prompt, decoded);
         check(prompt < bound && decoded < bound, "more than %g", bound);
     }
-    double tree = tree_difference(gpu, x.tokens, 1150, 300);
-    printf("     branches of a token tree: off by %.4f from each alone\n", tree);
-    check(tree < bound, "more than %g", bound);
     state_free(s);
+    unload(x);
+}
+
+/* Scores of two continuations of one context, which is fed once, against the CPU's. */
+static void test_scores(int m, int f, float bound) {
+    enum { CONTEXT = 1150, N = 100 };
+    char name[100];
+    snprintf(name, sizeof name, "GPU: scores of two continuations, %s, %s", models[m].name,
+             formats[f].name);
+    test_begin(name);
+    if (!available(m)) return;
+    Loaded x = load(m, f);
+    Engine *cpu = engine_new(x.model, false, 16);
+    float most = 0;
+    Engine *engines[] = {cpu, x.gpu};
+    Score scores[2][2][N]; // [engine][continuation]
+    for (int e = 0; e < 2; e++) {
+        engines[e]->start(engines[e], 1, CONTEXT + N);
+        engines[e]->feed(engines[e], 0, x.tokens, CONTEXT, 0);
+        for (int k = 0; k < 2; k++) {
+            const int *tokens = x.tokens + CONTEXT + 3000 * k;
+            engines[e]->score(engines[e], 0, tokens, tokens + 1, N, CONTEXT, scores[e][k]);
+        }
+    }
+    for (int k = 0; k < 2; k++) {
+        for (int i = 0; i < N; i++) {
+            float off = fabsf((float)(scores[0][k][i].nll - scores[1][k][i].nll));
+            most = off <= most ? most : off;
+        }
+    }
+    printf("     off by at most %.4f\n", most);
+    check(most < bound, "more than %g", bound);
+    cpu->free(cpu);
     unload(x);
 }
 
@@ -273,6 +303,8 @@ void test_gpu(void) {
     test_oracle(1, "test/data/small_oracle.json");
     for (int f = 0; f < N_FORMATS; f++) test_batch(0, f, 0.05f);
     test_batch(1, 2, 0.05f);
+    test_scores(0, 0, 0.05f);
+    test_scores(0, 2, 1);
     test_contexts(0, 0, 32768, 0.05f);
     test_contexts(0, 1, 8192, 1);
     test_contexts(1, 0, 8192, 0.05f);

@@ -1,5 +1,5 @@
 /* The operations of quantization: kernels.cu 5 against qqq.c 3, on the same inputs; and
- * lm_head in 8 bits and attention, with its cache in 16, 8 and 4, against sums in double. They are
+ * lm_head in 8 bits and attention, with its cache in 16 and 8, against sums in double. They are
  * no public functions: hence the #include. Prints as test_kernels does. */
 #include "../kernels.cu"
 
@@ -503,7 +503,7 @@ static void test_smoothing(int group_size) {
     }
 }
 
-/* ---- lm_head in 8 bits, the KV cache in 16, 8 and 4 ------------------------------------------ */
+/* ---- lm_head in 8 bits, the KV cache in 16 and 8 bits ---------------------------------------- */
 
 /* Random halves, as floats. */
 static Floats random_halves(size_t n, float scale) {
@@ -570,17 +570,12 @@ static void test_head(int N, int K) {
     for (void *p : {(void *)w.bytes, (void *)w.s_channel, (void *)x_gpu, (void *)y}) cudaFree(p);
 }
 
-/* What a row of the cache is read back as: section 4's formulas. */
-static void through_cache(float *x, int n, int bits) {
-    float low = INFINITY, high = -INFINITY;
-    for (int i = 0; i < n; i++) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
-    float s = bits == 8 ? fmaxf(high, -low) / 127 : (high - low) / 15;
-    float m = bits == 8 ? 0 : __half2float(__float2half_rn(low));
-    s = __half2float(__float2half_rn(s));
-    for (int i = 0; i < n; i++) {
-        float q = s > 0 ? rintf((x[i] - m) / s) : 0;
-        x[i] = (bits == 8 ? fminf(fmaxf(q, -127), 127) : fminf(fmaxf(q, 0), 15)) * s + m;
-    }
+/* What a row of a cache in 8 bits is read back as: section 4's formula. */
+static void through_cache(float *x, int n) {
+    float largest = 0;
+    for (int i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
+    const float s = __half2float(__float2half_rn(largest / 127));
+    for (int i = 0; i < n; i++) x[i] = s > 0 ? fminf(fmaxf(rintf(x[i] / s), -127), 127) * s : 0;
 }
 
 /* Two sequences, prompts in two parts and then tokens decoded, against attention in double over
@@ -632,8 +627,8 @@ static void test_attention(int head_dim, int group, int bits) {
     half *all[B];
     for (int b = 0; b < B; b++) {
         all[b] = halves_on_gpu(qkv[b]);
-        for (int t = 0, n; t < prompts[b]; t += n) { // up to a multiple of RECENT, and beyond it
-            n = t == 0 ? 100 : min(t == 100 ? RECENT - 100 : 1000, prompts[b] - t);
+        for (int t = 0, n; t < prompts[b]; t += n) {
+            n = t == 0 ? 100 : prompts[b] - t;
             run({n, b, t}, all[b] + (size_t)t * width, b, t);
         }
     }
@@ -672,15 +667,7 @@ static void test_attention(int head_dim, int group, int bits) {
         for (int t = 0; t < T && bits < 16; t++)
             for (int h = 0; h < 2 * KV; h++) {
                 float *x = &kept[(size_t)t * width + q_dim + h * head_dim];
-                if (bits == 4 && t == 0) continue;
-                const bool hadamard_turns = bits == 4 && h < KV;
-                std::vector<double> v(x, x + head_dim);
-                if (hadamard_turns) hadamard(v.data(), head_dim);
-                for (int d = 0; d < head_dim; d++) x[d] = v[d];
-                through_cache(x, head_dim, bits);
-                v.assign(x, x + head_dim);
-                if (hadamard_turns) hadamard(v.data(), head_dim);
-                for (int d = 0; d < head_dim; d++) x[d] = v[d];
+                through_cache(x, head_dim);
             }
         double error = 0, size = 0;
         for (int t = 0; t < T; t++)
@@ -689,8 +676,7 @@ static void test_attention(int head_dim, int group, int bits) {
                 std::vector<double> p(t + 1), o(head_dim);
                 double most = -INFINITY, total = 0;
                 auto row = [&](int i, int v) {
-                    const Floats &from = bits == 4 && i / RECENT == t / RECENT ? turned : kept;
-                    return &from[(size_t)i * width + q_dim + (v * KV + h / group) * head_dim];
+                    return &kept[(size_t)i * width + q_dim + (v * KV + h / group) * head_dim];
                 };
                 for (int i = 0; i <= t; i++) {
                     for (int d = 0; d < head_dim; d++) p[i] += q[d] * row(i, 0)[d] / sqrt(head_dim);
@@ -715,101 +701,6 @@ static void test_attention(int head_dim, int group, int bits) {
     gpu_state_free(s);
 }
 
-/* N rows of K random codes on the GPU. */
-static Matrix random_matrix(int N, int K, bool groups) {
-    const size_t n = (size_t)N * K;
-    std::vector<uint8_t> codes(n / 2), s_group(groups ? n / GROUP : 0);
-    for (uint8_t &two : codes) { // per channel no code is 0
-        two = (1 + (int)(7.5f + 7.49f * random_float())) |
-              (1 + (int)(7.5f + 7.49f * random_float())) << 4;
-    }
-    for (uint8_t &s : s_group) s = 8 + (int)(7.9f * random_float());
-    Floats s_channel(N);
-    for (float &s : s_channel) s = (1.5f + random_float()) / (sqrtf(K) * (groups ? 40 : 5));
-    Linear l = {};
-    l.N = N;
-    l.K = K;
-    l.dtype = U8;
-    l.qweight = codes.data();
-    l.s_channel = s_channel.data();
-    l.s_group = groups ? s_group.data() : NULL;
-    Matrix m = {};
-    m.N = N;
-    m.K = K;
-    m.w4a8 = gpu_linear_create(&l, 1);
-    return m;
-}
-
-static float *floats_on_gpu(const Floats &v) {
-    return upload_array<float>(v.data(), v.size());
-}
-
-/* Decoding of one token in five kernels a layer and in eight: the same bits of x and of the logits,
- * at positions on either side of a tile of the cache. */
-static void test_one_token(bool groups, int hidden) {
-    char name[100];
-    snprintf(name, sizeof name, "one token: five kernels a layer are eight, %s, ffn %d",
-             groups ? "g128" : "per channel", hidden);
-    test_begin(name);
-    enum { LAYERS = 3, VOCAB = 512 };
-    GpuModel g = {};
-    Config *c = &g.config;
-    c->dim = DIM;
-    c->hidden_dim = hidden;
-    c->n_layers = LAYERS;
-    c->n_heads = 4;
-    c->n_kv_heads = 1;
-    c->head_dim = 64;
-    c->vocab_size = VOCAB;
-    c->norm_eps = 1e-5f;
-    c->rope_theta = 10000;
-    g.quantized = true;
-    g.embedding = halves_on_gpu(random_halves((size_t)VOCAB * DIM, 1));
-    g.lm_head.N = VOCAB;
-    g.lm_head.K = DIM;
-    g.lm_head.w = g.embedding;
-    g.norm = floats_on_gpu(random_floats(DIM, 1));
-    GpuLayer layers[LAYERS] = {};
-    g.layers = layers;
-    for (GpuLayer &l : layers) {
-        l.attention_norm = floats_on_gpu(random_floats(DIM, 1));
-        l.ffn_norm = floats_on_gpu(random_floats(DIM, 1));
-        l.qkv = random_matrix(DIM + 128, DIM, groups);
-        l.o = random_matrix(DIM, DIM, groups);
-        l.gate_up = random_matrix(2 * hidden, DIM, groups);
-        l.down = random_matrix(DIM, hidden, groups);
-    }
-    GpuState *s = gpu_state_new(&g, 1, 64, 16);
-    check(s->of_one, "decoded in eight kernels");
-    for (int pos = 0; pos < 40; pos++) {
-        Floats x[2], logits[2];
-        for (int one = 0; one < 2; one++) {
-            const Choice token = (uint32_t) ~(pos * 37 % VOCAB);
-            s->of_one = one;
-            to_gpu(s, s->chosen, &token, 1);
-            to_gpu(s, s->positions, &pos, 1);
-            decode_step(s);
-            x[one].resize(DIM);
-            logits[one].resize(VOCAB);
-            to_host(s, x[one].data(), s->x, DIM);
-            to_host(s, logits[one].data(), s->logits, VOCAB);
-        }
-        check(isfinite(x[0][0]) && !memcmp(x[0].data(), x[1].data(), DIM * sizeof(float)),
-              "position %d: other x", pos);
-        check(!memcmp(logits[0].data(), logits[1].data(), VOCAB * sizeof(float)),
-              "position %d: other logits", pos);
-    }
-    s->of_one = true;
-    gpu_state_free(s);
-    for (GpuLayer &l : layers) {
-        for (Matrix *m : {&l.qkv, &l.o, &l.gate_up, &l.down}) gpu_linear_free(&m->w4a8);
-        cudaFree(l.attention_norm);
-        cudaFree(l.ffn_norm);
-    }
-    cudaFree(g.embedding);
-    cudaFree(g.norm);
-}
-
 int main() {
     char why[300];
     Config any = {};
@@ -829,13 +720,9 @@ int main() {
         test_gptq(group_size, HIDDEN, DIM);
         test_smoothing(group_size);
     }
-    for (int hidden : {896, 960}) { // of 960 the last 64 are half a panel
-        test_one_token(false, hidden);
-        if (hidden % GROUP == 0) test_one_token(true, hidden);
-    }
     test_head(1000, 256);
     test_head(2056, 1040);
-    for (int bits : {16, 8, 4}) {
+    for (int bits : {16, 8}) {
         test_attention(64, 4, bits);
         test_attention(128, 3, bits);
         test_attention(128, 9, bits);

@@ -149,9 +149,8 @@ static void test_options(void) {
         {"-m talk", "-m talk: expected generate or chat"},
         {"-d tpu", "-d tpu: expected cpu or cuda"},
         {"-y hello", "-y: a system prompt needs -m chat"},
-        {"-k 5", "-k 5: expected 16, 8 or 4"},
-        {"-k 32", "-k 32: expected a whole number from 4 to 16"},
-        {"-k x", "-k x: expected a whole number from 4 to 16"},
+        {"-k 4", "-k 4: expected 16 or 8"},
+        {"-k x", "-k x: expected 16 or 8"},
         {"-m chat -b", "-m chat: not together with"},
         {"-e data/eval.txt -b", "-b: one of -e, -z, -x and -b"},
         {"-q", "unknown option -q"},
@@ -484,20 +483,36 @@ static void test_model_bin(void) {
                 "OMP_NUM_THREADS=2 ./run build/test/codes.bin -i Once -s 1 -n 30 2>/dev/null");
 }
 
-static void test_benchmark(void) {
-    test_begin("run: benchmark");
-    expect("./run data/tiny -b -l 40 -d cpu 2>/dev/null", 0,
+/* ./run -b with a context of `length`: the columns of its CSV, and whether its table shows the rate
+ * at the context's end. */
+static void check_benchmark(int length, int prompt, int decoded, int end) {
+    char command[100];
+    snprintf(command, sizeof command, "./run data/tiny -b -l %d -d cpu 2>/dev/null", length);
+    expect(command, 0,
            "\nmodel,weights,device,batch,memory_GB,prefill_tokens,prefill_tokens_per_s,decode_"
-           "tokens,");
+           "tokens,decode_tokens_per_s,decode_GB_per_s,memory_GB_per_s,empty_decode_tokens_per_s,"
+           "last_position,last_decode_tokens_per_s\n");
     const char *row = strstr(output, "\ndata/tiny,BF16,");
-    int batch, prompt, decoded;
-    double GB, rate[5];
+    int found[4];
+    double rate[7];
     check(row &&
-              sscanf(row, "\ndata/tiny,BF16,%*[^,],%d,%lf,%d,%lf,%d,%lf,%lf,%lf,%lf", &batch, &GB,
-                     &prompt, &rate[0], &decoded, &rate[1], &rate[2], &rate[3], &rate[4]) == 9 &&
-              batch == 1 && prompt == 34 && decoded == 4,
+              sscanf(row, "\ndata/tiny,BF16,%*[^,],%d,%lf,%d,%lf,%d,%lf,%lf,%lf,%lf,%d,%lf",
+                     &found[0], &rate[0], &found[1], &rate[1], &found[2], &rate[2], &rate[3],
+                     &rate[4], &rate[5], &found[3], &rate[6]) == 11 &&
+              found[0] == 1 && found[1] == prompt && found[2] == decoded && found[3] == end,
           "%s", output);
-    for (int i = 0; i < 5; i++) check(rate[i] > 0 && rate[i] < INFINITY, "%s", output);
+    for (int i = 0; i < 7; i++) check(rate[i] > 0 && rate[i] < INFINITY, "%s", output);
+    check((rate[6] == rate[2]) == (length <= 1154), "the rate at the end: %s", output);
+    char column[40];
+    snprintf(column, sizeof column, "  decode from %d on\n", end);
+    check(!strstr(output, column) == (length <= 1154), "the table: %s", output);
+}
+
+static void test_benchmark(void) {
+    test_begin("run: benchmark, with short and long contexts");
+    check_benchmark(40, 34, 4, 34);
+    check_benchmark(1154, 1024, 128, 1024);
+    check_benchmark(1300, 1024, 128, 1170);
     expect_error("./run data/tiny -b -l 2", 2, "a benchmark needs a context of 9 or more");
 }
 

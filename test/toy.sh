@@ -10,7 +10,7 @@ items=$bin/toy.jsonl
 echo '{"context": "a b c", "choices": ["abc xyz", "c", "xyz a"], "gold": 0}' >"$items"
 
 make_toy() { # NAME DIM
-    "$bin/synthetic" "$bin/$1" --dim "$2" --hidden "$2" --layers 2 --heads 2 --kv-heads 1 \
+    "$bin/build/synthetic" "$bin/$1" --dim "$2" --hidden "$2" --layers 2 --heads 2 --kv-heads 1 \
         --vocab 266 --tokenizer test/corpus/tokenizer/chat
     sed -i s/131072/32/ "$bin/$1/config.json"
 }
@@ -44,7 +44,6 @@ for model in toy toy-f.bin toy.bin groups.bin; do
     try $tool "$bin/run" "$bin/$model" -m chat -i 'a' -n 5 -s 1
     try $tool "$bin/run" "$bin/$model" -e "$text"
     try $tool "$bin/run" "$bin/$model" -e "$text" -k 8
-    try $tool "$bin/run" "$bin/$model" -i 'a b c' -n 9 -s 1 -k 4
     try $tool "$bin/run" "$bin/$model" -x "$text"
     try $tool "$bin/run" "$bin/$model" -z "$items"
 done

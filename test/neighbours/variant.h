@@ -3,7 +3,7 @@
 #ifndef VARIANT_H
 #define VARIANT_H
 
-#include "../files.h"
+#include "../../files.h"
 
 /* Rounds x [n] in place to what `bits` hold, all with one scale. */
 typedef void RoundRow(float *x, int n, int bits);

@@ -3,7 +3,7 @@
  * Back-to-back launches on one stream over weights that rotate through at least 300 MB, so that
  * none is in the L2 cache when its turn comes; CUDA events around them; the median of 5. Then the
  * same in a CUDA graph. Ceilings are measured first: a device copy, and mma.sync without memory. */
-#include "../files.h"
+#include "../../files.h"
 
 #include <algorithm>
 #include <cublas_v2.h>
@@ -146,7 +146,6 @@ int main(int argc, char **argv) {
     half *y = (half *)device((size_t)MAX_M * 28672 * 2);
     float *s_a = (float *)device(MAX_M * sizeof(float));
     float *s_channel = (float *)device(28672 * sizeof(float));
-    int *workspace = gpu_gemm_workspace();
     // Masks: fp16 of magnitude below 2; scales of 1 to 8; floats of magnitude below 2^-12.
     fill(a, (size_t)MAX_M * 21760, ~0ull, 0);
     fill(x, (size_t)MAX_M * 21760 * 2, 0xbfffbfffbfffbfff, 0);
@@ -191,7 +190,7 @@ int main(int argc, char **argv) {
                             GpuLinear l = {s.N, s.K, (uint32_t *)(pool + copy * bytes),
                                            groups ? scales + copy * (bytes / 64) : NULL, s_channel};
                             gpu_gemm_run(gpu_gemm_choose(&l, M, portable), &l, a, s_a, M, y, NULL,
-                                         NULL, workspace, stream);
+                                         stream);
                         });
                     }
                 }

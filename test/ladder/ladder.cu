@@ -8,7 +8,7 @@
  *
  * A rung is as short as can be, so it may be slower than its idea: N must be a multiple of 256, K
  * of 128, and 128 tokens take 128 KB of shared memory (A100, H100). */
-#include "../files.h"
+#include "../../files.h"
 
 #include <algorithm>
 #include <cooperative_groups.h>

@@ -5,7 +5,7 @@
 #define _GNU_SOURCE
 #include <omp.h>
 
-#include "test.h"
+#include "../test.h"
 
 int neighbours_main(int argc, char **argv);
 #define main neighbours_main
