@@ -18,6 +18,7 @@
 #include <stdlib.h>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 /* ================================================================================================
  * 1. The forward pass
@@ -2516,21 +2517,16 @@ static void attend(GpuState *s, int l, const Batch &batch) {
 /* ================================================================================================
  * 5. Quantization
  *
- *     X  what a linear of the quantized model reads, F the float model's, D = x_float - x_quant
- *     H = X^T X,   H^-1 = U^T U (damped, U upper),   M = W (F - X)^T X + D^T X,   D for o and down
+ *     H = X^T X,   H^-1 = U^T U (damped, U upper),   M = (D + (F - X) W^T)^T X
  *     target = W + 1/2 M H^-1,   column by column:  e = (w_i - q_i) / U_ii,   w_j -= e U_ij, j > i
  *
- * as in section 3 of qqq.c, whose functions have the same names here. A layer at a time is on the
- * GPU, in float32, with the residual streams of all windows if they fit; the windows go through it
- * a chunk of some thousand tokens after the other.
+ * The table of Operations on a GPU: qqq.h says what each does, section 3 of qqq.c how they follow
+ * each other and why. Each has a twin there, a loop on the CPU.
  *
- * The products over tokens are cuBLAS's on TF32 tensor cores: sums in float32 of factors of 11
- * bits; H is off by less than 1e-4. From it on, where errors would grow by its condition, all is
- * double: the same H gives the codes of qqq.c. For o and down M is summed up as
- * (D + (F - X) W^T)^T X, which is what their output lacks: [dim][K] instead of C [K][K] and R.
+ * Weights, activations and sums are float32. The products over tokens are cuBLAS's on TF32 tensor
+ * cores: sums in float32 of factors of 11 bits; H is off by less than 1e-4. Behind H, where errors
+ * would grow by the condition of H, all is double: the same H gives the codes of qqq.c.
  * ============================================================================================== */
-
-constexpr int CALIBRATION_TOKENS = 8192; // of a chunk, if a window has no more
 
 /* From section 6: float weights, or numbers of a dtype, as To. */
 template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer);
@@ -2538,94 +2534,50 @@ template <typename To>
 static void convert(const void *from, DType dtype, size_t n, To *to, int *not_finite,
                     cudaStream_t stream);
 
-/* Where the time goes. */
-enum Phase { READ, SMOOTH, FLOAT_PASS, W4A8_PASS, MOMENTS, INVERSE, ROUND, REST, N_PHASES };
-static const char *const phase_names[N_PHASES] = {"reading",     "smoothing", "float passes",
-                                                  "W4A8 passes", "moments",   "inverses",
-                                                  "rounding",    "rest"};
-
-struct GpuQuantizer {
-    Config config;
-    Method method;
-    bool calibrate;           // the linears' inputs are wanted, not only the float model's
-    int n, length, chunk;     // windows; tokens of each; windows that go through a layer together
-    bool outside;             // the streams are in pinned host memory
-    float *x_float, *x_quant; // [n][length][dim] the residual streams
+struct Machine {
+    Workload work;
     cudaStream_t stream;
     cublasHandle_t cublas;
-    uint8_t *memory; // [bytes] of all that follows
-    size_t bytes;
-    float *staged[2];                 // [chunk * length][dim] of the streams, if outside
-    float *w;                         // all linears of the layer, stacked
-    float *attention_norm, *ffn_norm; // [dim] one piece
-    GpuLinear qkv, o, gate_up, down;  // once they are quantized
-    uint16_t *qweight;                // of one linear, as in the file
-    uint8_t *s_group;                 // NULL per channel
-    float *s_channel;
-    float *H;                     // [K][K]
-    float *M;                     // [dim][K] (C [K][K] for q, k, v, gate, up)
-    double *U;                    // [K][K]
-    int *order;                   // [K]
-    float *importance, *diagonal; // [K]
-    int8_t *signs;                // [dim]
-    float *scales[2];             // [widest] that are folded into a linear
-    float4 *rope;                 // [length][head_dim / 4]
-    double *sums;                 // [SUM_BLOCKS]
-    int *flag;                    // something is not finite or not positive
-    uint32_t *most;               // [widest] maxima of columns
-    uint8_t *cublas_workspace;
-    // of a chunk of T tokens
-    float *f, *x;        // [T][K] F and X
-    LinearInput in;      // [T][K] X in int8
-    float *wide;         // [T][qkv or gate_up]
-    half *wide_half;     // the same
-    half *att;           // [T][q_dim]
-    float *lacking;      // [T][dim]
-    half *keys, *values; // [n_kv_heads][length][head_dim]
-    // of one linear, in the same place
-    double *p, *t;  // [N][K]
-    float *target;  // [N][K]
-    float *product; // [N][K]
-    double *e;      // [N][GPTQ_COLUMNS]
-    int8_t *codes;  // [N][K]
-    // of inverting a matrix
-    double *half_matrix; // [K / 2][K / 2]
-    // of the search for smoothing: tokens in the place of H, M and U; outputs in that of a chunk
-    float *sample[3];         // [T][K]
-    float *output, *distance; // [T][N]
-    double start, spent[N_PHASES];
-    Phase phase;
+    std::vector<void *> arrays, host_arrays;
+    float4 *rope;     // [length][head_dim / 4]
+    double *sums;     // [SUM_BLOCKS]
+    int *flag;        // something is not finite or not positive
+    uint8_t *scratch; // [scratch_bytes] for the arrays of one operation; the next overwrites them
+    size_t scratch_bytes;
 };
 
-/* From now on the time is that phase's. */
-static void enter(GpuQuantizer *q, Phase phase) {
-    cuda_check(cudaStreamSynchronize(q->stream), "quantization");
-    double now = seconds();
-    q->spent[q->phase] += now - q->start;
-    q->start = now;
-    q->phase = phase;
-}
+/* Arrays of one operation, one behind the other in m->scratch. */
+struct Scratch {
+    uint8_t *next, *end;
+    Scratch(Machine *m) : next(m->scratch), end(m->scratch + m->scratch_bytes) {}
+    template <typename T> T *array(size_t n) {
+        T *p = (T *)next;
+        next += ceil_div(n * sizeof(T), 256) * 256;
+        if (next > end) die("an operation needs more scratch memory than was planned");
+        return p;
+    }
+};
 
 /* A kernel with a thread for each of so many things. */
 template <typename... Parameters, typename... Arguments>
-static void for_each(GpuQuantizer *q, size_t count, void (*kernel)(Parameters...),
+static void for_each(Machine *m, size_t count, void (*kernel)(Parameters...),
                      Arguments... arguments) {
     if (count == 0) return;
-    kernel<<<(unsigned)ceil_div(count, THREADS), THREADS, 0, q->stream>>>(arguments...);
+    kernel<<<(unsigned)ceil_div(count, THREADS), THREADS, 0, m->stream>>>(arguments...);
     cuda_check(cudaGetLastError(), "quantization");
 }
 
 /* A kernel with so many blocks: one for each row, mostly. */
 template <typename... Parameters, typename... Arguments>
-static void for_blocks(GpuQuantizer *q, dim3 blocks, size_t shared, void (*kernel)(Parameters...),
+static void for_blocks(Machine *m, dim3 blocks, size_t shared, void (*kernel)(Parameters...),
                        Arguments... arguments) {
     allow_shared(kernel, shared);
-    kernel<<<blocks, THREADS, shared, q->stream>>>(arguments...);
+    kernel<<<blocks, THREADS, shared, m->stream>>>(arguments...);
     cuda_check(cudaGetLastError(), "quantization");
 }
 
-static void zero(GpuQuantizer *q, void *p, size_t bytes) {
-    cuda_check(cudaMemsetAsync(p, 0, bytes, q->stream), "cudaMemset");
+static void zero(Machine *m, void *array, size_t bytes) {
+    cuda_check(cudaMemsetAsync(array, 0, bytes, m->stream), "cudaMemset");
 }
 
 /* A row-major matrix, or its transposed. */
@@ -2635,32 +2587,30 @@ template <typename T> struct Operand {
     bool transposed = false;
 };
 
-/* y [M][N] = alpha a b + beta y, a [M][K], b [K][N]. What is row-major here is transposed to
- * cuBLAS, which so is asked for y^T = b^T a^T. */
-static void product(GpuQuantizer *q, int M, int N, int K, float alpha, Operand<float> a,
-                    Operand<float> b, float beta, float *y, int columns) {
-    cublas_check(CUBLAS(cublasGemmEx_64)(q->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                                         a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha,
-                                         b.p, CUDA_R_32F, b.columns, a.p, CUDA_R_32F, a.columns,
-                                         &beta, y, CUDA_R_32F, columns,
-                                         CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT));
-}
-
-static void product(GpuQuantizer *q, int M, int N, int K, double alpha, Operand<double> a,
-                    Operand<double> b, double beta, double *y, int columns) {
-    cublas_check(CUBLAS(cublasDgemm_v2)(q->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
-                                        a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha,
-                                        b.p, b.columns, a.p, a.columns, &beta, y, columns));
+/* y [M][N] = alpha a b + beta y, a [M][K], b [K][N]; floats on TF32 tensor cores. What is row-major
+ * here is transposed to cuBLAS, which so is asked for y^T = b^T a^T. */
+template <typename T>
+static void product(Machine *m, int M, int N, int K, T alpha, Operand<T> a, Operand<T> b, T beta,
+                    T *y, int columns) {
+    constexpr bool is_float = sizeof(T) == sizeof(float);
+    constexpr cudaDataType type = is_float ? CUDA_R_32F : CUDA_R_64F;
+    cublas_check(CUBLAS(cublasGemmEx_64)(
+        m->cublas, b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
+        a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K, &alpha, b.p, type, b.columns, a.p, type,
+        a.columns, &beta, y, type, columns,
+        is_float ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_64F, CUBLAS_GEMM_DEFAULT));
 }
 
 constexpr int SUM_BLOCKS = 512;
 
-__global__ void dot_kernel(const float *x, const float *y, size_t n, double *sums) {
+__global__ void sum_kernel(const float *x, const float *y, size_t n, bool distance, double *sums) {
     __shared__ double warps[WARPS];
     double sum = 0;
     for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < n;
-         i += (size_t)gridDim.x * THREADS)
-        sum += (double)x[i] * y[i];
+         i += (size_t)gridDim.x * THREADS) {
+        double difference = (double)x[i] - y[i];
+        sum += distance ? difference * difference : (double)x[i] * y[i];
+    }
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
     __syncthreads();
@@ -2669,13 +2619,30 @@ __global__ void dot_kernel(const float *x, const float *y, size_t n, double *sum
     sums[blockIdx.x] = sum;
 }
 
-/* sum_i x_i y_i, in double and in a fixed order. */
-static double dot(GpuQuantizer *q, const float *x, const float *y, size_t n) {
+/* sum_i x_i y_i, or with `distance` sum_i (x_i - y_i)^2; in double and in a fixed order. */
+static double sum(Machine *m, const float *x, const float *y, size_t n, bool distance) {
     double sums[SUM_BLOCKS], sum = 0;
-    for_blocks(q, SUM_BLOCKS, 0, dot_kernel, x, y, n, q->sums);
-    to_host(q, sums, q->sums, SUM_BLOCKS);
+    for_blocks(m, SUM_BLOCKS, 0, sum_kernel, x, y, n, distance, m->sums);
+    to_host(m, sums, m->sums, SUM_BLOCKS);
     for (double s : sums) sum += s;
     return sum;
+}
+
+/* A quantized linear; or several of one K that lie one behind the other, as arrange() left them. */
+static GpuLinear gpu_linear(const Linear *l, int count) {
+    GpuLinear all = {0, l->K, (uint32_t *)l->qweight, l->s_group, l->s_channel};
+    for (int i = 0; i < count; i++) all.N += l[i].N;
+    return all;
+}
+
+static void arrange(Machine *m, const Linear *l, Linear *to) {
+    const GpuLinear g = gpu_linear(to, 1);
+    layout_weights(&g, 0, l->N, (const uint16_t *)l->qweight, l->s_group, l->s_channel, m->stream);
+}
+
+static bool read_weights(Machine *m, const Linear *from, float *w) {
+    cuda_check(cudaStreamSynchronize(m->stream), "quantization");
+    return upload_weights(from, w, m->scratch);
 }
 
 /* ---- rotation -------------------------------------------------------------------------------- */
@@ -2687,11 +2654,13 @@ __global__ void rotate_kernel(float *w, int n, int stride, const int8_t *signs) 
     extern __shared__ double rotated[]; // [n], and [m] cosines plus sines
     const int m = n / (n & -n);
     double *cas = rotated + n;
+    // 1. the vector, with its signs; the Hartley matrix of m
     w += (size_t)(blockIdx.x / stride) * n * stride + blockIdx.x % stride;
     for (int i = threadIdx.x; i < n; i += blockDim.x)
         rotated[i] = (signs ? signs[i] : 1) * (double)w[(size_t)i * stride];
     for (int i = threadIdx.x; i < m; i += blockDim.x)
         cas[i] = cospi(2.0 * i / m) + sinpi(2.0 * i / m);
+    // 2. sums and differences, in k passes
     for (int span = m; span < n; span *= 2) {
         __syncthreads();
         for (int pair = threadIdx.x; pair < n / 2; pair += blockDim.x) {
@@ -2702,6 +2671,7 @@ __global__ void rotate_kernel(float *w, int n, int stride, const int8_t *signs) 
         }
     }
     __syncthreads();
+    // 3. times the Hartley matrix, in blocks of m
     const double scale = 1 / sqrt((double)n);
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         double sum = 0;
@@ -2710,23 +2680,22 @@ __global__ void rotate_kernel(float *w, int n, int stride, const int8_t *signs) 
     }
 }
 
-static void rotate_inputs(GpuQuantizer *q, float *w, int N, int K, int n, const int8_t *signs) {
-    for_blocks(q, (size_t)N * K / n, (n + n / (n & -n)) * sizeof(double), rotate_kernel, w, n, 1,
-               signs);
+static void rotate(Machine *m, int N, int K, int n, bool outputs, const int8_t *signs, float *w) {
+    const size_t shared = (n + n / (n & -n)) * sizeof(double);
+    for_blocks(m, (size_t)N * K / n, shared, rotate_kernel, w, n, outputs ? K : 1, signs);
 }
 
-static void rotate_outputs(GpuQuantizer *q, float *w, int N, int K, int n, const int8_t *signs) {
-    for_blocks(q, (size_t)N * K / n, (n + n / (n & -n)) * sizeof(double), rotate_kernel, w, n, K,
-               signs);
-}
-
-/* w [N][K] diag(columns), then each row divided by rows [N], unless NULL. */
-__global__ void scale_weights_kernel(float *w, size_t N, int K, const float *columns,
-                                     const float *rows) {
+__global__ void scale_weights_kernel(const float *w, size_t n, int K, const float *columns,
+                                     const float *rows, float *scaled) {
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= N * K) return;
-    float x = w[i] * columns[i % K];
-    w[i] = rows ? x / rows[i / K] : x;
+    if (i >= n) return;
+    float x = columns ? w[i] * columns[i % K] : w[i];
+    scaled[i] = rows ? x / rows[i / K] : x;
+}
+
+static void scale(Machine *m, int N, int K, const float *columns, const float *rows, float *w) {
+    const size_t n = (size_t)N * K;
+    for_each(m, n, scale_weights_kernel, w, n, K, columns, rows, w);
 }
 
 /* ---- the choice of scales, and rounding ------------------------------------------------------ */
@@ -2748,24 +2717,20 @@ __device__ __forceinline__ float rounding_error(float w, float importance, float
     return e * e * importance;
 }
 
-/* Row blockIdx.x of W diag(s), s NULL: of W. Twin: choose_scales(). */
-struct SmoothedRow {
-    const float *w, *s;
-    __device__ float operator[](int k) const { return s ? w[k] * s[k] : w[k]; }
-};
-
-/* s_channel of a row: of 80 ranges the one of least error. A warp takes ten. */
-__device__ static float search_channel_scale(SmoothedRow row, const float *importance, int K,
+/* s_channel of a row: of 80 ranges the one of least error. A warp tries ten. */
+__device__ static float search_channel_scale(const float *row, const float *importance, int K,
                                              float max, float unit) {
     __shared__ float errors[CHANNEL_RANGES];
     constexpr int EACH = CHANNEL_RANGES / WARPS;
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * EACH;
     float error[EACH] = {}, scale[EACH], inverse[EACH];
     auto range = [=](int i) { return (1.0f - i / 100.0f) * max / 7; };
+    // 1. the warp's ten scales
     for (int i = 0; i < EACH; i++) {
         scale[i] = range(first + i) * unit;
         inverse[i] = 1 / scale[i];
     }
+    // 2. their errors, of a lane's columns; of the warp's
     for (int k = lane; k < K; k += 32) {
         float w = row[k] * unit, weight = importance[k];
 #pragma unroll
@@ -2778,15 +2743,16 @@ __device__ static float search_channel_scale(SmoothedRow row, const float *impor
         if (lane == 0) errors[first + i] = error[i];
     }
     __syncthreads();
+    // 3. the best of all
     int best = 0;
     for (int i = 1; i < CHANNEL_RANGES; i++)
         if (errors[i] < errors[best]) best = i;
     return range(best);
 }
 
-/* The same with groups, s_group [K/128] included. A warp takes a group and tries all s_group under
- * two ranges at once, one in each lane. */
-__device__ static float search_group_scales(SmoothedRow row, const float *importance, int K,
+/* The same with groups, s_group [K/128] included. A warp works on one group: its lanes try the 15
+ * values of s_group under two ranges at once. */
+__device__ static float search_group_scales(const float *row, const float *importance, int K,
                                             float max, float unit, uint8_t *s_group) {
     extern __shared__ float least[]; // [RANGES][groups] of the best s_group, which come behind
     __shared__ float2 group[WARPS][GROUP]; // weights and their importance
@@ -2795,10 +2761,12 @@ __device__ static float search_group_scales(SmoothedRow row, const float *import
     uint8_t *best = (uint8_t *)(least + RANGES * groups);
     auto range = [=](int i) { return (1.0f - i / 40.0f) * max / 225 * 2; };
     for (int g = warp; g < groups; g += WARPS) {
+        // 1. the group's weights in shared memory
         for (int k = lane; k < GROUP; k += 32)
             group[warp][k] = make_float2(row[g * GROUP + k] * unit, importance[g * GROUP + k]);
         __syncwarp();
         for (int i = lane / 16; i < RANGES; i += 2) {
+            // 2. the error of this lane's s_group under range i
             int s = lane % 16 + 1;
             float scale = s * range(i) * unit, inverse = 1 / scale, error = 0;
             const float4 *pairs = (const float4 *)group[warp];
@@ -2809,10 +2777,12 @@ __device__ static float search_group_scales(SmoothedRow row, const float *import
                 error += rounding_error(pair.z, pair.w, scale, inverse, -8);
             }
             if (s == 16) error = INFINITY; // no scale: 15 is the largest
+
+            // 3. the best s_group of 16 lanes; of equals the smaller
             for (int j = 1; j < 16; j *= 2) {
                 float other = __shfl_xor_sync(~0u, error, j);
-                int its = __shfl_xor_sync(~0u, s, j);
-                if (other < error || (other == error && its < s)) error = other, s = its;
+                int other_s = __shfl_xor_sync(~0u, s, j);
+                if (other < error || (other == error && other_s < s)) error = other, s = other_s;
             }
             if (lane % 16 > 0) continue;
             least[i * groups + g] = error;
@@ -2821,6 +2791,7 @@ __device__ static float search_group_scales(SmoothedRow row, const float *import
         __syncwarp();
     }
     __syncthreads();
+    // 4. the range of least total error
     if (threadIdx.x < RANGES) {
         float total = 0;
         for (int g = 0; g < groups; g++) total += least[threadIdx.x * groups + g];
@@ -2834,29 +2805,29 @@ __device__ static float search_group_scales(SmoothedRow row, const float *import
     return range(winner);
 }
 
-/* s_group of a row under the plain choice; a warp takes a group. */
-__device__ static float plain_group_scales(SmoothedRow row, int K, float max, uint8_t *s_group) {
+/* s_group of a row under the plain choice; each warp works on one group at a time. */
+__device__ static float plain_group_scales(const float *row, int K, float max, uint8_t *s_group) {
     const float scale = max / 225 * 2;
     for (int g = threadIdx.x / 32; g < K / GROUP; g += WARPS) {
-        uint32_t most = 0;
+        uint32_t largest = 0;
         for (int k = threadIdx.x % 32; k < GROUP; k += 32)
-            most = ::max(most, __float_as_uint(fabsf(row[g * GROUP + k])));
-        float of_group = __uint_as_float(__reduce_max_sync(~0u, most));
-        s_group[g] = fminf(fmaxf(rintf(of_group / 15 * 2 / scale), 1), 15);
+            largest = ::max(largest, __float_as_uint(fabsf(row[g * GROUP + k])));
+        float group_max = __uint_as_float(__reduce_max_sync(~0u, largest));
+        s_group[g] = fminf(fmaxf(rintf(group_max / 15 * 2 / scale), 1), 15);
     }
     return scale;
 }
 
-/* choose_scales() of each row of W [N][K] diag(s). One block a row. */
+/* choose_scales() of each row of w [N][K]. One block a row. */
 __global__ void __launch_bounds__(THREADS)
-    choose_scales_kernel(const float *w, const float *s, const float *importance, int K,
-                         float *s_channel, uint8_t *s_group) {
-    const SmoothedRow row = {w + (size_t)blockIdx.x * K, s};
+    choose_scales_kernel(const float *w, const float *importance, int K, float *s_channel,
+                         uint8_t *s_group) {
+    const float *row = w + (size_t)blockIdx.x * K;
     if (s_group) s_group += (size_t)blockIdx.x * (K / GROUP);
-    uint32_t most = 0;
+    uint32_t largest = 0;
     for (int k = threadIdx.x; k < K; k += THREADS)
-        most = ::max(most, __float_as_uint(fabsf(row[k])));
-    const float max = __uint_as_float(block_max(most));
+        largest = ::max(largest, __float_as_uint(fabsf(row[k])));
+    const float max = __uint_as_float(block_max(largest));
     float scale = 1;
     if (max < 1.17549435e-38f) { // zeros, or so near to it that a scale would underflow
         for (int g = threadIdx.x; s_group && g < K / GROUP; g += THREADS) s_group[g] = 1;
@@ -2870,58 +2841,29 @@ __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) s_channel[blockIdx.x] = scale;
 }
 
-/* The codes of W [N][K] diag(s) under given scales. A thread packs four. */
-__global__ void round_kernel(const float *w, const float *s, size_t N, int K,
-                             const float *s_channel, const uint8_t *s_group, uint16_t *qweight) {
+/* The codes of w [N][K] under given scales. A thread packs four. */
+__global__ void round_kernel(const float *w, size_t N, int K, const float *s_channel,
+                             const uint8_t *s_group, uint16_t *qweight) {
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= N * (K / 4)) return;
-    size_t n = i / (K / 4);
-    int k = i % (K / 4) * 4;
-    const SmoothedRow row = {w + n * K, s};
-    const float scale = s_channel[n] * (s_group ? s_group[n * (K / GROUP) + k / GROUP] : 1);
+    size_t n = i / (K / 4), group = i / (GROUP / 4);
+    const float scale = s_channel[n] * (s_group ? s_group[group] : 1), low = s_group ? -8 : -7;
     uint32_t packed = 0;
-    for (int j = 0; j < 4; j++) {
-        int code = nearest_code(row[k + j], scale, s_group ? -8 : -7);
-        packed |= (code + 8) << 4 * j;
-    }
+    for (int j = 0; j < 4; j++)
+        packed |= ((int)nearest_code(w[4 * i + j], scale, low) + 8) << 4 * j;
     qweight[i] = packed;
 }
 
-__global__ void pack_kernel(const int8_t *codes, size_t n, uint16_t *qweight) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= n / 4) return;
-    uint32_t packed = 0;
-    for (int j = 0; j < 4; j++) packed |= (codes[4 * i + j] + 8) << 4 * j;
-    qweight[i] = packed;
+static void choose_scales(Machine *m, const float *w, const float *importance, Linear *l) {
+    const int groups = l->s_group ? l->K / GROUP : 0;
+    for_blocks(m, l->N, RANGES * groups * (sizeof(float) + 1), choose_scales_kernel, w, importance,
+               l->K, l->s_channel, l->s_group);
 }
 
-/* e [N][K] = the quantized minus the float weights. A thread takes four. */
-__global__ void error_kernel(const float *w, const uint16_t *qweight, const float *s_channel,
-                             const uint8_t *s_group, size_t N, int K, float *e) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= N * (K / 4)) return;
-    size_t n = i / (K / 4);
-    int k = i % (K / 4) * 4, scale = s_group ? s_group[n * (K / GROUP) + k / GROUP] : 1;
-    for (int j = 0; j < 4; j++) {
-        int code = (int)(qweight[i] >> 4 * j & 15) - 8;
-        e[4 * i + j] = (float)(code * scale) * s_channel[n] - w[4 * i + j];
-    }
-}
-
-/* Scales of W [N][K] diag(s) into q->s_channel and q->s_group. */
-static void choose_scales(GpuQuantizer *q, const float *w, const float *s, const float *importance,
-                          int N, int K) {
-    const int groups = q->s_group ? K / GROUP : 0;
-    for_blocks(q, N, RANGES * groups * (sizeof(float) + 1), choose_scales_kernel, w, s, importance,
-               K, q->s_channel, q->s_group);
-}
-
-/* W [N][K] diag(s) into q->qweight, s_channel and s_group. */
-static void round_to_nearest(GpuQuantizer *q, const float *w, const float *s,
-                             const float *importance, int N, int K) {
-    choose_scales(q, w, s, importance, N, K);
-    for_each(q, (size_t)N * (K / 4), round_kernel, w, s, N, K, q->s_channel, q->s_group,
-             q->qweight);
+static void round_to_nearest(Machine *m, const float *w, const float *importance, Linear *l) {
+    choose_scales(m, w, importance, l);
+    for_each(m, (size_t)l->N * (l->K / 4), round_kernel, w, l->N, l->K, l->s_channel, l->s_group,
+             (uint16_t *)l->qweight);
 }
 
 /* ---- the forward passes ---------------------------------------------------------------------- */
@@ -2936,8 +2878,24 @@ __global__ void norm_kernel(const float *x, const float *weight, int dim, float 
     for (int i = threadIdx.x; i < dim; i += THREADS) y[i] = x[i] * scale * weight[i];
 }
 
-static void norm_rows(GpuQuantizer *q, const float *x, const float *weight, int T, float *y) {
-    for_blocks(q, T, 0, norm_kernel, x, weight, q->config.dim, q->config.norm_eps, y);
+/* y [T][K] = a s_a. */
+__global__ void activations_kernel(const int8_t *a, const float *s_a, size_t T, int K, float *y) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < T * K) y[i] = a[i] * s_a[i / K];
+}
+
+/* quantize_row() of each row of x [T][K], or of x / s. One block a row. */
+__global__ void quantize_floats_kernel(const float *x, const float *s, int K, int8_t *a,
+                                       float *s_a) {
+    x += (size_t)blockIdx.x * K;
+    a += (size_t)blockIdx.x * K;
+    auto value = [=](int k) { return s ? x[k] / s[k] : x[k]; };
+    uint32_t largest = 0;
+    for (int k = threadIdx.x; k < K; k += THREADS)
+        largest = max(largest, __float_as_uint(fabsf(value(k))));
+    const float scale = activation_scale(block_max(largest));
+    if (threadIdx.x == 0) s_a[blockIdx.x] = scale;
+    for (int k = threadIdx.x; k < K; k += THREADS) a[k] = quantize_one(value(k), scale);
 }
 
 /* swiglu() in float32; gate_up [T][2][hidden_dim]. */
@@ -2948,166 +2906,183 @@ __global__ void swiglu_float_kernel(const float *gate_up, size_t T, int hidden_d
     y[i] = *gate / (1.0f + expf(-*gate)) * gate[hidden_dim];
 }
 
-/* Rounded to TF32's 11 bits; the tensor cores would cut it off, always towards 0. */
-__device__ __forceinline__ float to_tf32(float x) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
-    return __uint_as_float(bits);
-}
-
-/* x = a s_a, f <- f - x: the inputs of the moments. */
-__global__ void inputs_kernel(const int8_t *a, const float *s_a, size_t T, int K, float *f,
-                              float *x) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= T * K) return;
-    float value = a[i] * s_a[i / K];
-    x[i] = to_tf32(value);
-    f[i] = to_tf32(f[i] - value);
-}
-
 __global__ void subtract_kernel(const float *x, const float *y, size_t n, float *difference) {
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     if (i < n) difference[i] = x[i] - y[i];
 }
 
-/* Half a layer: attention (q, k, v inside, o outside) or FFN (gate and up, down). */
-struct GpuHalf {
-    bool ffn;
-    int first, n_inside; // linears
-    int N_inside, K;     // rows of those inside together; K of the one outside
-    float *norm;
-    float *inside, *outside; // float weights
-    GpuLinear *q_inside, *q_outside;
-};
-
-/* Where the float weights of linear number k are. */
-static float *float_weights(const GpuQuantizer *q, int k) {
-    float *w = q->w;
-    for (int i = 0, N, K; i < k; i++) {
-        linear_shape(&q->config, i, &N, &K);
-        w += (size_t)N * K;
-    }
-    return w;
+static void subtract(Machine *m, const float *a, const float *b, size_t n, float *difference) {
+    for_each(m, n, subtract_kernel, a, b, n, difference);
 }
 
-static GpuHalf half_of(GpuQuantizer *q, bool ffn) {
-    GpuHalf h = {};
-    h.ffn = ffn;
-    h.first = ffn ? 4 : 0;
-    h.n_inside = ffn ? 2 : 3;
-    h.q_inside = ffn ? &q->gate_up : &q->qkv;
-    h.q_outside = ffn ? &q->down : &q->o;
-    h.N_inside = h.q_inside->N;
-    h.K = h.q_outside->K;
-    h.norm = ffn ? q->ffn_norm : q->attention_norm;
-    h.inside = float_weights(q, h.first);
-    h.outside = float_weights(q, h.first + h.n_inside);
+static LinearInput int8_input(Scratch &s, size_t T, int K) {
+    return {s.array<int8_t>(T * K), NULL, s.array<float>(T)};
+}
+
+static void norm(Machine *m, const float *x, const float *weight, int T, bool int8, float *y) {
+    const int dim = m->work.config.dim;
+    const float eps = m->work.config.norm_eps;
+    if (!int8) {
+        for_blocks(m, T, 0, norm_kernel, x, weight, dim, eps, y);
+        return;
+    }
+    Scratch s(m);
+    const LinearInput in = int8_input(s, T, dim);
+    gpu_rmsnorm(x, weight, T, dim, eps, in, m->stream);
+    for_each(m, (size_t)T * dim, activations_kernel, in.a, in.scale, T, dim, y);
+}
+
+static void add_linear(Machine *m, const Linear *w, const float *in, int T, float *x) {
+    if (w->dtype == F32) {
+        product(m, T, w->N, w->K, 1.0f, {in, w->K}, {(const float *)w->w, w->K, true}, 1.0f, x,
+                w->N);
+        return;
+    }
+    Scratch s(m);
+    const LinearInput a = int8_input(s, T, w->K);
+    const GpuLinear g = gpu_linear(w, 1);
+    for_blocks(m, T, 0, quantize_floats_kernel, in, (const float *)NULL, w->K, a.a, a.scale);
+    gpu_gemm_w4a8(&g, a.a, a.scale, T, NULL, x, m->stream);
+}
+
+/* Of a window's keys, or values, [n_kv_heads][length][head_dim] in halves. */
+static size_t window_bytes(const Workload *work) {
+    const Config *c = &work->config;
+    return (size_t)work->length * c->n_kv_heads * c->head_dim * sizeof(half);
+}
+
+/* att [T][q_dim] = attention of the windows in qkv [T][N]. */
+static void attend_windows(Machine *m, Scratch &s, const half *qkv, int N, int T, half *att) {
+    const Config *c = &m->work.config;
+    const int length = m->work.length;
+    GpuCache cache = {};
+    cache.bits = 16;
+    cache.keys = s.array<uint8_t>(window_bytes(&m->work)); // of one window after the other
+    cache.values = s.array<uint8_t>(window_bytes(&m->work));
+    cache.n_kv_heads = c->n_kv_heads;
+    cache.context = length;
+    for (size_t t = 0; t < (size_t)T; t += length)
+        attend_prompt(c, qkv + t * N, {length, 0, 0}, m->rope, cache, {},
+                      att + t * c->n_heads * c->head_dim, m->stream);
+}
+
+/* Linears first .. first + count - 1 of a layer are inside of this half. */
+struct Inside {
+    const Linear *first;
+    int count, N, K; // their rows together; K of the linear outside
+    const float *norm;
+};
+
+static Inside inside_of(const Layer *layer, bool ffn) {
+    Inside h = {&layer->linears[ffn ? 4 : 0], ffn ? 2 : 3, 0, layer->linears[ffn ? 6 : 3].K,
+                ffn ? layer->ffn_norm : layer->attention_norm};
+    for (int i = 0; i < h.count; i++) h.N += h.first[i].N;
     return h;
 }
 
-/* q->att = attention of the windows in q->wide_half. */
-static void attend_windows(GpuQuantizer *q, int T) {
-    const Config *c = &q->config;
-    const int q_dim = c->n_heads * c->head_dim;
-    GpuCache cache = {};
-    cache.bits = 16;
-    cache.keys = (uint8_t *)q->keys;
-    cache.values = (uint8_t *)q->values;
-    cache.n_kv_heads = c->n_kv_heads;
-    cache.context = q->length;
-    for (size_t t = 0; t < (size_t)T; t += q->length)
-        attend_prompt(c, q->wide_half + t * q->qkv.N, {q->length, 0, 0}, q->rope, cache, {},
-                      q->att + t * q_dim, q->stream);
-}
+/* In float32, attention in 16 bits. */
+static void float_inside(Machine *m, const Inside &h, bool ffn, const float *x, int T, float *y) {
+    const int dim = m->work.config.dim;
+    Scratch s(m);
 
-/* q->f = the input of the outside linear in the float model; x [T][dim]. */
-static void float_inside(GpuQuantizer *q, const GpuHalf *h, const float *x, int T) {
-    const Config *c = &q->config;
-    norm_rows(q, x, h->norm, T, q->f);
-    product(q, T, h->N_inside, c->dim, 1.0f, {q->f, c->dim}, {h->inside, c->dim, true}, 0.0f,
-            q->wide, h->N_inside);
-    if (h->ffn) {
-        for_each(q, (size_t)T * h->K, swiglu_float_kernel, q->wide, T, h->K, q->f);
+    // 1. norm, and the linears side by side in `wide`
+    float *normed = s.array<float>((size_t)T * dim), *wide = s.array<float>((size_t)T * h.N);
+    norm(m, x, h.norm, T, false, normed);
+    for (int i = 0, row = 0; i < h.count; row += h.first[i++].N)
+        product(m, T, h.first[i].N, dim, 1.0f, {normed, dim},
+                {(const float *)h.first[i].w, dim, true}, 0.0f, wide + row, h.N);
+
+    // 2. SwiGLU, or attention
+    const size_t n = (size_t)T * h.K;
+    if (ffn) {
+        for_each(m, n, swiglu_float_kernel, wide, T, h.K, y);
         return;
     }
-    convert(q->wide, F32, (size_t)T * h->N_inside, q->wide_half, q->flag, q->stream);
-    attend_windows(q, T);
-    convert(q->att, F16, (size_t)T * h->K, q->f, q->flag, q->stream);
+    half *qkv = s.array<half>((size_t)T * h.N), *att = s.array<half>(n);
+    convert(wide, F32, (size_t)T * h.N, qkv, m->flag, m->stream);
+    attend_windows(m, s, qkv, h.N, T, att);
+    convert(att, F16, n, y, m->flag, m->stream);
 }
 
-/* y [T][N] = W q->in, or x += that. */
-static void linear_w4a8(GpuQuantizer *q, const GpuLinear *w, int T, half *y, float *x) {
-    gpu_gemm_w4a8(w, q->in.a, q->in.scale, T, y, x, q->stream);
-}
+/* With the kernels of the forward pass. */
+static void w4a8_inside(Machine *m, const Inside &h, bool ffn, const float *x, int T, float *y) {
+    const Config *c = &m->work.config;
+    Scratch s(m);
 
-/* The same in the quantized model, into q->in. */
-static void quantized_inside(GpuQuantizer *q, const GpuHalf *h, const float *x, int T) {
-    const Config *c = &q->config;
-    gpu_rmsnorm(x, h->norm, T, c->dim, c->norm_eps, q->in, q->stream);
-    linear_w4a8(q, h->q_inside, T, q->wide_half, NULL);
-    if (h->ffn) {
-        gpu_swiglu(q->wide_half, T, h->K, q->in, q->stream);
-        return;
+    // 1. norm, and the linears side by side
+    const LinearInput in = int8_input(s, T, max(c->dim, h.K));
+    const GpuLinear linears = gpu_linear(h.first, h.count);
+    half *wide = s.array<half>((size_t)T * h.N);
+    gpu_rmsnorm(x, h.norm, T, c->dim, c->norm_eps, in, m->stream);
+    gpu_gemm_w4a8(&linears, in.a, in.scale, T, wide, NULL, m->stream);
+
+    // 2. SwiGLU, or attention; then int8
+    if (ffn) {
+        gpu_swiglu(wide, T, h.K, in, m->stream);
+    } else {
+        half *att = s.array<half>((size_t)T * h.K);
+        attend_windows(m, s, wide, h.N, T, att);
+        gpu_quantize(att, T, h.K, in.a, in.scale, m->stream);
     }
-    attend_windows(q, T);
-    gpu_quantize(q->att, T, h->K, q->in.a, q->in.scale, q->stream);
+    for_each(m, (size_t)T * h.K, activations_kernel, in.a, in.scale, T, h.K, y);
 }
 
-/* x [T][dim] += f [T][K] W^T */
-static void add_linear(GpuQuantizer *q, const float *w, int K, const float *f, int T, float *x) {
-    const int dim = q->config.dim;
-    product(q, T, dim, K, 1.0f, {f, K}, {w, K, true}, 1.0f, x, dim);
-}
-
-/* A chunk of the windows: a part of a residual stream, brought to the GPU if need be and, once it
- * is changed, put back. */
-struct Chunk {
-    int first, T; // token
-};
-
-static float *stream_part(GpuQuantizer *q, float *stream, Chunk c) {
-    float *part = stream + (size_t)c.first * q->config.dim;
-    if (!q->outside) return part;
-    float *to = q->staged[stream == q->x_quant];
-    to_gpu(q, to, part, (size_t)c.T * q->config.dim);
-    return to;
-}
-
-static void put_back(GpuQuantizer *q, float *stream, Chunk c, const float *part) {
-    if (!q->outside) return;
-    to_host(q, stream + (size_t)c.first * q->config.dim, part, (size_t)c.T * q->config.dim);
-}
-
-/* Calls f(chunk) for all windows, or the first few. */
-template <typename F> static void for_chunks(const GpuQuantizer *q, int windows, F f) {
-    for (int w = 0; w < windows; w += q->chunk)
-        f(Chunk{w * q->length, min(q->chunk, windows - w) * q->length});
+static void inside(Machine *m, const Layer *layer, bool ffn, const float *x, int T, float *y) {
+    const Inside h = inside_of(layer, ffn);
+    if (h.first->dtype == U8) w4a8_inside(m, h, ffn, x, T, y);
+    else float_inside(m, h, ffn, x, T, y);
 }
 
 /* ---- moments --------------------------------------------------------------------------------- */
 
-/* H [K][K] += x^T x for x [T][K], the part above the diagonal. */
-static void add_hessian(GpuQuantizer *q, const float *x, int K, int T) {
-    const int rows = 2048; // of a strip, which begins at the diagonal
-    for (int i = 0; i < K; i += rows)
-        product(q, min(rows, K - i), K - i, T, 1.0f, {x + i, K, true}, {x + i, K}, 1.0f,
-                q->H + (size_t)i * (K + 1), K);
+/* Rounded to TF32's 11 bits; the tensor cores would cut them off, always towards 0. */
+__global__ void to_tf32_kernel(const float *x, size_t n, float *y) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= n) return;
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x[i]));
+    y[i] = __uint_as_float(bits);
 }
 
-/* The other part. */
+static void add_moments(Machine *m, const float *x, int K, const float *d, int N, int T, Sums *H,
+                        Sums *M) {
+    Scratch s(m);
+    float *x_tf32 = s.array<float>((size_t)T * K), *d_tf32 = s.array<float>((size_t)T * N);
+    for_each(m, (size_t)T * K, to_tf32_kernel, x, (size_t)T * K, x_tf32);
+
+    // 1. H above the diagonal, in strips that begin there
+    const int rows = 2048;
+    for (int i = 0; i < K; i += rows)
+        product(m, min(rows, K - i), K - i, T, 1.0f, {x_tf32 + i, K, true}, {x_tf32 + i, K}, 1.0f,
+                (float *)H + (size_t)i * (K + 1), K);
+    if (!M) return;
+
+    // 2. M
+    for_each(m, (size_t)T * N, to_tf32_kernel, d, (size_t)T * N, d_tf32);
+    product(m, N, K, T, 1.0f, {d_tf32, N, true}, {x_tf32, K}, 1.0f, (float *)M, K);
+}
+
+/* The part of H below the diagonal. */
 __global__ void mirror_kernel(float *H, size_t K) {
     size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x, i = at / K, j = at % K;
     if (i < K && j < i) H[at] = H[j * K + i];
 }
 
-/* M [N][K] += d^T x for d [T][N], x [T][K]. */
-static void add_moments(GpuQuantizer *q, const float *d, int N, const float *x, int K, int T) {
-    product(q, N, K, T, 1.0f, {d, N, true}, {x, K}, 1.0f, q->M, K);
-}
-
-__global__ void diagonal_kernel(const float *H, size_t K, float *diagonal) {
+template <typename T> __global__ void diagonal_kernel(const T *H, size_t K, double *diagonal) {
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     if (i < K) diagonal[i] = H[i * (K + 1)];
+}
+
+/* The diagonal of a matrix [K][K], to the host. */
+template <typename T> static void download_diagonal(Machine *m, const T *H, int K, double *to) {
+    double *diagonal = Scratch(m).array<double>(K);
+    for_each(m, K, diagonal_kernel<T>, H, (size_t)K, diagonal);
+    to_host(m, to, diagonal, K);
+}
+
+static void complete(Machine *m, int K, Sums *H, double *diagonal) {
+    for_each(m, (size_t)K * K, mirror_kernel, (float *)H, (size_t)K);
+    download_diagonal(m, (const float *)H, K, diagonal);
 }
 
 /* ---- the inverse of H ------------------------------------------------------------------------ */
@@ -3129,9 +3104,11 @@ constexpr int LEAF = 64;
 __global__ void invert_leaf_kernel(double *V, int n, size_t columns, int *failed) {
     __shared__ double v[LEAF][LEAF + 1]; // V above the diagonal; later its inverse^T below
     __shared__ double root[LEAF];        // V's diagonal
+    // 1. A
     for (int at = threadIdx.x; at < n * n; at += THREADS)
         v[at / n][at % n] = V[at / n * columns + at % n];
     const int t = threadIdx.x;
+    // 2. V, from the last column: divide by the pivot, subtract from the rest
     for (int i = n - 1; i >= 0; i--) {
         __syncthreads();
         double pivot = v[i][i];
@@ -3145,7 +3122,8 @@ __global__ void invert_leaf_kernel(double *V, int n, size_t columns, int *failed
         }
     }
     __syncthreads();
-    // U_ij = -(sum_(i<k<=j) V_ik U_kj) / V_ii; thread j has column j, in its row of v.
+    // 3. U_ij = -(sum_(i<k<=j) V_ik U_kj) / V_ii; thread j has column j, in row j of v
+
     const double last = t < n ? 1 / root[t] : 0;
     for (int i = n - 2; i >= 0; i--) {
         if (t <= i || t >= n) continue;
@@ -3154,6 +3132,7 @@ __global__ void invert_leaf_kernel(double *V, int n, size_t columns, int *failed
         v[t][i] = -sum / root[i];
     }
     __syncthreads();
+    // 4. back to where A was
     for (int at = t; at < n * n; at += THREADS) {
         int i = at / n, j = at % n;
         if (i <= j) V[i * columns + j] = i == j ? 1 / root[i] : v[j][i];
@@ -3161,51 +3140,42 @@ __global__ void invert_leaf_kernel(double *V, int n, size_t columns, int *failed
 }
 
 /* Replaces A [n][n], symmetric, its part below the diagonal zero, by U, upper triangular, with
- * A^-1 = U^T U: U = V^-1, A = V V^T, by halves, from the lower right:
+ * A^-1 = U^T U: U = V^-1, A = V V^T, by halves, from the lower right; half [n/2][n/2]:
  *
  *     V22 V22^T = A22,  V12 = A12 U22^T,  V11 V11^T = A11 - V12 V12^T,  U12 = -U11 V12 U22    */
-static void invert(GpuQuantizer *q, double *A, int n, int columns) {
+static void invert_matrix(Machine *m, double *A, int n, int columns, double *half) {
     if (n <= LEAF) {
-        for_blocks(q, 1, 0, invert_leaf_kernel, A, n, columns, q->flag);
+        for_blocks(m, 1, 0, invert_leaf_kernel, A, n, columns, m->flag);
         return;
     }
     const int n1 = ceil_div(n / 2, LEAF) * LEAF, n2 = n - n1;
-    double *A12 = A + n1, *A22 = A12 + (size_t)n1 * columns, *half = q->half_matrix;
-    invert(q, A22, n2, columns);
-    product(q, n1, n2, n2, 1.0, {A12, columns}, {A22, columns, true}, 0.0, half, n2);
+    double *A12 = A + n1, *A22 = A12 + (size_t)n1 * columns;
+    // 1. U22, V12
+    invert_matrix(m, A22, n2, columns, half);
+    product(m, n1, n2, n2, 1.0, {A12, columns}, {A22, columns, true}, 0.0, half, n2);
     cuda_check(cudaMemcpy2DAsync(A12, columns * sizeof *A, half, n2 * sizeof *A, n2 * sizeof *A, n1,
-                                 cudaMemcpyDeviceToDevice, q->stream),
+                                 cudaMemcpyDeviceToDevice, m->stream),
                "copy");
+    // 2. A11 - V12 V12^T, U11
     const double one = 1, minus = -1; // the upper part of a row-major matrix is cuBLAS's lower
-    cublas_check(CUBLAS(cublasDsyrk_v2)(q->cublas, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_T, n1, n2,
+    cublas_check(CUBLAS(cublasDsyrk_v2)(m->cublas, CUBLAS_FILL_MODE_LOWER, CUBLAS_OP_T, n1, n2,
                                         &minus, A12, columns, &one, A, columns));
-    invert(q, A, n1, columns);
-    product(q, n1, n2, n2, 1.0, {A12, columns}, {A22, columns}, 0.0, half, n2);
-    product(q, n1, n2, n1, -1.0, {A, columns}, {half, n2}, 0.0, A12, columns);
+    invert_matrix(m, A, n1, columns, half);
+    // 3. U12
+    product(m, n1, n2, n2, 1.0, {A12, columns}, {A22, columns}, 0.0, half, n2);
+    product(m, n1, n2, n1, -1.0, {A, columns}, {half, n2}, 0.0, A12, columns);
 }
 
-/* q->U and q->order from H. Twin: hessian_inverse(). */
-static void hessian_inverse(GpuQuantizer *q, const double *diagonal, int K) {
-    double mean = 0;
-    for (int k = 0; k < K; k++) mean += diagonal[k] / K;
-    int *order = column_order(diagonal, K, q->method.act_order), failed;
-    to_gpu(q, q->order, order, K);
-    for_each(q, (size_t)K * K, damp_kernel, q->H, q->order, K, mean > 0 ? mean : 1, DAMPING * mean,
-             q->U);
-    zero(q, q->flag, sizeof *q->flag);
-    invert(q, q->U, K, K);
-    to_host(q, &failed, q->flag, 1);
-    if (failed) die("a Hessian is not positive definite: are the activations finite?");
-    free(order);
-}
-
-/* Twin: compensated_importance(). */
-__global__ void compensated_importance_kernel(const double *U, const int *order, size_t K,
-                                              float *importance) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= K) return;
-    float *h = importance + order[i];
-    *h = sqrt((double)*h) / U[i * (K + 1)];
+static bool invert(Machine *m, const Sums *H, double dead, double damping, Inverse *inverse,
+                   double *diagonal) {
+    const size_t K = inverse->K;
+    int failed;
+    for_each(m, K * K, damp_kernel, (const float *)H, inverse->order, K, dead, damping, inverse->U);
+    zero(m, m->flag, sizeof *m->flag);
+    invert_matrix(m, inverse->U, K, K, Scratch(m).array<double>((K / 2 + LEAF) * (K / 2 + LEAF)));
+    to_host(m, &failed, m->flag, 1);
+    download_diagonal(m, inverse->U, K, diagonal);
+    return !failed;
 }
 
 /* ---- GPTQ ------------------------------------------------------------------------------------ */
@@ -3230,8 +3200,8 @@ __global__ void target_kernel(const float *w, const double *p, const int *order,
 
 /* Columns first .. first + 127 of w [N][K], in the order of U: each is rounded and its error spread
  * over those behind it in the block. The codes go to their own columns; e [N][128] are the errors,
- * by which the other columns are corrected afterwards. A warp has four rows, which do not depend on
- * each other; a lane the columns lane + 32 c. Twin: gptq_columns(). */
+ * by which the columns behind the block are corrected afterwards. A warp has four rows, which do
+ * not depend on each other; a lane the columns lane + 32 c. Twin: gptq_columns(). */
 __global__ void __launch_bounds__(THREADS)
     gptq_kernel(const double *w, const double *U, const int *order, int N, int K, int first,
                 const float *s_channel, const uint8_t *s_group, int8_t *codes, double *e) {
@@ -3242,6 +3212,7 @@ __global__ void __launch_bounds__(THREADS)
     double value[GPTQ_ROWS][EACH];
     float scale[GPTQ_ROWS][EACH];
     int to[EACH];
+    // 1. the lane's weights and their scales
 #pragma unroll
     for (int c = 0; c < EACH; c++) {
         int j = lane + 32 * c;
@@ -3258,6 +3229,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int c = 0; c < EACH; c++) {
         for (int i = 0; i < 32; i++) {
             if (c * 32 + i >= columns) break;
+            // 2. row c * 32 + i of U, in the block
             const double *row = U + (size_t)(first + c * 32 + i) * K + first;
             double u[EACH];
 #pragma unroll
@@ -3265,21 +3237,25 @@ __global__ void __launch_bounds__(THREADS)
             const double u_ii = __shfl_sync(~0u, u[c], i);
 #pragma unroll
             for (int r = 0; r < GPTQ_ROWS; r++) {
+                // 3. round the column, of which lane i has the weight
                 double w_i = __shfl_sync(~0u, value[r][c], i);
                 float s = __shfl_sync(~0u, scale[r][c], i);
                 float code = nearest_code(w_i, s, low);
                 double error = (w_i - (double)code * s) / u_ii;
+
+                // 4. the columns behind it make up for the error
 #pragma unroll
                 for (int d = c; d < EACH; d++) {
                     if (lane + 32 * d > c * 32 + i) value[r][d] -= error * u[d];
                 }
-                if (lane == i) { // its weight is done with: its place keeps the error
+                if (lane == i) { // the weight is rounded: its register keeps the error
                     value[r][c] = error;
                     if (row0 + r < N) codes[(size_t)(row0 + r) * K + to[c]] = code;
                 }
             }
         }
     }
+    // 5. the errors, for the columns behind the block
 #pragma unroll
     for (int c = 0; c < EACH; c++) {
         for (int r = 0; r < GPTQ_ROWS; r++) {
@@ -3288,381 +3264,160 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* q->target [N][K] = w + 1/2 M (H + damping)^-1. Twin: corrected_target(). */
-static void corrected_target(GpuQuantizer *q, const float *w, const float *M, int N, int K) {
+__global__ void pack_kernel(const int8_t *codes, size_t n, uint16_t *qweight) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= n / 4) return;
+    uint32_t packed = 0;
+    for (int j = 0; j < 4; j++) packed |= (codes[4 * i + j] + 8) << 4 * j;
+    qweight[i] = packed;
+}
+
+static void correct(Machine *m, const float *w, int N, const Sums *C, const Sums *M,
+                    const Inverse *inverse, float *target) {
+    const int K = inverse->K;
     const size_t n = (size_t)N * K;
-    for_each(q, n, permute_kernel, M, q->order, N, K, q->p);
-    product(q, N, K, K, 1.0, {q->p, K}, {q->U, K, true}, 0.0, q->t, K);
-    product(q, N, K, K, 1.0, {q->t, K}, {q->U, K}, 0.0, q->p, K);
-    for_each(q, n, target_kernel, w, q->p, q->order, N, K, CORRECTION, q->target);
-}
-
-/* w [N][K] into q->qweight, s_channel and s_group. Twin: gptq(). */
-static void gptq(GpuQuantizer *q, const float *w, const float *importance, int N, int K) {
-    choose_scales(q, w, NULL, importance, N, K);
-    for_each(q, (size_t)N * K, permute_kernel, w, q->order, N, K, q->p);
-    for (int i = 0; i < K; i += GPTQ_COLUMNS) {
-        const int end = min(i + GPTQ_COLUMNS, K);
-        for_blocks(q, ceil_div(N, WARPS * GPTQ_ROWS), 0, gptq_kernel, q->p, q->U, q->order, N, K, i,
-                   q->s_channel, q->s_group, q->codes, q->e);
-        if (end == K) break;
-        product(q, N, K - end, GPTQ_COLUMNS, -1.0, {q->e, GPTQ_COLUMNS},
-                {q->U + (size_t)i * K + end, K}, 1.0, q->p + end, K);
+    Scratch s(m);
+    double *p = s.array<double>(n), *t = s.array<double>(n);
+    if (C) { // M = w C, where t will be
+        product(m, N, K, K, 1.0f, {w, K}, {(const float *)C, K}, 0.0f, (float *)t, K);
+        M = (const Sums *)t;
     }
-    for_each(q, (size_t)N * (K / 4), pack_kernel, q->codes, (size_t)N * K, q->qweight);
+    for_each(m, n, permute_kernel, (const float *)M, inverse->order, N, K, p);
+    product(m, N, K, K, 1.0, {p, K}, {inverse->U, K, true}, 0.0, t, K);
+    product(m, N, K, K, 1.0, {t, K}, {inverse->U, K}, 0.0, p, K);
+    for_each(m, n, target_kernel, w, p, inverse->order, N, K, CORRECTION, target);
 }
 
-/* tr(A H B^T) over A = B [N][K], H [K][K]. */
-static double squared_output(GpuQuantizer *q, const float *a, int N, int K) {
-    product(q, N, K, K, 1.0f, {a, K}, {q->H, K}, 0.0f, q->product, K);
-    return dot(q, a, q->product, (size_t)N * K);
+static void gptq(Machine *m, const float *w, const Inverse *inverse, const float *importance,
+                 Linear *l) {
+    const int N = l->N, K = l->K;
+    const size_t n = (size_t)N * K;
+    Scratch s(m);
+    double *p = s.array<double>(n), *e = s.array<double>((size_t)N * GPTQ_COLUMNS);
+    int8_t *codes = s.array<int8_t>(n);
+    choose_scales(m, w, importance, l);
+    for_each(m, n, permute_kernel, w, inverse->order, N, K, p);
+    for (int i = 0; i < K; i += GPTQ_COLUMNS) {
+        // 1. a block of columns, one by one
+        const int end = min(i + GPTQ_COLUMNS, K);
+        for_blocks(m, ceil_div(N, WARPS * GPTQ_ROWS), 0, gptq_kernel, p, inverse->U, inverse->order,
+                   N, K, i, l->s_channel, l->s_group, codes, e);
+        if (end == K) break;
+
+        // 2. the columns behind the block make up for its errors
+        product(m, N, K - end, GPTQ_COLUMNS, -1.0, {e, GPTQ_COLUMNS},
+                {inverse->U + (size_t)i * K + end, K}, 1.0, p + end, K);
+    }
+    for_each(m, n / 4, pack_kernel, codes, n, (uint16_t *)l->qweight);
 }
 
-/* relative_error() of q->qweight against w [N][K], whose output's square is `total`. */
-static double relative_error(GpuQuantizer *q, const float *w, double total, int N, int K) {
-    float *e = (float *)q->t;
-    for_each(q, (size_t)N * (K / 4), error_kernel, w, q->qweight, q->s_channel, q->s_group, N, K,
+/* e [N][K] = the quantized minus the float weights. */
+__global__ void error_kernel(const float *w, const uint16_t *qweight, const float *s_channel,
+                             const uint8_t *s_group, size_t N, int K, float *e) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= N * K) return;
+    int code = (qweight[i / 4] >> i % 4 * 4 & 15) - 8, scale = s_group ? s_group[i / GROUP] : 1;
+    e[i] = (float)(code * scale) * s_channel[i / K] - w[i];
+}
+
+static double relative_error(Machine *m, const float *w, const Linear *l, const Sums *H) {
+    const int N = l->N, K = l->K;
+    const size_t n = (size_t)N * K;
+    Scratch s(m);
+    float *e = s.array<float>(n), *times_h = s.array<float>(n);
+    for_each(m, n, error_kernel, w, (const uint16_t *)l->qweight, l->s_channel, l->s_group, N, K,
              e);
-    const double error = squared_output(q, e, N, K); // rounding may leave less than 0
-    return total > 0 && error > 0 ? sqrt(error / total) : 0;
+    auto squared_output = [&](const float *a) { // tr(A H A^T)
+        product(m, N, K, K, 1.0f, {a, K}, {(const float *)H, K}, 0.0f, times_h, K);
+        return sum(m, a, times_h, n, false);
+    };
+    const double total = squared_output(w), error = squared_output(e);
+    return total > 0 && error > 0 ? sqrt(error / total) : 0; // rounding may leave less than 0
 }
 
 /* ---- smoothing ------------------------------------------------------------------------------- */
 
-/* most [K] = max|x| of each column of x [T][K], windows of `length` but for their first token, as
- * bits. */
-__global__ void column_max_kernel(const float *x, int T, int K, int length, uint32_t *most) {
+/* Tokens that start a window are left out. */
+__global__ void column_max_kernel(const float *x, int T, int K, int first, int length,
+                                  uint32_t *max_bits) {
     int k = blockIdx.x * THREADS + threadIdx.x;
     if (k >= K) return;
-    uint32_t m = 0;
+    uint32_t largest = 0;
     for (int t = blockIdx.y; t < T; t += gridDim.y)
-        if (t % length > 0) m = max(m, __float_as_uint(fabsf(x[(size_t)t * K + k])));
-    atomicMax(most + k, m);
+        if ((first + t) % length)
+            largest = max(largest, __float_as_uint(fabsf(x[(size_t)t * K + k])));
+    atomicMax(max_bits + k, largest);
 }
 
-/* mean_square [K] of x [T][K]. */
-__global__ void mean_square_kernel(const float *x, int T, int K, float *mean_square) {
-    int k = blockIdx.x * THREADS + threadIdx.x;
-    if (k >= K) return;
+/* One block a token. */
+__global__ void sample_kernel(const float *x, int K, int first, Sampling s, float *rows) {
+    const int token = first + blockIdx.x, i = token - token / s.length - 1;
+    if (token % s.length == 0 || i % s.stride || i / s.stride >= s.n) return;
+    for (int k = threadIdx.x; k < K; k += THREADS)
+        rows[(size_t)(i / s.stride) * K + k] = x[(size_t)blockIdx.x * K + k];
+}
+
+static void observe(Machine *m, const float *x, int T, int K, int first, Sampling sampling,
+                    float *max, float *rows) {
+    for_blocks(m, dim3(ceil_div(K, THREADS), 64), 0, column_max_kernel, x, T, K, first,
+               sampling.length, (uint32_t *)max);
+    for_blocks(m, T, 0, sample_kernel, x, K, first, sampling, rows);
+}
+
+/* mean_square [K] of x / s, x [T][K]. A block has 32 columns, a warp every eighth row. */
+__global__ void mean_square_kernel(const float *x, const float *s, int T, int K,
+                                   float *mean_square) {
+    __shared__ float sums[WARPS][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = blockIdx.x * 32 + lane;
     float sum = 0;
-    for (int t = 0; t < T; t++) sum += x[(size_t)t * K + k] * x[(size_t)t * K + k] / T;
+    for (int t = warp; k < K && t < T; t += WARPS) {
+        float value = x[(size_t)t * K + k] / s[k];
+        sum += value * value / T;
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || k >= K) return;
+    for (int i = 1; i < WARPS; i++) sum += sums[i][lane];
     mean_square[k] = sum;
 }
 
-/* quantize_row() of each row of x [T][K] / s. One block a row. */
-__global__ void divide_quantize_kernel(const float *x, const float *s, int K, int8_t *a,
-                                       float *s_a) {
-    x += (size_t)blockIdx.x * K;
-    a += (size_t)blockIdx.x * K;
-    uint32_t most = 0;
-    for (int k = threadIdx.x; k < K; k += THREADS)
-        most = max(most, __float_as_uint(fabsf(x[k] / s[k])));
-    const float scale = activation_scale(block_max(most));
-    if (threadIdx.x == 0) s_a[blockIdx.x] = scale;
-    for (int k = threadIdx.x; k < K; k += THREADS) a[k] = quantize_one(x[k] / s[k], scale);
+/* A linear of this shape in scratch memory. */
+static Linear scratch_linear(Scratch &s, const Linear *like, int group_size) {
+    const size_t n = (size_t)like->N * like->K;
+    Linear l = {};
+    l.N = like->N;
+    l.K = like->K;
+    l.dtype = U8;
+    l.qweight = s.array<uint8_t>(n / 2);
+    l.s_channel = s.array<float>(l.N);
+    if (group_size > 0) l.s_group = s.array<uint8_t>(n / GROUP);
+    return l;
 }
 
-/* Searches t for linears first .. first + n - 1, which share their input x [T][K] and are stacked
- * in `candidate`. max and s [K] are in host memory. Twin: search_smoothing(). */
-static float search_smoothing(GpuQuantizer *q, int first, int n, GpuLinear *candidate,
-                              const float *x, int T, const float *max, float *s) {
-    const int K = candidate->K, N = candidate->N;
-    float *mean_square = (float *)allocate(K, sizeof *s);
-    float *importance = (float *)allocate(K, sizeof *s);
-    for_each(q, K, mean_square_kernel, x, T, K, q->importance);
-    to_host(q, mean_square, q->importance, K);
-    product(q, T, N, K, -1.0f, {x, K}, {float_weights(q, first), K, true}, 0.0f, q->output, N);
+static double smoothed_distance(Machine *m, const Linear *w, const float *x, int T, const float *s,
+                                const float *y) {
+    const int N = w->N, K = w->K;
+    Scratch scratch(m);
 
-    float largest = 0;
-    for (int k = 0; k < K; k++) largest = ::max(largest, max[k]);
-    float best_t = largest;
-    double least = INFINITY;
-    for (float t = largest; t > 0.1f; t *= 0.8f) {
-        smoothing_scales(max, K, t, s);
-        for (int k = 0; k < K; k++) importance[k] = mean_square[k] / (s[k] * s[k]);
-        to_gpu(q, q->scales[0], s, K);
-        to_gpu(q, q->importance, importance, K);
-        for (int i = first, row = 0, rows; i < first + n; i++, row += rows) {
-            int unused;
-            linear_shape(&q->config, i, &rows, &unused);
-            round_to_nearest(q, float_weights(q, i), q->scales[0], q->importance, rows, K);
-            layout_weights(candidate, row, rows, q->qweight, q->s_group, q->s_channel, q->stream);
-        }
-        for_blocks(q, T, 0, divide_quantize_kernel, x, q->scales[0], K, q->in.a, q->in.scale);
-        cuda_check(cudaMemcpyAsync(q->distance, q->output, (size_t)T * N * sizeof(float),
-                                   cudaMemcpyDeviceToDevice, q->stream),
-                   "copy");
-        linear_w4a8(q, candidate, T, NULL, q->distance);
-        double distance = dot(q, q->distance, q->distance, (size_t)T * N);
-        if (distance < least) least = distance, best_t = t;
-    }
-    smoothing_scales(max, K, best_t, s);
-    free(mean_square);
-    free(importance);
-    return best_t;
-}
+    // 1. W diag(s), rounded under ranges that the mean squares of X diag(s)^-1 weigh
+    const size_t n = (size_t)N * K;
+    Linear codes = scratch_linear(scratch, w, m->work.group_size);
+    Linear candidate = scratch_linear(scratch, w, m->work.group_size);
+    float *importance = scratch.array<float>(K), *weights = scratch.array<float>(n);
+    for_blocks(m, ceil_div(K, 32), 0, mean_square_kernel, x, s, T, K, importance);
+    for_each(m, n, scale_weights_kernel, (const float *)w->w, n, K, s, (const float *)NULL,
+             weights);
+    round_to_nearest(m, weights, importance, &codes);
+    arrange(m, &codes, &candidate);
 
-/* The sample that the search looks at: of the first windows, each without its first token, every
- * stride-th token. */
-struct Sample {
-    int windows, stride, T;
-};
-
-static Sample sample_of(const GpuQuantizer *q) {
-    const int windows = min(q->n, SEARCH_WINDOWS), tokens = windows * (q->length - 1);
-    const int stride = (tokens - 1) / SEARCH_TOKENS + 1;
-    return {windows, stride, tokens / stride};
-}
-
-/* Those of the tokens first .. first + gridDim.x - 1, x [gridDim.x][K], into their rows of sample.
- */
-__global__ void sample_kernel(const float *x, int first, int K, int length, Sample s,
-                              float *sample) {
-    const int token = first + blockIdx.x, i = token - token / length - 1;
-    if (token % length == 0 || i % s.stride || i / s.stride >= s.T) return;
-    for (int k = threadIdx.x; k < K; k += THREADS)
-        sample[(size_t)(i / s.stride) * K + k] = x[(size_t)blockIdx.x * K + k];
-}
-
-/* Finds the thresholds and folds their scales into the layer; norms [2][dim] in host memory.
- * Twins: smooth(), record_inputs(), smooth_layer(). */
-static void smooth(GpuQuantizer *q, int l, float *norms, Smoothing *found) {
-    const Config *c = &q->config;
-    const Sample sample = sample_of(q);
-    const int dim = c->dim;
-    const int K[3] = {dim, dim, c->hidden_dim}, linears[3] = {0, 4, 6}, counts[3] = {3, 2, 1};
-    GpuLinear *candidates[3] = {&q->qkv, &q->gate_up, &q->down};
-    uint32_t *most[3] = {q->most, q->most + dim, q->most + 2 * dim};
-    zero(q, q->most, (2 * dim + c->hidden_dim) * sizeof *q->most);
-    auto record = [&](int i, Chunk chunk) {
-        for_blocks(q, dim3(ceil_div(K[i], THREADS), 64), 0, column_max_kernel, q->f, chunk.T, K[i],
-                   q->length, most[i]);
-        for_blocks(q, chunk.T, 0, sample_kernel, q->f, chunk.first, K[i], q->length, sample,
-                   q->sample[i]);
-    };
-    const GpuHalf attention = half_of(q, false), ffn = half_of(q, true);
-    for_chunks(q, sample.windows, [&](Chunk chunk) {
-        const float *from = stream_part(q, q->x_float, chunk);
-        float *x = q->lacking; // a copy
-        cuda_check(cudaMemcpyAsync(x, from, (size_t)chunk.T * dim * sizeof(float),
-                                   cudaMemcpyDeviceToDevice, q->stream),
-                   "copy");
-        norm_rows(q, x, attention.norm, chunk.T, q->f);
-        record(SMOOTH_QKV, chunk);
-        float_inside(q, &attention, x, chunk.T);
-        add_linear(q, attention.outside, attention.K, q->f, chunk.T, x);
-        norm_rows(q, x, ffn.norm, chunk.T, q->f);
-        record(SMOOTH_GATE_UP, chunk);
-        float_inside(q, &ffn, x, chunk.T);
-        record(SMOOTH_DOWN, chunk);
-    });
-    float *scales[3];
-    for (int i = 0; i < 3; i++) {
-        float *max = (float *)allocate(K[i], sizeof *max);
-        scales[i] = (float *)allocate(K[i], sizeof(float));
-        to_host(q, (uint32_t *)max, most[i], K[i]);
-        for (int k = 0; k < K[i]; k++)
-            if (!(max[k] < INFINITY))
-                die("layer %d: the input of %s holds NaN or infinity", l, linear_names[linears[i]]);
-        found[i].t = search_smoothing(q, linears[i], counts[i], candidates[i], q->sample[i],
-                                      sample.T, max, scales[i]);
-        found[i].n = 0;
-        for (int k = 0; k < K[i]; k++) found[i].n += max[k] > found[i].t;
-        free(max);
-    }
-    auto scale = [&](int k, const float *columns, const float *rows) {
-        int N, K;
-        linear_shape(c, k, &N, &K);
-        to_gpu(q, q->scales[0], columns, K);
-        if (rows) to_gpu(q, q->scales[1], rows, N);
-        for_each(q, (size_t)N * K, scale_weights_kernel, float_weights(q, k), N, K, q->scales[0],
-                 rows ? q->scales[1] : NULL);
-    };
-    for (int k = 0; k < 3; k++) scale(k, scales[SMOOTH_QKV], NULL);
-    scale(4, scales[SMOOTH_GATE_UP], NULL);
-    scale(5, scales[SMOOTH_GATE_UP], scales[SMOOTH_DOWN]);
-    scale(6, scales[SMOOTH_DOWN], NULL);
-    for (int i = 0; i < dim; i++) {
-        norms[i] /= scales[SMOOTH_QKV][i];
-        norms[dim + i] /= scales[SMOOTH_GATE_UP][i];
-    }
-    for (float *s : scales) free(s);
-}
-
-/* ---- a layer --------------------------------------------------------------------------------- */
-
-/* Twin: rotate_layer(); norms [2][dim] in host memory. */
-static void rotate_layer(GpuQuantizer *q, float *norms) {
-    const Config *c = &q->config;
-    to_gpu(q, q->attention_norm, norms, 2 * c->dim);
-    for (int k = 0; k < N_LINEARS; k++) {
-        float *w = float_weights(q, k);
-        int N, K;
-        linear_shape(c, k, &N, &K);
-        if (k != 3 && k != 6) { // reads the residual stream
-            for_each(q, (size_t)N * K, scale_weights_kernel, w, N, K,
-                     k < 3 ? q->attention_norm : q->ffn_norm, (const float *)NULL);
-            rotate_inputs(q, w, N, K, K, q->signs);
-        }
-        if (k == 2) rotate_outputs(q, w, N, K, c->head_dim, NULL);
-        if (k == 3) rotate_inputs(q, w, N, K, c->head_dim, NULL);
-        if (k == 3 || k == 6) rotate_outputs(q, w, N, K, c->dim, q->signs);
-    }
-    for (int i = 0; i < 2 * c->dim; i++) norms[i] = 1;
-}
-
-/* Quantizes the linears first .. first + count - 1 of layer l, which share their input, from q->w
- * into `to`, stacked, and into out. With H, and with M: for o and down; or C, for the others.
- * Twin: quantize_linears(). */
-static void quantize_linears(GpuQuantizer *q, int l, int first, int count, GpuLinear *to,
-                             Layer *out, Errors *errors) {
-    const int K = to->K;
-    const float *importance = NULL;
-    if (q->calibrate) {
-        float *h = (float *)allocate(K, sizeof *h);
-        double *diagonal = (double *)allocate(K, sizeof *diagonal), mean = 0;
-        enter(q, MOMENTS);
-        for_each(q, (size_t)K * K, mirror_kernel, q->H, K);
-        for_each(q, K, diagonal_kernel, q->H, K, q->diagonal);
-        to_host(q, h, q->diagonal, K);
-        enter(q, INVERSE);
-        for (int k = 0; k < K; k++) {
-            diagonal[k] = h[k];
-            mean += diagonal[k] / K;
-        }
-        if (!(mean < INFINITY))
-            die("layer %d: the input of %s holds NaN or infinity", l, linear_names[first]);
-        for (int k = 0; k < K; k++) h[k] = h[k] > 0 ? h[k] : mean > 0 ? mean : 1;
-        to_gpu(q, q->importance, h, K);
-        if (q->method.mse) importance = q->importance;
-        if (q->method.gptq) {
-            hessian_inverse(q, diagonal, K);
-            for_each(q, K, compensated_importance_kernel, q->U, q->order, K, q->importance);
-        }
-        free(diagonal);
-        free(h);
-    }
-    enter(q, ROUND);
-    for (int i = first, row = 0; i < first + count; i++) {
-        const float *w = float_weights(q, i);
-        int N, unused;
-        linear_shape(&q->config, i, &N, &unused);
-        if (q->method.progress) q->method.progress(l, i, q->config.n_layers);
-        round_to_nearest(q, w, NULL, importance, N, K);
-        double total = q->calibrate ? squared_output(q, w, N, K) : 0;
-        errors[i].before = q->calibrate ? relative_error(q, w, total, N, K) : NAN;
-        errors[i].after = errors[i].before;
-        if (q->method.gptq) {
-            const float *M = q->M;
-            if (count > 1) { // q->M is C
-                product(q, N, K, K, 1.0f, {w, K}, {q->M, K}, 0.0f, q->product, K);
-                M = q->product;
-            }
-            corrected_target(q, w, M, N, K);
-            gptq(q, q->target, importance, N, K);
-            errors[i].after = relative_error(q, w, total, N, K);
-        }
-        layout_weights(to, row, N, q->qweight, q->s_group, q->s_channel, q->stream);
-        row += N;
-        Linear packed = quantized_new(N, K, q->method.group_size);
-        to_host(q, (uint16_t *)packed.qweight, q->qweight, (size_t)N * K / 4);
-        to_host(q, packed.s_channel, q->s_channel, N);
-        if (q->s_group) to_host(q, packed.s_group, q->s_group, (size_t)N * (K / GROUP));
-        out->linears[i] = packed;
-    }
-}
-
-/* Twin: quantize_half(). */
-static void quantize_half(GpuQuantizer *q, int l, bool ffn, Layer *out, Errors *errors) {
-    const GpuHalf h = half_of(q, ffn);
-    const int dim = q->config.dim, K = h.K;
-    const float eps = q->config.norm_eps;
-
-    // q, k, v or gate, up: their inputs are the normed residual streams.
-    if (q->calibrate) {
-        enter(q, MOMENTS);
-        zero(q, q->H, (size_t)dim * dim * sizeof *q->H);
-        zero(q, q->M, (size_t)dim * dim * sizeof *q->M);
-        for_chunks(q, q->n, [&](Chunk c) {
-            const float *x_float = stream_part(q, q->x_float, c);
-            const float *x_quant = stream_part(q, q->x_quant, c);
-            norm_rows(q, x_float, h.norm, c.T, q->f);
-            gpu_rmsnorm(x_quant, h.norm, c.T, dim, eps, q->in, q->stream);
-            for_each(q, (size_t)c.T * dim, inputs_kernel, q->in.a, q->in.scale, c.T, dim, q->f,
-                     q->x);
-            add_hessian(q, q->x, dim, c.T);
-            if (q->method.gptq) add_moments(q, q->f, dim, q->x, dim, c.T);
-        });
-    }
-    quantize_linears(q, l, h.first, h.n_inside, h.q_inside, out, errors);
-
-    // o or down: its input has passed the linears just quantized.
-    if (q->calibrate) {
-        zero(q, q->H, (size_t)K * K * sizeof *q->H);
-        zero(q, q->M, (size_t)dim * K * sizeof *q->M);
-    }
-    for_chunks(q, q->n, [&](Chunk c) {
-        enter(q, FLOAT_PASS);
-        float *x_float = stream_part(q, q->x_float, c), *x_quant = NULL;
-        const size_t n = (size_t)c.T * dim;
-        float_inside(q, &h, x_float, c.T);
-        if (q->calibrate) {
-            x_quant = stream_part(q, q->x_quant, c);
-            for_each(q, n, subtract_kernel, x_float, x_quant, n, q->lacking);
-        }
-        add_linear(q, h.outside, K, q->f, c.T, x_float); // the float model is done with this half
-        put_back(q, q->x_float, c, x_float);
-        if (!q->calibrate) return;
-        enter(q, W4A8_PASS);
-        quantized_inside(q, &h, x_quant, c.T);
-        enter(q, MOMENTS);
-        for_each(q, (size_t)c.T * K, inputs_kernel, q->in.a, q->in.scale, c.T, K, q->f, q->x);
-        add_hessian(q, q->x, K, c.T);
-        if (!q->method.gptq) return;
-        add_linear(q, h.outside, K, q->f, c.T, q->lacking);
-        add_moments(q, q->lacking, dim, q->x, K, c.T);
-    });
-    quantize_linears(q, l, h.first + h.n_inside, 1, h.q_outside, out, errors);
-
-    // The quantized model's residual stream.
-    if (!q->calibrate) return;
-    enter(q, W4A8_PASS);
-    for_chunks(q, q->n, [&](Chunk c) {
-        float *x_quant = stream_part(q, q->x_quant, c);
-        quantized_inside(q, &h, x_quant, c.T);
-        linear_w4a8(q, h.q_outside, c.T, NULL, x_quant);
-        put_back(q, q->x_quant, c, x_quant);
-    });
-}
-
-void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
-                        Errors *errors) {
-    const Config *c = &q->config;
-    enter(q, READ);
-    for (int k = 0; k < N_LINEARS; k++)
-        if (!upload_weights(&layer->linears[k], float_weights(q, k), (uint8_t *)q->t))
-            die("tensor model.layers.%d.%s.weight holds NaN or infinity", l, linear_names[k]);
-    float *norms = (float *)allocate(2 * c->dim, sizeof *norms);
-    memcpy(norms, layer->attention_norm, c->dim * sizeof *norms);
-    memcpy(norms + c->dim, layer->ffn_norm, c->dim * sizeof *norms);
-    enter(q, SMOOTH);
-    if (q->method.signs) rotate_layer(q, norms);
-    to_gpu(q, q->attention_norm, norms, 2 * c->dim);
-    if (q->method.smooth) {
-        smooth(q, l, norms, found);
-        to_gpu(q, q->attention_norm, norms, 2 * c->dim);
-    }
-    quantize_half(q, l, false, out, errors);
-    quantize_half(q, l, true, out, errors);
-    out->attention_norm = norms;
-    out->ffn_norm = norms + c->dim;
-    enter(q, REST);
-    if (l < c->n_layers - 1 || !q->calibrate) return;
-    for_chunks(q, q->n, [&](Chunk chunk) {
-        const float *x = stream_part(q, q->x_quant, chunk);
-        if (!(dot(q, x, x, (size_t)chunk.T * c->dim) < INFINITY))
-            die("the last layer's output holds NaN or infinity");
-    });
+    // 2. its output
+    const LinearInput in = int8_input(scratch, T, K);
+    const GpuLinear g = gpu_linear(&candidate, 1);
+    float *output = scratch.array<float>((size_t)T * N);
+    zero(m, output, (size_t)T * N * sizeof *output);
+    for_blocks(m, T, 0, quantize_floats_kernel, x, s, K, in.a, in.scale);
+    gpu_gemm_w4a8(&g, in.a, in.scale, T, NULL, output, m->stream);
+    return sum(m, output, y, (size_t)T * N, true);
 }
 
 /* ================================================================================================
@@ -4213,193 +3968,118 @@ Engine *gpu_engine(const Model *m, int kv_bits) {
 
 /* ---- the quantizer's memory ------------------------------------------------------------------ */
 
-static void place_linear(Places &take, const GpuQuantizer *q, int first, int n, GpuLinear *l) {
-    l->N = 0;
-    for (int i = first, N; i < first + n; i++) {
-        linear_shape(&q->config, i, &N, &l->K);
-        l->N += N;
-    }
-    const size_t weights = (size_t)l->N * l->K;
-    take(l->w, weights / 8);
-    take(l->s_channel, l->N);
-    take(l->s_group, weights / GROUP);
-    if (q->method.group_size < 0) l->s_group = NULL;
-}
-
-/* Lays the buffers out from q->memory on: returns their size. What is not needed at the same time
- * has the same place. */
-static size_t place_buffers(GpuQuantizer *q) {
-    const Config *c = &q->config;
-    const size_t dim = c->dim, hidden = c->hidden_dim, q_dim = (size_t)c->n_heads * c->head_dim;
-    const size_t K = max(max(dim, hidden), q_dim), T = (size_t)q->chunk * q->length;
-    const bool calibrated = q->n > 0;
-    Places take = {q->memory, 0};
-    size_t total = 0, most = 0;
+/* The largest need of an operation. */
+static size_t scratch_bytes(const Workload *work) {
+    const Config *c = &work->config;
+    const size_t q_dim = (size_t)c->n_heads * c->head_dim, T = work->T, searched = work->searched;
+    const size_t qkv = q_dim + 2 * (size_t)c->n_kv_heads * c->head_dim;
+    const size_t dim = c->dim, K = max(max(dim, (size_t)c->hidden_dim), q_dim);
+    const size_t N = max(K, qkv), wide = max(2 * (size_t)c->hidden_dim, qkv);
+    size_t weights = 0;
     for (int k = 0; k < N_LINEARS; k++) {
-        int N, inputs;
-        linear_shape(c, k, &N, &inputs);
-        total += (size_t)N * inputs;
-        most = max(most, (size_t)N * inputs);
+        int rows, columns;
+        linear_shape(c, k, &rows, &columns);
+        weights = max(weights, (size_t)rows * columns);
     }
-    take(q->x_float, calibrated && !q->outside ? (size_t)q->n * q->length * dim : 0);
-    take(q->x_quant, calibrated && !q->outside ? (size_t)q->n * q->length * dim : 0);
-    for (float *&staged : q->staged) take(staged, q->outside ? T * dim : 0);
-    take(q->w, total);
-    take(q->attention_norm, 2 * dim);
-    q->ffn_norm = q->attention_norm + dim;
-    place_linear(take, q, 0, 3, &q->qkv);
-    place_linear(take, q, 3, 1, &q->o);
-    place_linear(take, q, 4, 2, &q->gate_up);
-    place_linear(take, q, 6, 1, &q->down);
-    take(q->qweight, most / 4);
-    take(q->s_group, most / GROUP);
-    if (q->method.group_size < 0) q->s_group = NULL;
-    take(q->s_channel, K);
-    take(q->order, K);
-    take(q->importance, K);
-    take(q->diagonal, K);
-    take(q->signs, dim);
-    for (float *&scales : q->scales) take(scales, K);
-    take(q->rope, (size_t)q->length * (c->head_dim / 4));
-    take(q->sums, SUM_BLOCKS);
-    take(q->flag, 1);
-    take(q->most, 2 * dim + hidden);
-    take(q->cublas_workspace, CUBLAS_WORKSPACE);
-
-    const size_t searched = q->method.smooth ? sample_of(q).T : 0;
-    const size_t moments = take.used;
-    take(q->H, q->calibrate ? K * K : 0);
-    take(q->M, q->calibrate ? dim * K : 0);
-    take(q->U, q->method.gptq ? K * K : 0);
-    size_t end = take.used;
-    if (q->method.smooth) {
-        take.used = moments;
-        take(q->sample[SMOOTH_QKV], searched * dim);
-        take(q->sample[SMOOTH_GATE_UP], searched * dim);
-        take(q->sample[SMOOTH_DOWN], searched * hidden);
-        end = max(end, take.used);
-    }
-    const size_t scratch = take.used = end; // and now what takes turns
-    auto turn = [&]() {
-        end = max(end, take.used);
-        take.used = scratch;
-    };
-    const size_t wide = max((size_t)q->qkv.N, (size_t)q->gate_up.N);
-    const size_t rows = max(T, searched);
-    take(q->in.a, rows * K);
-    take(q->in.scale, rows);
-    const size_t pass = take.used;
-    take(q->f, T * K);
-    take(q->x, T * K);
-    take(q->wide, T * wide);
-    take(q->wide_half, T * wide);
-    take(q->att, T * q_dim);
-    take(q->lacking, T * dim);
-    const size_t cache = (size_t)q->length * c->n_kv_heads * c->head_dim;
-    take(q->keys, calibrated ? cache : 0);
-    take(q->values, calibrated ? cache : 0);
-    end = max(end, take.used);
-    take.used = pass; // beside q->in
-    take(q->output, searched * wide);
-    take(q->distance, searched * wide);
-    turn();
-    take(q->t, max(q->calibrate ? most : 0, UPLOAD / sizeof(double) + 1)); // or what is uploaded
-    take(q->product, q->calibrate ? most : 0);
-    take(q->p, q->method.gptq ? most : 0);
-    take(q->target, q->method.gptq ? most : 0);
-    take(q->e, q->method.gptq ? K * GPTQ_COLUMNS : 0);
-    take(q->codes, q->method.gptq ? most : 0);
-    turn();
-    take(q->half_matrix, q->method.gptq ? (K / 2 + LEAF) * (K / 2 + LEAF) : 0);
-    turn();
-    return end;
+    const size_t pass = T * ((dim + wide + 1) * sizeof(float) + (qkv + q_dim) * sizeof(half) + K) +
+                        2 * window_bytes(work);
+    const size_t moments = T * (K + dim) * sizeof(float);
+    const size_t linear = weights * (2 * sizeof(double) + 1) + N * GPTQ_COLUMNS * sizeof(double);
+    const size_t inverse = (K / 2 + LEAF) * (K / 2 + LEAF) * sizeof(double);
+    const size_t search = searched * ((N + 1) * sizeof(float) + K) + weights * (sizeof(float) + 2) +
+                          K * sizeof(float);
+    size_t bytes = UPLOAD + sizeof(int);
+    if (T) bytes = max(max(bytes, max(pass, moments)), max(max(linear, inverse), search));
+    return bytes + 16 * 256; // arrays are aligned
 }
 
-/* Chooses what fits: the streams on the GPU, or else in host memory and then, if need be, fewer
- * windows at a time. */
-static void plan_quantizer(GpuQuantizer *q, size_t most_memory) {
-    const size_t later = 256 << 20; // what CUDA takes when it loads kernels
-    const size_t free = max(gpu_free_memory(), later) - later;
-    const size_t limit = most_memory ? min(most_memory, free) : free;
-    q->chunk = q->n ? max(1, min(q->n, CALIBRATION_TOKENS / q->length)) : 0;
-    q->bytes = place_buffers(q);
-    if (q->bytes > limit) {
-        q->outside = true;
-        q->bytes = place_buffers(q);
-    }
-    while (q->bytes > limit && q->chunk > 1) {
-        q->chunk /= 2;
-        q->bytes = place_buffers(q);
-    }
-    if (q->bytes > limit) {
-        die("a layer with windows of %d tokens needs %.2f GB of GPU memory, %s %.2f GB", q->length,
-            q->bytes / 1e9, limit < free ? "-M allows" : "free are", limit / 1e9);
-    }
+static size_t rope_bytes(const Workload *work) {
+    return (size_t)work->length * work->config.head_dim * sizeof(float);
 }
 
-GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Linear *embedding,
-                                const int *tokens, int n_windows, int length, size_t most_memory) {
-    GpuQuantizer *q = (GpuQuantizer *)allocate(1, sizeof *q);
-    q->config = *c;
-    q->method = *method;
-    q->n = n_windows;
-    q->length = length;
-    q->calibrate = n_windows && (method->gptq || method->mse);
-    q->start = seconds();
-    q->phase = REST;
-    cuda_check(cudaStreamCreate(&q->stream), "cudaStreamCreate");
-    cublas_check(CUBLAS(cublasCreate_v2)(&q->cublas));
-    plan_quantizer(q, most_memory);
-    q->memory = (uint8_t *)device_alloc(q->bytes);
-    place_buffers(q);
-    zero(q, q->memory, q->bytes);
-    cublas_check(CUBLAS(cublasSetStream_v2)(q->cublas, q->stream));
-    cublas_check(CUBLAS(cublasSetWorkspace_v2)(q->cublas, q->cublas_workspace, CUBLAS_WORKSPACE));
-    if (method->signs) to_gpu(q, q->signs, method->signs, c->dim);
-    if (n_windows == 0) return q;
-
-    upload_rope(c, length, q->rope);
-    const size_t numbers = (size_t)n_windows * length * c->dim;
-    const size_t row = c->dim * dtype_size(embedding->dtype);
-    if (q->outside) {
-        cuda_check(cudaMallocHost(&q->x_float, numbers * sizeof(float)), "pinned memory");
-        cuda_check(cudaMallocHost(&q->x_quant, numbers * sizeof(float)), "pinned memory");
-    }
-    uint8_t *rows = (uint8_t *)allocate((size_t)q->chunk * length, row);
-    for_chunks(q, q->n, [&](Chunk chunk) {
-        for (int t = 0; t < chunk.T; t++)
-            memcpy(rows + t * row, (const uint8_t *)embedding->w + tokens[chunk.first + t] * row,
-                   row);
-        to_gpu(q, (uint8_t *)q->wide, rows, chunk.T * row);
-        for (float *stream : {q->x_float, q->x_quant}) {
-            float *x = q->outside ? q->staged[0] : stream + (size_t)chunk.first * c->dim;
-            convert(q->wide, embedding->dtype, (size_t)chunk.T * c->dim, x, q->flag, q->stream);
-            put_back(q, stream, chunk, x);
-        }
-        cuda_check(cudaStreamSynchronize(q->stream), "embedding");
-    });
-    free(rows);
-    return q;
+static size_t free_bytes() {
+    const size_t later = 256 << 20, free = gpu_free_memory(); // CUDA's, when it loads kernels
+    return free > later ? free - later : 0;
 }
 
-void gpu_quantizer_free(GpuQuantizer *q) {
-    enter(q, REST);
-    if (q->outside) {
-        cuda_check(cudaFreeHost(q->x_float), "cudaFreeHost");
-        cuda_check(cudaFreeHost(q->x_quant), "cudaFreeHost");
-    }
-    cublas_check(CUBLAS(cublasDestroy_v2)(q->cublas));
-    cuda_check(cudaStreamDestroy(q->stream), "cudaStreamDestroy");
-    cuda_check(cudaFree(q->memory), "cudaFree");
-    free(q);
+static size_t start_bytes(const Workload *work) {
+    return scratch_bytes(work) + rope_bytes(work) + CUBLAS_WORKSPACE + SUM_BLOCKS * sizeof(double);
 }
 
-void gpu_quantizer_report(GpuQuantizer *q, FILE *out) {
-    enter(q, REST);
-    fprintf(out, "seconds:");
-    for (int i = 0; i < N_PHASES; i++) fprintf(out, " %s %.1f,", phase_names[i], q->spent[i]);
-    fprintf(out, " with %.2f GB of GPU memory%s\n", q->bytes / 1e9,
-            q->outside ? ", calibration in host memory" : "");
+static void *array(Machine *m, size_t bytes, bool on_host) {
+    void *p;
+    if (on_host) {
+        cuda_check(cudaMallocHost(&p, bytes), "pinned memory");
+        m->host_arrays.push_back(p);
+        return p;
+    }
+    p = device_alloc(bytes);
+    m->arrays.push_back(p);
+    zero(m, p, bytes);
+    return p;
+}
+
+static void copy(Machine *m, void *to, const void *from, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, m->stream), "copy");
+    cuda_check(cudaStreamSynchronize(m->stream), "quantization");
+}
+
+static Machine *start(const Workload *work) {
+    Machine *m = new Machine();
+    m->work = *work;
+    cuda_check(cudaStreamCreate(&m->stream), "cudaStreamCreate");
+    cublas_check(CUBLAS(cublasCreate_v2)(&m->cublas));
+    cublas_check(CUBLAS(cublasSetStream_v2)(m->cublas, m->stream));
+    cublas_check(CUBLAS(cublasSetWorkspace_v2)(m->cublas, array(m, CUBLAS_WORKSPACE, false),
+                                               CUBLAS_WORKSPACE));
+    m->sums = (double *)array(m, SUM_BLOCKS * sizeof(double), false);
+    m->flag = (int *)array(m, sizeof(int), false);
+    m->scratch_bytes = scratch_bytes(work);
+    m->scratch = (uint8_t *)array(m, m->scratch_bytes, false);
+    if (!work->T) return m;
+    m->rope = (float4 *)array(m, rope_bytes(work), false);
+    upload_rope(&work->config, work->length, m->rope);
+    return m;
+}
+
+static void stop(Machine *m) {
+    cuda_check(cudaStreamSynchronize(m->stream), "quantization");
+    for (void *p : m->host_arrays) cuda_check(cudaFreeHost(p), "cudaFreeHost");
+    for (void *p : m->arrays) cuda_check(cudaFree(p), "cudaFree");
+    cublas_check(CUBLAS(cublasDestroy_v2)(m->cublas));
+    cuda_check(cudaStreamDestroy(m->stream), "cudaStreamDestroy");
+    delete m;
+}
+
+const Operations *gpu_operations(void) {
+    static const Operations o = {.memory = "GPU memory",
+                                 .sum_bytes = sizeof(float),
+                                 .chunk_tokens = 8192,
+                                 .free_bytes = free_bytes,
+                                 .start_bytes = start_bytes,
+                                 .start = start,
+                                 .stop = stop,
+                                 .array = array,
+                                 .copy = copy,
+                                 .zero = zero,
+                                 .read = read_weights,
+                                 .rotate = rotate,
+                                 .scale = scale,
+                                 .norm = norm,
+                                 .inside = inside,
+                                 .add_linear = add_linear,
+                                 .subtract = subtract,
+                                 .observe = observe,
+                                 .smoothed_distance = smoothed_distance,
+                                 .add_moments = add_moments,
+                                 .complete = complete,
+                                 .invert = invert,
+                                 .round_to_nearest = round_to_nearest,
+                                 .correct = correct,
+                                 .gptq = gptq,
+                                 .relative_error = relative_error,
+                                 .arrange = arrange};
+    return &o;
 }
 
 /* ================================================================================================

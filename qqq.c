@@ -51,6 +51,8 @@ static void show_windows(int done, int total);
 static int smaller(int a, int b);
 static float max_magnitude(const float *x, size_t n);
 static float clamp(float x, float low, float high);
+static void round_to_nearest(Machine *m, const float *w, const float *importance, Linear *l);
+static Sampling sample_of(int n_windows, int length);
 static inline float exponential(float x);
 static float dot(const float *x, const float *y, int n);
 static double dot_double(const double *x, const double *y, int n);
@@ -657,74 +659,374 @@ Linear quantize_bytes(const Linear *w) {
 /* ============================================================================================
  * 3  The method
  *
+ *   W   float weights of a linear [N][K], after steps 1 and 2
+ *   F   the linear's inputs in the float model [T][K], T all calibration tokens
+ *   X   the inputs that it will get, from the layers quantized so far, in int8 [T][K]
+ *   D   what the residual stream lacks of the float model's [T][N]; only for o and down, else 0
+ *
+ *   steps 1 and 2    W and F become easier to round: rotation, smoothing
+ *   step  3          the range in which each row of W is rounded
+ *   step  4          GPTQ rounds W' to Q so that  |X W'^T - X Q^T|  is small
+ *   step  5          W' = W + 1/2 M H^-1,   H = X^T X,   M = (D + (F - X) W^T)^T X
+ *
  * Two models run side by side over the calibration windows, a layer at a time: the float model, and
- * the one whose layers so far are quantized. F are the inputs of a linear in the one, X in the
- * other. QQQ, arXiv 2406.09904; what goes beyond it is said where it stands.
+ * the one whose layers so far are quantized. QQQ, arXiv 2406.09904; a comment says what goes beyond
+ * it.
+ *
+ * First comes the driver, which reads like the list above. It works on the CPU or on a GPU, by way
+ * of the table of Operations: o->add_moments(m, ...) is a loop below or a kernel in kernels.cu.
+ * Each step's equation, its part of the driver and its loops follow.
  * ============================================================================================ */
 
 struct Quantizer {
+    const Operations *o;
+    Machine *m;
     Method method;
-    Config config; // of one layer, as the buffers are
-    int n_layers;
-    int n, length;            // windows, tokens of each; n = 0: nothing needs calibration
-    float *x_float, *x_quant; // [n][length][dim] the residual streams
-    State *s_float, *s_quant; // buffers for one window
+    Config config;
+    int n, length, chunk; // windows, tokens of each, windows that go through a layer together
+    bool calibrate;       // H is wanted: by GPTQ, or by the search of ranges
+    bool outside;         // the residual streams are in host memory
+    bool planning;        // array() only counts
+    size_t bytes;         // of all arrays
+
+    // The residual streams of both models, and a chunk of each if they are in host memory.
+    float *x_float, *x_quant; // [n][length][dim]
+    float *staged[2];         // [T][dim]
+
+    // The layer at work: its norms are in float_layer, which quantized shares.
+    Layer float_layer, quantized;
+    Linear codes;  // one linear as a file has it, of any shape up to the largest
+    int8_t *signs; // [dim] of the rotation
+    float *max, *scales[N_SMOOTHED], *sample[N_SMOOTHED]; // [K], [K], [SEARCH_TOKENS][K]
+    float *y;                                             // [SEARCH_TOKENS][N] float outputs
+
+    // A chunk of T tokens.
+    float *f, *x; // [T][K] F, later F - X; and X
+    float *d;     // [T][dim] D
+
+    // Linears that share their input.
+    Sums *H;           // [K][K] X^T X
+    Sums *C, *M;       // [dim][dim] (F - X)^T X inside; [dim][K] outside
+    Inverse inverse;   // of H
+    float *importance; // [K]
+    float *target;     // [N][K] W'
 };
 
-static void smooth(const Quantizer *q, int l, Layer *layer, Smoothing found[3]);
-static void quantize_half(const Quantizer *q, int l, const Layer *f, Layer *out, bool ffn,
-                          Errors *errors);
+static void load_layer(Quantizer *q, const Layer *layer, int l);
+static void smooth(Quantizer *q, int l, Smoothing found[N_SMOOTHED]);
+static void quantize_half(Quantizer *q, int l, bool ffn, Layer *out, Errors *errors);
 
 void quantize_layer(Quantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
                     Errors *errors) {
-    Layer f = layer_float_copy(&q->config, layer, l);
-    if (q->method.signs) rotate_layer(&q->config, &f, q->method.signs); // step 1
-    if (q->method.smooth) smooth(q, l, &f, found);                      // step 2
-    *out = f; // with f's norms; its linears turn W4A8 one after the other, steps 3 to 5:
-    quantize_half(q, l, &f, out, false, errors); // q, k, v, then o
-    quantize_half(q, l, &f, out, true, errors);  // gate, up, then down
-    for (int k = 0; k < N_LINEARS; k++) linear_free(&f.linears[k]);
-    size_t numbers = (size_t)q->n * q->length * q->config.dim;
-    if (l == q->n_layers - 1 && !all_finite(q->x_quant, numbers))
-        die("the last layer's output holds NaN or infinity");
+    const Config *c = &q->config;
+    Layer *f = &q->float_layer;
+    // The float layer, in a form that is easier to round.
+    load_layer(q, layer, l);
+    if (q->method.signs) rotate_layer(q->o, q->m, c, q->signs, f); // step 1
+    if (q->method.smooth) smooth(q, l, found);                     // step 2
+
+    // Norms stay float; steps 1 and 2 may have changed them.
+    *out = (Layer){.attention_norm = allocate(2 * (size_t)c->dim, sizeof(float))};
+    out->ffn_norm = out->attention_norm + c->dim;
+    q->o->copy(q->m, out->attention_norm, f->attention_norm, c->dim * sizeof(float));
+    q->o->copy(q->m, out->ffn_norm, f->ffn_norm, c->dim * sizeof(float));
+
+    // Steps 3 to 5 for q, k, v, then o; for gate, up, then down.
+    quantize_half(q, l, false, out, errors);
+    quantize_half(q, l, true, out, errors);
 }
 
-static float *window(const Quantizer *q, float *x, int w) {
-    return x + (size_t)w * q->length * q->config.dim;
+/* ---- the windows, chunk by chunk ---- */
+
+typedef struct {
+    int first, T; // tokens
+} Chunk;
+
+/* The next chunk of the first `windows`, or after the last one false; it starts with zeros. */
+static bool next_chunk_of(const Quantizer *q, int windows, Chunk *c) {
+    c->first += c->T;
+    c->T = smaller(q->chunk * q->length, windows * q->length - c->first);
+    return c->T > 0;
 }
 
-Quantizer *quantizer_new(const Config *c, const Method *method, const Linear *embedding,
-                         const int *tokens, int n_windows, int length) {
-    Quantizer *q = allocate(1, sizeof *q);
-    size_t dim = c->dim, total = (size_t)n_windows * length;
-    *q = (Quantizer){
-        .method = *method, .config = *c, .n_layers = c->n_layers, .n = n_windows, .length = length};
-    q->config.n_layers = 1;
-    if (!n_windows) return q;
-    q->x_float = allocate(total * dim, sizeof(float));
-    q->x_quant = allocate(total * dim, sizeof(float));
-    for (size_t i = 0; i < total; i++)
-        floats(embedding->w, embedding->dtype, tokens[i] * dim, dim, q->x_float + i * dim);
-    memcpy(q->x_quant, q->x_float, total * dim * sizeof(float));
-    q->s_float = state_new(&q->config, length, length, 16);
-    q->s_quant = state_new(&q->config, length, length, 16);
-    return q;
+static size_t stream_bytes(const Quantizer *q, Chunk c) {
+    return (size_t)c.T * q->config.dim * sizeof(float);
 }
 
-void quantizer_free(Quantizer *q) {
-    free(q->x_float);
-    free(q->x_quant);
-    state_free(q->s_float);
-    state_free(q->s_quant);
-    free(q);
+/* A chunk of a residual stream [T][dim], in the memory of the machine; put_back() after it was
+ * changed. */
+static float *chunk_of(Quantizer *q, float *stream, Chunk c) {
+    float *x = stream + (size_t)c.first * q->config.dim;
+    if (!q->outside) return x;
+    float *to = q->staged[stream == q->x_quant];
+    q->o->copy(q->m, to, x, stream_bytes(q, c));
+    return to;
+}
+
+static void put_back(Quantizer *q, float *stream, Chunk c, const float *x) {
+    if (!q->outside) return;
+    q->o->copy(q->m, stream + (size_t)c.first * q->config.dim, x, stream_bytes(q, c));
+}
+
+static void show(const Quantizer *q, int l, int linear) {
+    if (q->method.progress) q->method.progress(l, linear, q->config.n_layers);
+}
+
+/* ---- steps 3 to 5: half a layer, attention (q, k, v inside, o outside) or FFN (gate and up, down)
+ *
+ * Each linear is calibrated on the int8 inputs X that reach it through the linears quantized before
+ * it, and aims back towards the float model. An extension: the published code collects all Hessians
+ * in one pass over the float layer. ---- */
+
+/* What follows from H for the linears that share an input: q->importance [K], the weight of the
+ * columns in the search of ranges, and for GPTQ q->inverse. */
+static void digest_hessian(Quantizer *q, int l, int linear) {
+    const int K = q->float_layer.linears[linear].K;
+    double *diagonal = allocate(K, sizeof *diagonal), mean = 0;
+    float *importance = allocate(K, sizeof *importance);
+    // 1. the mean square of each input, over all windows
+    q->o->complete(q->m, K, q->H, diagonal);
+    for (int k = 0; k < K; k++) mean += diagonal[k] / K;
+    if (!(mean < INFINITY))
+        die("layer %d: the input of %s holds NaN or infinity", l, linear_names[linear]);
+    // 2. importance; dead columns get the mean
+    for (int k = 0; k < K; k++) importance[k] = diagonal[k] > 0 ? diagonal[k] : mean > 0 ? mean : 1;
+    // 3. the inverse, which makes importance that of GPTQ
+    q->inverse.K = K;
+    if (q->method.gptq)
+        invert_hessian(q->o, q->m, q->H, diagonal, q->method.act_order, &q->inverse, importance);
+    q->o->copy(q->m, q->importance, importance, K * sizeof *importance);
+    free(diagonal);
+    free(importance);
+}
+
+/* A W4A8 linear of the machine as one of the host. */
+static Linear download_linear(const Quantizer *q, const Linear *l) {
+    Linear host = quantized_new(l->N, l->K, q->method.group_size);
+    size_t n = (size_t)l->N * l->K;
+    q->o->copy(q->m, host.qweight, l->qweight, n / 2);
+    q->o->copy(q->m, host.s_channel, l->s_channel, l->N * sizeof(float));
+    if (l->s_group) q->o->copy(q->m, host.s_group, l->s_group, n / GROUP);
+    return host;
+}
+
+/* Quantizes the linears first .. first + count - 1 of layer l, which share their input: from
+ * q->float_layer to q->quantized, and to `out` for the file. With calibration H holds X^T X, and C
+ * (of several linears) or M (of a single one) their part of step 5. */
+static void quantize_linears(Quantizer *q, int l, int first, int count, Layer *out,
+                             Errors *errors) {
+    const Operations *o = q->o;
+    const bool gptq = q->method.gptq && q->calibrate;
+    const float *weighting = q->calibrate && q->method.mse ? q->importance : NULL;
+    for (int i = first; i < first + count; i++) {
+        const Linear *linear = &q->float_layer.linears[i];
+        const float *w = linear->w;
+        show(q, l, i);
+
+        // Step 3: ranges, and rounding to nearest. GPTQ has this error to beat.
+        Linear *codes = &q->codes;
+        codes->N = linear->N;
+        codes->K = linear->K;
+        o->round_to_nearest(q->m, w, weighting, codes);
+        errors[i].before = q->calibrate ? o->relative_error(q->m, w, codes, q->H) : NAN;
+        errors[i].after = errors[i].before;
+        if (gptq) {
+            // Step 5: move the target. Inside D is 0, so M = W (F - X)^T X = W C.
+            const Sums *C = count > 1 ? q->C : NULL, *M = C ? NULL : q->M;
+            o->correct(q->m, w, codes->N, C, M, &q->inverse, q->target);
+
+            // Step 4: round the target.
+            o->gptq(q->m, q->target, &q->inverse, weighting, codes);
+            errors[i].after = o->relative_error(q->m, w, codes, q->H);
+        }
+
+        // The quantized layer and the file get the codes.
+        o->arrange(q->m, codes, &q->quantized.linears[i]);
+        out->linears[i] = download_linear(q, codes);
+    }
+}
+
+/* Sums over all windows for q, k, v or gate, up, whose inputs are the normed residual streams. */
+static void collect_inside(Quantizer *q, int l, bool ffn) {
+    const Operations *o = q->o;
+    const int dim = q->config.dim;
+    const float *norm = ffn ? q->float_layer.ffn_norm : q->float_layer.attention_norm;
+    const size_t bytes = (size_t)dim * dim * o->sum_bytes;
+    // 1. H = C = 0
+    o->zero(q->m, q->H, bytes);
+    if (q->method.gptq) o->zero(q->m, q->C, bytes);
+    // 2. H += X^T X, C += (F - X)^T X
+    for (Chunk c = {0}; next_chunk_of(q, q->n, &c);) {
+        show(q, l, ffn ? 4 : 0);
+        o->norm(q->m, chunk_of(q, q->x_float, c), norm, c.T, false, q->f);
+        o->norm(q->m, chunk_of(q, q->x_quant, c), norm, c.T, true, q->x);
+        o->subtract(q->m, q->f, q->x, (size_t)c.T * dim, q->f); // F - X
+        o->add_moments(q->m, q->x, dim, q->f, dim, c.T, q->H, q->method.gptq ? q->C : NULL);
+    }
+}
+
+/* The same for o or down, whose inputs have passed the linears just quantized. The float model's
+ * residual stream leaves the half layer; the quantized model's is as it was before. */
+static void collect_outside(Quantizer *q, int l, bool ffn) {
+    const Operations *o = q->o;
+    const int dim = q->config.dim, number = ffn ? 6 : 3;
+    const Linear *outside = &q->float_layer.linears[number];
+    const size_t K = outside->K;
+    o->zero(q->m, q->max, dim * sizeof *q->max);
+    if (q->calibrate) o->zero(q->m, q->H, K * K * o->sum_bytes);
+    if (q->calibrate && q->method.gptq) o->zero(q->m, q->M, dim * K * o->sum_bytes);
+    for (Chunk c = {0}; next_chunk_of(q, q->n, &c);) {
+        show(q, l, number);
+        // 1. F, and D while both streams are at the same point
+        float *x_float = chunk_of(q, q->x_float, c), *x_quant = NULL;
+        o->inside(q->m, &q->float_layer, ffn, x_float, c.T, q->f);
+        if (q->calibrate) {
+            x_quant = chunk_of(q, q->x_quant, c);
+            o->subtract(q->m, x_float, x_quant, (size_t)c.T * dim, q->d);
+        }
+
+        // 2. the float model goes on
+        o->add_linear(q->m, outside, q->f, c.T, x_float);
+        put_back(q, q->x_float, c, x_float);
+        const Sampling none = {.length = c.T + 1, .stride = 1}; // no first token from 1 on
+        o->observe(q->m, x_float, c.T, dim, 1, none, q->max, NULL);
+        if (!q->calibrate) continue;
+
+        // 3. X, F - X and D + (F - X) W^T: all that the output lacks, if W stays as it is
+        o->inside(q->m, &q->quantized, ffn, x_quant, c.T, q->x);
+        o->subtract(q->m, q->f, q->x, c.T * K, q->f);
+        if (q->method.gptq) o->add_linear(q->m, outside, q->f, c.T, q->d);
+
+        // 4. H and M
+        o->add_moments(q->m, q->x, K, q->d, dim, c.T, q->H, q->method.gptq ? q->M : NULL);
+    }
+}
+
+/* Of the float model's stream behind this linear, by q->max. */
+static void require_finite_stream(const Quantizer *q, int l, int linear) {
+    int dim = q->config.dim;
+    float max[dim];
+    q->o->copy(q->m, max, q->max, sizeof max);
+    if (!all_finite(max, dim))
+        die("layer %d: the output of %s holds NaN or infinity", l, linear_names[linear]);
+}
+
+/* Quantizes half of layer l. */
+static void quantize_half(Quantizer *q, int l, bool ffn, Layer *out, Errors *errors) {
+    int first = ffn ? 4 : 0, n_inside = ffn ? 2 : 3, outside = first + n_inside;
+    // 1. q, k, v or gate, up
+    if (q->calibrate) {
+        collect_inside(q, l, ffn);
+        digest_hessian(q, l, first);
+    }
+    quantize_linears(q, l, first, n_inside, out, errors);
+
+    // 2. o or down
+    collect_outside(q, l, ffn);
+    if (q->calibrate) digest_hessian(q, l, outside);
+    require_finite_stream(q, l, outside);
+    quantize_linears(q, l, outside, 1, out, errors);
+    if (!q->calibrate) return;
+
+    // 3. the quantized model's residual stream leaves the half layer too
+    for (Chunk c = {0}; next_chunk_of(q, q->n, &c);) {
+        show(q, l, outside);
+        float *x_quant = chunk_of(q, q->x_quant, c);
+        q->o->inside(q->m, &q->quantized, ffn, x_quant, c.T, q->x);
+        q->o->add_linear(q->m, &q->quantized.linears[outside], q->x, c.T, x_quant);
+        put_back(q, q->x_quant, c, x_quant);
+    }
+}
+
+/* The same forward steps on the CPU, window by window, with section 1's functions. */
+
+struct Machine {
+    Workload work;
+    State *state;     // buffers of one window
+    void *arrays[64]; // [n_arrays], some 40
+    int n_arrays;
+};
+
+/* Each row of x [T][K] becomes a s_a, the int8 values that a W4A8 linear makes of it. That linear
+ * will find the same a and s_a in them. */
+static void round_activations(float *x, int T, int K) {
+#pragma omp parallel for
+    for (size_t t = 0; t < (size_t)T; t++) {
+        int8_t a[K];
+        float s_a = quantize_row(x + t * K, K, a);
+        for (int k = 0; k < K; k++) x[t * K + k] = a[k] * s_a;
+    }
+}
+
+static void norm_rows(Machine *m, const float *x, const float *weight, int T, bool int8, float *y) {
+    const Config *c = &m->work.config;
+    rmsnorm(x, weight, T, c->dim, c->norm_eps, y);
+    if (int8) round_activations(y, T, c->dim);
+}
+
+static void run_inside(Machine *m, const Layer *layer, bool ffn, const float *x, int T, float *y) {
+    const Config *c = &m->work.config;
+    const int length = m->work.length;
+    const size_t dim = c->dim, K = ffn ? layer->down.K : layer->o.K;
+    const float *norm = ffn ? layer->ffn_norm : layer->attention_norm;
+    State *s = m->state;
+    // 1. each window by itself: tokens do not see other windows
+    for (size_t t = 0; t < (size_t)T; t += length) {
+        rmsnorm(x + t * dim, norm, length, dim, c->norm_eps, s->xb);
+        if (ffn) ffn_block(c, layer, s, length);
+        else attention_block(c, layer, s, 0, length, 0);
+        memcpy(y + t * K, ffn ? s->gate : s->att, length * K * sizeof *y);
+    }
+    // 2. what a W4A8 o or down makes of it
+    if (layer->q.dtype == U8) round_activations(y, T, K);
+}
+
+static void run_outside(Machine *m, const Linear *w, const float *in, int T, float *x) {
+    (void)m;
+    float *y = allocate((size_t)T * w->N, sizeof *y);
+    add_linear(w, in, T, y, x);
+    free(y);
+}
+
+static void subtract(Machine *m, const float *a, const float *b, size_t n, float *difference) {
+    (void)m;
+    for (size_t i = 0; i < n; i++) difference[i] = a[i] - b[i];
+}
+
+static void sum_moments(Machine *m, const float *x, int K, const float *d, int N, int T, Sums *H,
+                        Sums *M) {
+    (void)m;
+    add_moments((double *)H, x, K, x, K, T);
+    if (M) add_moments((double *)M, d, N, x, K, T);
+}
+
+static void copy_diagonal(Machine *m, int K, Sums *H, double *diagonal) {
+    (void)m;
+    for (size_t k = 0; k < (size_t)K; k++) diagonal[k] = ((const double *)H)[k * (K + 1)];
+}
+
+/* The weights of a layer and its norms from the mapped file. */
+static void load_layer(Quantizer *q, const Layer *layer, int l) {
+    const size_t bytes = q->config.dim * sizeof(float);
+    q->o->copy(q->m, q->float_layer.attention_norm, layer->attention_norm, bytes);
+    q->o->copy(q->m, q->float_layer.ffn_norm, layer->ffn_norm, bytes);
+    for (int k = 0; k < N_LINEARS; k++)
+        if (!q->o->read(q->m, &layer->linears[k], q->float_layer.linears[k].w))
+            die("tensor model.layers.%d.%s.weight holds NaN or infinity", l, linear_names[k]);
+}
+
+static bool read_floats(Machine *m, const Linear *from, float *w) {
+    (void)m;
+    size_t n = (size_t)from->N * from->K;
+    floats(from->w, from->dtype, 0, n, w);
+    return all_finite(w, n);
 }
 
 Linear float_copy(const Linear *l, const char *name) {
-    size_t n = (size_t)l->N * l->K;
-    float *w = allocate(n, sizeof *w);
-    floats(l->w, l->dtype, 0, n, w);
-    if (!all_finite(w, n)) die("tensor %s.weight holds NaN or infinity", name);
-    return (Linear){.N = l->N, .K = l->K, .dtype = F32, .w = w};
+    Linear copy = {.N = l->N, .K = l->K, .dtype = F32};
+    copy.w = allocate((size_t)l->N * l->K, sizeof(float));
+    if (!read_floats(NULL, l, copy.w)) die("tensor %s.weight holds NaN or infinity", name);
+    return copy;
 }
 
 void require_finite(const Linear *l, const char *name) {
@@ -733,21 +1035,6 @@ void require_finite(const Linear *l, const char *name) {
         floats(l->w, l->dtype, n * l->K, l->K, row);
         if (!all_finite(row, l->K)) die("tensor %s.weight holds NaN or infinity", name);
     }
-}
-
-Layer layer_float_copy(const Config *c, const Layer *layer, int index) {
-    Layer copy;
-    size_t bytes = c->dim * sizeof(float);
-    copy.attention_norm = allocate(2, bytes);
-    copy.ffn_norm = copy.attention_norm + c->dim;
-    memcpy(copy.attention_norm, layer->attention_norm, bytes);
-    memcpy(copy.ffn_norm, layer->ffn_norm, bytes);
-    for (int k = 0; k < N_LINEARS; k++) {
-        char name[128];
-        snprintf(name, sizeof name, "model.layers.%d.%s", index, linear_names[k]);
-        copy.linears[k] = float_copy(&layer->linears[k], name);
-    }
-    return copy;
 }
 
 /* ---- step 1: rotation
@@ -759,10 +1046,34 @@ Layer layer_float_copy(const Config *c, const Layer *layer, int index) {
  * For n = m 2^k, m odd, H_n is the Hadamard matrix of 2^k times (Kronecker) the Hartley matrix of
  * m, cos(2 pi ij / m) + sin(2 pi ij / m): so n may be 576 or 3072. Both are symmetric and, over
  * their roots, orthogonal. The residual stream is x R instead of x. R is orthogonal, so RMSNorm
- * without its weights commutes with it, and the model computes the same; but an outlying channel is
- * now spread over all. QuaRot, arXiv 2404.00456. ---- */
+ * without weights commutes with R, and the model computes the same; but an outlying channel is now
+ * spread over all. QuaRot, arXiv 2404.00456. ---- */
+
+void rotate_layer(const Operations *o, Machine *m, const Config *c, const int8_t *signs, Layer *l) {
+    float ones[c->dim];
+    for (int i = 0; i < c->dim; i++) ones[i] = 1.0f;
+
+    // 1. q, k, v, gate and up read the residual stream: their norm moves in, then R.
+    for (int k = 0; k < N_LINEARS; k++) {
+        const Linear *w = &l->linears[k];
+        if (k == 3 || k == 6) continue; // o, down
+        o->scale(m, w->N, w->K, k < 3 ? l->attention_norm : l->ffn_norm, NULL, w->w);
+        o->rotate(m, w->N, w->K, w->K, false, signs, w->w);
+    }
+    o->copy(m, l->attention_norm, ones, sizeof ones);
+    o->copy(m, l->ffn_norm, ones, sizeof ones);
+
+    // 2. Each head's values turn by H_d, and o turns them back.
+    o->rotate(m, l->v.N, l->v.K, c->head_dim, true, NULL, l->v.w);
+    o->rotate(m, l->o.N, l->o.K, c->head_dim, false, NULL, l->o.w);
+
+    // 3. o and down write to the residual stream.
+    o->rotate(m, l->o.N, l->o.K, c->dim, true, signs, l->o.w);
+    o->rotate(m, l->down.N, l->down.K, c->dim, true, signs, l->down.w);
+}
 
 void hadamard(double *x, int n) {
+    // 1. 2^k blocks of m by sums and differences, in k passes over x
     int m = n / (n & -n); // n = m 2^k, m odd
     for (int half = m; half < n; half *= 2)
         for (int i = 0; i < n; i += 2 * half)
@@ -771,6 +1082,8 @@ void hadamard(double *x, int n) {
                 x[j] = a + b;
                 x[j + half] = a - b;
             }
+
+    // 2. the Hartley matrix within each block
     double *cas = allocate(2 * (size_t)m, sizeof *cas), *y = cas + m, scale = 1 / sqrt(n);
     for (int i = 0; i < m; i++) cas[i] = cos(2 * M_PI * i / m) + sin(2 * M_PI * i / m);
     for (; n > 0; n -= m, x += m) {
@@ -791,7 +1104,7 @@ void random_signs(uint64_t seed, int n, int8_t *signs) {
     }
 }
 
-/* Each vector of n elements, `stride` floats apart, times diag(signs) H / sqrt(n). */
+/* A vector of n elements, `stride` floats apart, times diag(signs) H / sqrt(n). */
 static void rotate_vector(float *x, size_t stride, int n, const int8_t *signs, double *buffer) {
     for (int i = 0; i < n; i++)
         buffer[i] = signs ? signs[i] * (double)x[i * stride] : x[i * stride];
@@ -799,62 +1112,40 @@ static void rotate_vector(float *x, size_t stride, int n, const int8_t *signs, d
     for (int i = 0; i < n; i++) x[i * stride] = buffer[i];
 }
 
-void rotate_inputs(float *w, int N, int K, int n, const int8_t *signs) {
+static void rotate(Machine *m, int N, int K, int n, bool outputs, const int8_t *signs, float *w) {
+    (void)m;
+    const size_t stride = outputs ? K : 1, vectors = (size_t)N * K / n;
 #pragma omp parallel
     {
         double *buffer = allocate(n, sizeof *buffer);
 #pragma omp for
-        for (size_t row = 0; row < (size_t)N; row++)
-            for (int k = 0; k < K; k += n) rotate_vector(w + row * K + k, 1, n, signs, buffer);
+        for (size_t i = 0; i < vectors; i++) // with a stride: the columns of [n][K] matrices
+            rotate_vector(w + i / stride * n * stride + i % stride, stride, n, signs, buffer);
         free(buffer);
     }
 }
 
-void rotate_outputs(float *w, int N, int K, int n, const int8_t *signs) {
-#pragma omp parallel
-    {
-        double *buffer = allocate(n, sizeof *buffer);
-#pragma omp for
-        for (int k = 0; k < K; k++)
-            for (size_t row = 0; row < (size_t)N; row += n)
-                rotate_vector(w + row * K + k, K, n, signs, buffer);
-        free(buffer);
-    }
-}
-
-void scale_inputs(float *w, int N, int K, const float *s) {
+static void scale_weights(Machine *m, int N, int K, const float *columns, const float *rows,
+                          float *w) {
+    (void)m;
 #pragma omp parallel for
     for (size_t n = 0; n < (size_t)N; n++)
-        for (size_t k = 0; k < (size_t)K; k++) w[n * K + k] *= s[k];
+        for (size_t k = 0; k < (size_t)K; k++)
+            w[n * K + k] = w[n * K + k] * (columns ? columns[k] : 1) / (rows ? rows[n] : 1);
 }
 
-static void rotate_input(Linear *w, const float *norm, const int8_t *signs) {
-    if (norm) scale_inputs(w->w, w->N, w->K, norm);
-    rotate_inputs(w->w, w->N, w->K, w->K, signs);
-}
-
-void rotate_layer(const Config *c, Layer *l, const int8_t *signs) {
-    for (int i = 0; i < 3; i++) rotate_input(&l->linears[i], l->attention_norm, signs);
-    rotate_input(&l->gate, l->ffn_norm, signs);
-    rotate_input(&l->up, l->ffn_norm, signs);
-    for (int i = 0; i < c->dim; i++) l->attention_norm[i] = l->ffn_norm[i] = 1.0f;
-    rotate_outputs(l->v.w, l->v.N, l->v.K, c->head_dim, NULL);
-    rotate_inputs(l->o.w, l->o.N, l->o.K, c->head_dim, NULL);
-    rotate_outputs(l->o.w, l->o.N, l->o.K, c->dim, signs);
-    rotate_outputs(l->down.w, l->down.N, l->down.K, c->dim, signs);
-}
-
+/* Embedding and lm_head turn on the CPU, some rows at a time. */
 void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs,
                  void (*progress)(int done, int total)) {
     enum { ROWS = 1024 }; // between two reports
     int N = embedding->N, K = embedding->K;
     for (int n = 0; n < N; n += ROWS) {
-        Linear part = {
-            .N = smaller(ROWS, N - n), .K = K, .w = (float *)embedding->w + (size_t)n * K};
-        rotate_input(&part, NULL, signs);
-        part.w = (float *)lm_head->w + (size_t)n * K;
-        rotate_input(&part, norm, signs);
-        if (progress) progress(n + part.N, N);
+        int rows = smaller(ROWS, N - n);
+        float *head = (float *)lm_head->w + (size_t)n * K;
+        scale_weights(NULL, rows, K, norm, NULL, head);
+        rotate(NULL, rows, K, K, false, signs, head);
+        rotate(NULL, rows, K, K, false, signs, (float *)embedding->w + (size_t)n * K);
+        if (progress) progress(n + rows, N);
     }
     for (int i = 0; i < K; i++) norm[i] = 1.0f;
 }
@@ -864,307 +1155,170 @@ void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *
  *   s_j = max(1, max|X_j| / t),   X <- X diag(s)^-1,   W <- W diag(s)
  *
  * X W^T stays the same, but the channels of X that stand out above the threshold t no longer
- * coarsen the int8 steps of a whole token. t is searched: the one with which the quantized output
+ * coarsen the int8 steps of a whole token. The search finds the t with which the quantized output
  * is nearest to the float output. QQQ, arXiv 2406.09904, section 3.1. ---- */
 
 void smoothing_scales(const float *max, int K, float t, float *s) {
     for (int k = 0; k < K; k++) s[k] = max[k] > t ? max[k] / t : 1.0f;
 }
 
-void smooth_layer(Layer *l, const float *s_qkv, const float *s_gate_up, const float *s_down) {
+void smooth_layer(const Operations *o, Machine *m, float *const s[N_SMOOTHED], Layer *l) {
+    const float *qkv = s[SMOOTH_QKV], *gate_up = s[SMOOTH_GATE_UP], *down = s[SMOOTH_DOWN];
     int dim = l->q.K, hidden_dim = l->down.K;
-    for (int i = 0; i < dim; i++) {
-        l->attention_norm[i] /= s_qkv[i];
-        l->ffn_norm[i] /= s_gate_up[i];
-    }
-    for (int i = 0; i < 3; i++) scale_inputs(l->linears[i].w, l->linears[i].N, dim, s_qkv);
-    scale_inputs(l->gate.w, hidden_dim, dim, s_gate_up);
-    scale_inputs(l->up.w, hidden_dim, dim, s_gate_up);
-    for (size_t n = 0; n < (size_t)hidden_dim; n++)
-        for (int k = 0; k < dim; k++) ((float *)l->up.w)[n * dim + k] /= s_down[n];
-    scale_inputs(l->down.w, l->down.N, hidden_dim, s_down);
+    // q, k, v
+    o->scale(m, dim, 1, NULL, qkv, l->attention_norm);
+    for (int i = 0; i < 3; i++) o->scale(m, l->linears[i].N, dim, qkv, NULL, l->linears[i].w);
+    // gate, up and down: down's input is silu(gate) up
+    o->scale(m, dim, 1, NULL, gate_up, l->ffn_norm);
+    o->scale(m, hidden_dim, dim, gate_up, NULL, l->gate.w);
+    o->scale(m, hidden_dim, dim, gate_up, down, l->up.w);
+    o->scale(m, dim, hidden_dim, down, NULL, l->down.w);
 }
 
-/* W diag(s), rounded to nearest. */
-static Linear quantize_smoothed(const Linear *w, const float *s, const float *importance,
-                                int group_size) {
-    float *smoothed = allocate((size_t)w->N * w->K, sizeof *smoothed);
-    floats(w->w, w->dtype, 0, (size_t)w->N * w->K, smoothed);
-    scale_inputs(smoothed, w->N, w->K, s);
-    Linear l = round_to_nearest(smoothed, importance, w->N, w->K, group_size);
-    free(smoothed);
-    return l;
-}
+/* The linears that read each SmoothedInput. */
+static const struct { int first, count; } readers[N_SMOOTHED] = {{0, 3}, {4, 2}, {6, 1}};
 
-static double squared_distance(const float *x, const float *y, size_t n) {
-    double sum = 0;
-    for (size_t i = 0; i < n; i++) sum += ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
-    return sum;
-}
+float search_smoothing(const Operations *o, Machine *m, const Linear *w, int n, const float *x,
+                       int T, const float *max, float *y, float *s) {
+    const int K = w->K;
+    float *candidate = allocate(K, sizeof *candidate), *outputs[N_LINEARS];
 
-static void divide(const float *x, const float *s, size_t T, size_t K, float *y) {
-    for (size_t i = 0; i < T * K; i++) y[i] = x[i] / s[i % K];
-}
+    // 1. the float outputs, each linear's [T][N] behind the one before
+    size_t N = 0;
+    for (int i = 0; i < n; N += w[i++].N) outputs[i] = y + T * N;
+    o->zero(m, y, T * N * sizeof *y);
+    for (int i = 0; i < n; i++) o->add_linear(m, &w[i], x, T, outputs[i]);
 
-float search_smoothing(const Linear *w, int n_linears, const float *x, int T, const float *max,
-                       int group_size, float *s) {
-    size_t K = w->K, N = 0;
-    for (int i = 0; i < n_linears; i++) N += w[i].N;
-    float *mean_square = allocate(K, sizeof *s), *importance = allocate(K, sizeof *s);
-    for (size_t i = 0; i < T * K; i++) mean_square[i % K] += x[i] * x[i] / T;
-    float *target = allocate(T * N, sizeof *target), *output = allocate(T * N, sizeof *output);
-    float *smoothed = allocate(T * K, sizeof *smoothed), *end = target;
-    for (int i = 0; i < n_linears; end += (size_t)T * w[i++].N) linear(&w[i], x, T, end);
-
-    float best_t = max_magnitude(max, K);
+    // 2. all thresholds, from one that smooths nothing downwards
+    float best_t = 0;
+    for (int k = 0; k < K; k++) best_t = max[k] > best_t ? max[k] : best_t;
     double least = INFINITY;
     for (float t = best_t; t > 0.1f; t *= 0.8f) {
-        smoothing_scales(max, K, t, s);
-        divide(x, s, T, K, smoothed);
-        for (size_t k = 0; k < K; k++) importance[k] = mean_square[k] / (s[k] * s[k]);
-        end = output;
-        for (int i = 0; i < n_linears; end += (size_t)T * w[i++].N) {
-            Linear candidate = quantize_smoothed(&w[i], s, importance, group_size);
-            linear(&candidate, smoothed, T, end);
-            linear_free(&candidate);
-        }
-        double distance = squared_distance(output, target, T * N);
+        smoothing_scales(max, K, t, candidate);
+        o->copy(m, s, candidate, K * sizeof *s);
+        double distance = 0;
+        for (int i = 0; i < n; i++) distance += o->smoothed_distance(m, &w[i], x, T, s, outputs[i]);
         if (distance < least) least = distance, best_t = t;
     }
-    smoothing_scales(max, K, best_t, s);
-    free(mean_square);
-    free(importance);
-    free(target);
-    free(output);
-    free(smoothed);
+
+    // 3. the scales of the best one
+    smoothing_scales(max, K, best_t, candidate);
+    o->copy(m, s, candidate, K * sizeof *s);
+    free(candidate);
     return best_t;
 }
 
-/* Which of a layer's linears read each SmoothedInput. */
-static const struct { int first, count; } smoothed[] = {{0, 3}, {4, 2}, {6, 1}};
-
-static void show(const Quantizer *q, int l, int linear) {
-    if (q->method.progress) q->method.progress(l, linear, q->n_layers);
+/* A sample spread evenly over the first windows. It leaves out the first token of each window:
+ * attention sinks there, on massive activations in channels that no other token drives (arXiv
+ * 2402.17762), and s would serve that one token at the cost of all weights. */
+static Sampling sample_of(int n_windows, int length) {
+    int tokens = smaller(n_windows, SEARCH_WINDOWS) * (length - 1);
+    int stride = (tokens - 1) / SEARCH_TOKENS + 1;
+    return (Sampling){length, stride, tokens > 0 ? tokens / stride : 0};
 }
 
-/* The float model's inputs of qkv, gate+up and down in the first windows. */
-static void record_inputs(const Quantizer *q, int l, const Layer *layer, int windows,
-                          float *inputs[3]) {
-    const Config *c = &q->config;
-    State *s = q->s_float;
-    size_t dim = c->dim, hidden = c->hidden_dim, T = q->length;
-    for (size_t w = 0; w < (size_t)windows; w++) {
+/* Runs the first windows through the float layer. Sets the maxima, max[i] [K], and the samples of
+ * the inputs of q, k, v, of gate and up, and of down. */
+static void observe_inputs(Quantizer *q, int l, float *max[N_SMOOTHED]) {
+    const Operations *o = q->o;
+    const Layer *f = &q->float_layer;
+    const int dim = q->config.dim, hidden = q->config.hidden_dim;
+    const Sampling sample = sample_of(q->n, q->length);
+    o->zero(q->m, q->max, (2 * (size_t)dim + hidden) * sizeof *q->max);
+    for (Chunk c = {0}; next_chunk_of(q, smaller(q->n, SEARCH_WINDOWS), &c);) {
         show(q, l, 0);
-        memcpy(s->x, window(q, q->x_float, w), T * dim * sizeof(float));
-        rmsnorm(s->x, layer->attention_norm, T, dim, c->norm_eps, s->xb);
-        memcpy(inputs[SMOOTH_QKV] + w * T * dim, s->xb, T * dim * sizeof(float));
-        attention_block(c, layer, s, 0, T, 0);
-        add_linear(&layer->o, s->att, T, s->xb, s->x);
-        rmsnorm(s->x, layer->ffn_norm, T, dim, c->norm_eps, s->xb);
-        memcpy(inputs[SMOOTH_GATE_UP] + w * T * dim, s->xb, T * dim * sizeof(float));
-        ffn_block(c, layer, s, T);
-        memcpy(inputs[SMOOTH_DOWN] + w * T * hidden, s->gate, T * hidden * sizeof(float));
+        float *x = q->d; // a copy: the stream stays before this layer
+        o->copy(q->m, x, chunk_of(q, q->x_float, c), stream_bytes(q, c));
+
+        // 1. q, k, v
+        o->norm(q->m, x, f->attention_norm, c.T, false, q->f);
+        o->observe(q->m, q->f, c.T, dim, c.first, sample, max[0], q->sample[0]);
+
+        // 2. gate and up, after attention
+        o->inside(q->m, f, false, x, c.T, q->f);
+        o->add_linear(q->m, &f->o, q->f, c.T, x);
+        o->norm(q->m, x, f->ffn_norm, c.T, false, q->f);
+        o->observe(q->m, q->f, c.T, dim, c.first, sample, max[1], q->sample[1]);
+
+        // 3. down
+        o->inside(q->m, f, true, x, c.T, q->f);
+        o->observe(q->m, q->f, c.T, hidden, c.first, sample, max[2], q->sample[2]);
     }
 }
 
-/* Finds the thresholds and folds their scales into the layer. The search leaves out the first token
- * of each window: attention sinks there, on massive activations in channels that no other token
- * drives (arXiv 2402.17762), and s would serve that one token at the cost of all weights. */
-static void smooth(const Quantizer *q, int l, Layer *layer, Smoothing found[3]) {
-    int windows = q->n < SEARCH_WINDOWS ? q->n : SEARCH_WINDOWS, total = windows * q->length;
-    float *inputs[3], *scales[3];
-    for (int i = 0; i < 3; i++)
-        inputs[i] = allocate((size_t)total * layer->linears[smoothed[i].first].K, sizeof(float));
-    record_inputs(q, l, layer, windows, inputs);
-    for (int i = 0; i < 3; i++) {
-        int first = smoothed[i].first, group_size = q->method.group_size;
+/* Finds the thresholds of layer l and folds their scales into it. */
+static void smooth(Quantizer *q, int l, Smoothing found[N_SMOOTHED]) {
+    const int dim = q->config.dim;
+    float *maxima[N_SMOOTHED] = {q->max, q->max + dim, q->max + 2 * dim};
+    observe_inputs(q, l, maxima);
+    for (int i = 0; i < N_SMOOTHED; i++) {
         show(q, l, 0);
-        const Linear *w = &layer->linears[first];
-        size_t K = w->K;
+        // 1. the maxima, on the host
+        const Linear *w = &q->float_layer.linears[readers[i].first];
+        const int K = w->K, T = sample_of(q->n, q->length).n;
         float *max = allocate(K, sizeof *max);
-        scales[i] = allocate(K, sizeof(float));
-        for (size_t j = 0; j < total * K; j++) {
-            float magnitude = fabsf(inputs[i][j]);
-            if (!(magnitude < INFINITY))
-                die("layer %d: the input of %s holds NaN or infinity", l, linear_names[first]);
-            bool is_sink = j / K % q->length == 0;
-            max[j % K] = magnitude > max[j % K] && !is_sink ? magnitude : max[j % K];
-        }
-        // a sample spread evenly over the windows
-        int rest = q->length - 1, T = windows * rest, stride = (T - 1) / SEARCH_TOKENS + 1;
-        T /= stride;
-        for (size_t t = 0; t < (size_t)T; t++) {
-            size_t token = t * stride + t * stride / rest + 1;
-            memmove(inputs[i] + t * K, inputs[i] + token * K, K * sizeof(float));
-        }
-        found[i].t =
-            search_smoothing(w, smoothed[i].count, inputs[i], T, max, group_size, scales[i]);
+        q->o->copy(q->m, max, maxima[i], K * sizeof *max);
+        if (!all_finite(max, K))
+            die("layer %d: the input of %s holds NaN or infinity", l,
+                linear_names[readers[i].first]);
+
+        // 2. the search
+        found[i].t = search_smoothing(q->o, q->m, w, readers[i].count, q->sample[i], T, max, q->y,
+                                      q->scales[i]);
         found[i].n = 0;
-        for (size_t k = 0; k < K; k++) found[i].n += max[k] > found[i].t;
+        for (int k = 0; k < K; k++) found[i].n += max[k] > found[i].t;
         free(max);
     }
-    smooth_layer(layer, scales[0], scales[1], scales[2]);
-    for (int i = 0; i < 3; i++) free(inputs[i]), free(scales[i]);
+    smooth_layer(q->o, q->m, q->scales, &q->float_layer);
 }
 
-/* ---- steps 3 to 5: half a layer at a time, attention (q, k, v inside, o outside) or FFN (gate and
- * up, down). Each linear is calibrated on the int8 inputs X that reach it through the linears
- * quantized before it, and aims back towards the float model. An extension: the published code
- * takes all Hessians from one pass over the float layer. ---- */
-
-/* What GPTQ needs to know of the inputs of one linear, or of several that share them: sums over the
- * calibration tokens; D is the quantized model's residual's distance to the float model's. */
-typedef struct {
-    double *H; // [K][K] X^T X
-    double *C; // [K][K] (F - X)^T X
-    double *R; // [dim][K] D^T X, NULL if the linear does not write to the residual stream
-    int K;
-} Moments;
-
-static Moments moments_new(int K, int dim) {
-    size_t k = K;
-    return (Moments){allocate(k * k, sizeof(double)), allocate(k * k, sizeof(double)),
-                     dim ? allocate(k * dim, sizeof(double)) : NULL, K};
-}
-
-static void moments_free(Moments *m) {
-    free(m->H);
-    free(m->C);
-    free(m->R);
-}
-
-/* Adds one window: f, x [T][K]; with R also the residual streams [T][dim]. x is replaced by its
- * int8 values and f by the difference to them. */
-static void moments_add(Moments *m, float *f, float *x, const float *residual_f,
-                        const float *residual_x, int T, int dim) {
-    size_t K = m->K;
-#pragma omp parallel for
-    for (size_t t = 0; t < (size_t)T; t++) {
-        int8_t a[K];
-        float s_a = quantize_row(x + t * K, K, a);
-        for (size_t k = 0; k < K; k++) {
-            x[t * K + k] = a[k] * s_a;
-            f[t * K + k] -= x[t * K + k];
+static void observe(Machine *m, const float *x, int T, int K, int first, Sampling sample,
+                    float *max, float *rows) {
+    (void)m;
+    for (int t = 0; t < T; t++, x += K) {
+        // 1. i counts tokens without the first ones of windows
+        int token = first + t, i = token - token / sample.length - 1;
+        if (token % sample.length == 0) continue;
+        // 2. maxima
+        for (int k = 0; k < K; k++) {
+            float magnitude = fabsf(x[k]); // NaN stays in the maximum
+            if (max[k] < magnitude || isnan(magnitude)) max[k] = magnitude;
         }
+        // 3. one of every `stride` tokens
+        if (i % sample.stride == 0 && i / sample.stride < sample.n)
+            memcpy(rows + (size_t)(i / sample.stride) * K, x, K * sizeof *x);
     }
-    add_moments(m->H, x, K, x, K, T);
-    add_moments(m->C, f, K, x, K, T);
-    if (!m->R) return;
-    float *distance = allocate((size_t)T * dim, sizeof *distance);
-    for (size_t i = 0; i < (size_t)T * dim; i++) distance[i] = residual_f[i] - residual_x[i];
-    add_moments(m->R, distance, dim, x, K, T);
-    free(distance);
 }
 
-/* The diagonal of H, which weighs the columns in the search of ranges; dead columns get the mean.
- */
-static float *column_importance(const Moments *m, int l, const char *name) {
-    size_t K = m->K;
-    float *importance = allocate(K, sizeof *importance);
-    double mean = 0;
-    for (size_t k = 0; k < K; k++) mean += m->H[k * (K + 1)] / K;
-    if (!(mean < INFINITY)) die("layer %d: the input of %s holds NaN or infinity", l, name);
-    for (size_t k = 0; k < K; k++) {
-        double h = m->H[k * (K + 1)];
-        importance[k] = h > 0 ? h : mean > 0 ? mean : 1;
+static double smoothed_distance(Machine *m, const Linear *w, const float *x, int T, const float *s,
+                                const float *y) {
+    const size_t N = w->N, K = w->K;
+    float *smoothed = allocate(T * K, sizeof *smoothed), *output = allocate(T * N, sizeof *output);
+    float *weights = allocate(N * K, sizeof *weights), *mean = allocate(K, sizeof *mean);
+
+    // 1. X diag(s)^-1, whose mean squares weigh the columns; W diag(s)
+    for (size_t i = 0; i < T * K; i++) {
+        smoothed[i] = x[i] / s[i % K];
+        mean[i % K] += smoothed[i] * smoothed[i] / T;
     }
-    return importance;
-}
+    memcpy(weights, w->w, N * K * sizeof *weights);
+    scale_weights(m, N, K, s, NULL, weights);
 
-/* Quantizes the linears first .. first + count - 1 of layer l, which share their input, from the
- * float layer f to W4A8 in out. */
-static void quantize_linears(const Quantizer *q, const Moments *m, int l, int first, int count,
-                             const Layer *f, Layer *out, Errors *errors) {
-    const Method *method = &q->method;
-    float *importance = m->H ? column_importance(m, l, linear_names[first]) : NULL;
-    const float *weighting = method->mse ? importance : NULL;
-    Inverse inverse;
-    bool compensate = method->gptq && m->H;
-    if (compensate) {
-        inverse = hessian_inverse(m->H, m->K, method->act_order);
-        compensated_importance(&inverse, importance);
-    }
-    for (int i = first; i < first + count; i++) {
-        const float *w = f->linears[i].w;
-        int N = f->linears[i].N, K = f->linears[i].K;
-        show(q, l, i);
-        Linear nearest = round_to_nearest(w, weighting, N, K, method->group_size); // step 3
-        errors[i].before = errors[i].after = m->H ? relative_error(w, &nearest, m->H) : NAN;
-        out->linears[i] = nearest;
-        if (!compensate) continue;
-        float *target = allocate((size_t)N * K, sizeof *target);
-        corrected_target(w, N, &inverse, m->C, m->R, target);                       // step 5
-        out->linears[i] = gptq(target, N, &inverse, weighting, method->group_size); // step 4
-        errors[i].after = relative_error(w, &out->linears[i], m->H);
-        linear_free(&nearest);
-        free(target);
-    }
-    if (compensate) inverse_free(&inverse);
-    free(importance);
-}
+    // 2. their product in W4A8
+    Linear candidate = quantized_new(N, K, m->work.group_size);
+    round_to_nearest(m, weights, mean, &candidate);
+    linear(&candidate, smoothed, T, output);
 
-/* Half a layer with its linears as they are so far, float or quantized. */
-typedef struct {
-    bool ffn;
-    const Layer *layer;
-    const float *norm;     // [dim]
-    const Linear *outside; // the linear that writes to the residual stream
-} Half;
-
-static Half half_of(const Layer *layer, bool ffn) {
-    return ffn ? (Half){true, layer, layer->ffn_norm, &layer->down}
-               : (Half){false, layer, layer->attention_norm, &layer->o};
-}
-
-/* Runs half a layer on x [T][dim] up to the input of the outside linear, which is returned. */
-static float *run_inside(const Quantizer *q, const Half *h, const float *x, State *s) {
-    rmsnorm(x, h->norm, q->length, q->config.dim, q->config.norm_eps, s->xb);
-    if (h->ffn) ffn_block(&q->config, h->layer, s, q->length);
-    else attention_block(&q->config, h->layer, s, 0, q->length, 0);
-    return h->ffn ? s->gate : s->att;
-}
-
-/* Quantizes half of layer l: out's linears, float at first, become W4A8; f stays float. */
-static void quantize_half(const Quantizer *q, int l, const Layer *f, Layer *out, bool ffn,
-                          Errors *errors) {
-    int dim = q->config.dim, T = q->length, first = ffn ? 4 : 0, n_inside = ffn ? 2 : 3;
-    Half half_f = half_of(f, ffn), half_q = half_of(out, ffn);
-    State *s_f = q->s_float, *s_q = q->s_quant;
-    bool calibrate = q->method.gptq || q->method.mse;
-
-    // q, k, v or gate, up: their inputs are the normed residual streams.
-    Moments m = calibrate ? moments_new(dim, 0) : (Moments){0};
-    for (int w = 0; calibrate && w < q->n; w++) {
-        show(q, l, first);
-        rmsnorm(window(q, q->x_float, w), half_f.norm, T, dim, q->config.norm_eps, s_f->xb);
-        rmsnorm(window(q, q->x_quant, w), half_q.norm, T, dim, q->config.norm_eps, s_q->xb);
-        moments_add(&m, s_f->xb, s_q->xb, NULL, NULL, T, 0);
-    }
-    quantize_linears(q, &m, l, first, n_inside, f, out, errors);
-    moments_free(&m);
-
-    // o or down: its input has passed the linears just quantized.
-    m = calibrate ? moments_new(half_f.outside->K, dim) : (Moments){0};
-    for (int w = 0; w < q->n; w++) {
-        show(q, l, first + n_inside);
-        float *x_f = window(q, q->x_float, w), *x_q = window(q, q->x_quant, w);
-        float *in_f = run_inside(q, &half_f, x_f, s_f);
-        memcpy(s_f->x, x_f, (size_t)T * dim * sizeof *x_f);
-        add_linear(half_f.outside, in_f, T, s_f->xb, x_f); // the float model is done with this half
-        if (!calibrate) continue;
-        float *in_q = run_inside(q, &half_q, x_q, s_q);
-        moments_add(&m, in_f, in_q, s_f->x, x_q, T, dim);
-    }
-    quantize_linears(q, &m, l, first + n_inside, 1, f, out, errors);
-    moments_free(&m);
-
-    // The quantized model's residual stream.
-    for (int w = 0; w < q->n; w++) {
-        show(q, l, first + n_inside);
-        float *x_q = window(q, q->x_quant, w);
-        float *in_q = run_inside(q, &half_q, x_q, s_q);
-        add_linear(half_q.outside, in_q, T, s_q->xb, x_q);
-    }
+    // 3. the squared distance to the float output
+    double sum = 0;
+    for (size_t i = 0; i < T * N; i++)
+        sum += ((double)output[i] - y[i]) * ((double)output[i] - y[i]);
+    linear_free(&candidate);
+    free(smoothed);
+    free(output);
+    free(weights);
+    free(mean);
+    return sum;
 }
 
 /* ---- step 3: the scales of a weight row
@@ -1172,7 +1326,8 @@ static void quantize_half(const Quantizer *q, int l, const Layer *f, Layer *out,
  *   range = max|w|,  or the range p max|w| that minimizes  sum_k h_k (w_k - q_k scale)^2,
  *
  * h_k = H_kk, the mean square of input channel k on the calibration tokens: the error that the
- * rounding of w_k alone adds to the output; with GPTQ see compensated_importance(). ---- */
+ * rounding of w_k alone adds to the output. If GPTQ follows, h_k = sqrt(H_kk) / U_kk, see
+ * compensated_importance(). The range of a row gives s_channel, in groups also s_group. ---- */
 
 static float clamp(float x, float low, float high) {
     return x < low ? low : x > high ? high : x;
@@ -1199,23 +1354,9 @@ static float unit_of(float max) {
     return ldexpf(1.0f, -ilogbf(max));
 }
 
-/* s_channel of a row without groups: range / 7, range = p max|w|, p = 1, .99 .. .21. */
-static float search_channel_scale(const float *w, const float *importance, int K) {
-    float max = max_magnitude(w, K), unit = unit_of(max), best_scale = max / 7;
-    float least = INFINITY;
-    for (int i = 0; i < 80; i++) {
-        float scale = (1.0f - i / 100.0f) * max / 7, error = 0.0f;
-        for (int k = 0; k < K; k += GROUP)
-            error += rounding_error(w + k, importance + k, K - k < GROUP ? K - k : GROUP, scale, -7,
-                                    unit);
-        if (error < least) least = error, best_scale = scale;
-    }
-    return best_scale;
-}
-
 /* The plain choice with groups: s_channel = max|w| 2/225, s_group = rint(max|w_g| 2/15 /
- * s_channel).
- */
+ * s_channel). So the group of the largest weight has 15 steps of s_channel per code, and 7.5 codes
+ * reach the weight. */
 static float plain_group_scales(const float *w, int K, uint8_t *s_group) {
     float scale = max_magnitude(w, K) / 225 * 2; // in this order nothing overflows
     for (int g = 0; g < K / GROUP; g++)
@@ -1223,27 +1364,35 @@ static float plain_group_scales(const float *w, int K, uint8_t *s_group) {
     return scale;
 }
 
-/* s_channel of a row with groups: p max|w| 2/225, p = 1, 39/40 .. 17/40, each with the best s_group
- * [K/128]; of equals the larger p and the smaller s_group. */
-static float search_group_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
-    float max = max_magnitude(w, K), best_scale = plain_group_scales(w, K, s_group);
-    float least = INFINITY, unit = unit_of(max);
-    uint8_t candidate[K / GROUP];
-    for (int i = 0; i < 24; i++) {
-        float scale = (1.0f - i / 40.0f) * max / 225 * 2, total = 0.0f;
-        for (int g = 0; g < K / GROUP; g++) {
+/* s_channel of a row: without groups p max|w| / 7, p = 1, .99 .. .21; with groups p max|w| 2/225,
+ * p = 1, 39/40 .. 17/40, each with the best s_group [K/128]. Of equals the larger p and the smaller
+ * s_group. */
+static float search_scales(const float *w, const float *importance, int K, uint8_t *s_group) {
+    const int candidates = s_group ? 24 : 80, integers = s_group ? 15 : 1;
+    const float steps = s_group ? 40 : 100, low = s_group ? -8 : -7;
+    float max = max_magnitude(w, K), unit = unit_of(max), least = INFINITY;
+    float best_scale = s_group ? plain_group_scales(w, K, s_group) : max / 7;
+    uint8_t candidate[K / GROUP + 1];
+    for (int i = 0; i < candidates; i++) {
+        float scale = (1.0f - i / steps) * max / (s_group ? 225 : 7) * (s_group ? 2 : 1);
+        float total = 0.0f;
+
+        // Under this s_channel each group has a best s_group of its own.
+        for (int k = 0; k < K; k += GROUP) {
             float group_least = INFINITY;
-            for (int s = 1; s <= 15; s++) {
-                float error = rounding_error(w + g * GROUP, importance + g * GROUP, GROUP,
-                                             s * scale, -8, unit);
-                if (error < group_least) group_least = error, candidate[g] = s;
+            for (int s = 1; s <= integers; s++) {
+                float error = rounding_error(w + k, importance + k, smaller(GROUP, K - k),
+                                             s * scale, low, unit);
+                if (error < group_least) group_least = error, candidate[k / GROUP] = s;
             }
             total += group_least;
         }
+
+        // The s_channel of least total error wins, with its groups.
         if (total < least) {
             least = total;
             best_scale = scale;
-            memcpy(s_group, candidate, sizeof candidate);
+            if (s_group) memcpy(s_group, candidate, K / GROUP);
         }
     }
     return best_scale;
@@ -1255,25 +1404,24 @@ float choose_scales(const float *w, const float *importance, int K, uint8_t *s_g
         if (s_group) memset(s_group, 1, K / GROUP);
         return 1.0f;
     }
-    if (importance && s_group) return search_group_scales(w, importance, K, s_group);
-    if (importance) return search_channel_scale(w, importance, K);
+    if (importance) return search_scales(w, importance, K, s_group);
     return s_group ? plain_group_scales(w, K, s_group) : max / 7;
 }
 
-Linear round_to_nearest(const float *w, const float *importance, int N, int K, int group_size) {
-    Linear l = quantized_new(N, K, group_size);
+static void round_to_nearest(Machine *m, const float *w, const float *importance, Linear *l) {
+    (void)m;
+    const size_t N = l->N, K = l->K;
 #pragma omp parallel for schedule(dynamic)
-    for (size_t n = 0; n < (size_t)N; n++) {
+    for (size_t n = 0; n < N; n++) {
         int8_t q[K];
-        uint8_t *s_group = groups_of(&l, n);
+        uint8_t *s_group = groups_of(l, n);
         float s_channel = choose_scales(w + n * K, importance, K, s_group);
-        for (int k = 0; k < K; k++)
+        for (size_t k = 0; k < K; k++)
             q[k] = nearest_code(w[n * K + k], s_channel * (s_group ? s_group[k / GROUP] : 1),
-                                lowest_code(&l));
-        pack_row(q, K, codes_of(&l, n));
-        l.s_channel[n] = s_channel;
+                                lowest_code(l));
+        pack_row(q, K, codes_of(l, n));
+        l->s_channel[n] = s_channel;
     }
-    return l;
 }
 
 /* ---- step 4: GPTQ
@@ -1282,169 +1430,414 @@ Linear round_to_nearest(const float *w, const float *importance, int N, int K, i
  *   H^-1 = U^T U, U upper triangular;   for column i:  e = (w_i - q_i) / U_ii,
  *   w_j <- w_j - e U_ij for j > i
  *
- * After each rounding the columns that are still free move to make up for its effect on the
- * output. GPTQ, arXiv 2210.17323, where H is 2 X X^T; no factor changes the result. ---- */
+ * If the weights of a row are off by d, the output is off by X d^T, squared and summed d H d^T.
+ * Rounding column i fixes d_i. The columns behind it are free to make up for that: d H d^T is least
+ * if they move by d_j = d_i B_ij / B_ii, B the inverse of H without the columns before i. Nobody
+ * has to invert that many matrices: B_ij / B_ii = U_ij / U_ii for all i at once. Columns of large
+ * inputs are rounded first, while many others are free (act-order). Damping keeps H invertible if
+ * tokens are few. GPTQ, arXiv 2210.17323, where H is 2 X X^T; no factor changes the result. ---- */
 
-int *column_order(const double *diagonal, int n, bool act_order) {
-    size_t K = n;
-    int *order = allocate(K, sizeof *order);
-    for (size_t i = 0; i < K; i++) { // insertion from the right place, found by bisection
-        size_t low = 0, high = act_order ? i : 0;
+/* Indices of diagonal [n] by falling value, equal ones from left to right; or all from left to
+ * right. */
+static void column_order(const double *diagonal, int n, bool act_order, int *order) {
+    for (int i = 0; i < n; i++) { // insertion at the right index, found by bisection
+        int low = act_order ? 0 : i, high = i;
         while (low < high) {
-            size_t middle = (low + high) / 2;
+            int middle = (low + high) / 2;
             if (diagonal[order[middle]] >= diagonal[i]) low = middle + 1;
             else high = middle;
         }
-        if (!act_order) low = i;
         memmove(order + low + 1, order + low, (i - low) * sizeof *order);
         order[low] = i;
     }
-    return order;
+}
+
+/* H_kk is what rounding column k costs in the output if all others stay as they are; 1 / U_kk^2 is
+ * what is left of the cost when the columns behind it make up for it. This is their geometric
+ * mean. */
+void compensated_importance(const int *order, const double *diagonal, int K, float *importance) {
+    for (int i = 0; i < K; i++) {
+        float *h = &importance[order[i]];
+        *h = sqrt(*h) / diagonal[i];
+    }
+}
+
+void invert_hessian(const Operations *o, Machine *m, const Sums *H, const double *diagonal,
+                    bool act_order, Inverse *inverse, float *importance) {
+    const int K = inverse->K;
+    int *order = allocate(K, sizeof *order);
+    double mean = 0, *u = allocate(K, sizeof *u);
+    // 1. the order of the columns
+    for (int k = 0; k < K; k++) mean += diagonal[k] / K;
+    column_order(diagonal, K, act_order, order);
+    o->copy(m, inverse->order, order, K * sizeof *order);
+    // 2. U
+    if (!o->invert(m, H, mean > 0 ? mean : 1, DAMPING * mean, inverse, u))
+        die("a Hessian is not positive definite: are the activations finite?");
+    if (importance) compensated_importance(order, u, K, importance);
+    free(order);
+    free(u);
+}
+
+static bool invert_damped(Machine *m, const Sums *sums, double dead, double damping,
+                          Inverse *inverse, double *diagonal) {
+    (void)m;
+    const double *H = (const double *)sums;
+    const size_t K = inverse->K;
+    // 1. V = the damped H above its diagonal, columns in order
+    double *V = allocate(K * K, sizeof *V);
+    for (size_t i = 0; i < K; i++) {
+        const double *row = H + inverse->order[i] * K;
+        for (size_t j = i; j < K; j++) V[i * K + j] = row[inverse->order[j]];
+        if (V[i * (K + 1)] == 0) V[i * (K + 1)] = dead;
+        V[i * (K + 1)] += damping;
+    }
+    // 2. H = V V^T, so H^-1 = U^T U with U = V^-1
+    bool positive = factor(V, K);
+    if (positive) invert(V, K, inverse->U);
+    for (size_t i = 0; i < K && positive; i++) diagonal[i] = inverse->U[i * (K + 1)];
+    free(V);
+    return positive;
 }
 
 enum { SIDE = 16 }; // rows that go through GPTQ side by side, each in a lane of its own
 
-/* The column loop. w [K][SIDE], columns in the order of U, is used up; scale [groups][SIDE], group
- * [K] the group of each column; q [K][SIDE]. */
-static void gptq_columns(double *w, const double *U, size_t K, const float *scale, const int *group,
-                         float low, int8_t *q) {
+/* The column loop for rows n0 .. n0 + rows - 1 of l, whose scales are set. w [K][SIDE], columns in
+ * the order of U, is used up; codes [SIDE][K] in the order of the file. */
+static void gptq_columns(double *w, const Inverse *inverse, const Linear *l, size_t n0, int rows,
+                         int8_t *codes) {
+    const size_t K = l->K;
+    double e[SIDE] = {0};
     for (size_t i = 0; i < K; i++) {
-        double e[SIDE];
-        for (int r = 0; r < SIDE; r++) {
-            float s = scale[group[i] * SIDE + r];
-            float code = nearest_code(w[i * SIDE + r], s, low);
-            q[i * SIDE + r] = code;
-            e[r] = (w[i * SIDE + r] - (double)code * s) / U[i * K + i];
+        // 1. round column i; e is its error over U_ii
+        const double *U = inverse->U + i * K;
+        const int k = inverse->order[i];
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *s_group = groups_of(l, n0 + r);
+            float scale = l->s_channel[n0 + r] * (s_group ? s_group[k / GROUP] : 1);
+            float code = nearest_code(w[i * SIDE + r], scale, lowest_code(l));
+            codes[r * K + k] = code;
+            e[r] = (w[i * SIDE + r] - (double)code * scale) / U[i];
         }
+
+        // 2. the columns behind it make up for the error
         for (size_t j = i + 1; j < K; j++)
-            for (int r = 0; r < SIDE; r++) w[j * SIDE + r] -= e[r] * U[i * K + j];
+            for (int r = 0; r < SIDE; r++) w[j * SIDE + r] -= e[r] * U[j];
     }
 }
 
-Inverse hessian_inverse(const double *H, int K, bool act_order) {
-    size_t n = K;
-    double mean = 0, *V = allocate(n * n, sizeof *V), *diagonal = allocate(n, sizeof *diagonal);
-    for (size_t i = 0; i < n; i++) {
-        diagonal[i] = H[i * (n + 1)];
-        mean += diagonal[i] / n;
-    }
-    Inverse inverse = {K, column_order(diagonal, n, act_order), allocate(n * n, sizeof *V)};
-    free(diagonal);
-    for (size_t i = 0; i < n; i++) {
-        const double *row = H + inverse.order[i] * n;
-        for (size_t j = i; j < n; j++) V[i * n + j] = row[inverse.order[j]];
-        if (V[i * (n + 1)] == 0) V[i * (n + 1)] = mean > 0 ? mean : 1; // a dead column
-        V[i * (n + 1)] += DAMPING * mean;
-    }
-    if (!factor(V, n)) die("a Hessian is not positive definite: are the activations finite?");
-    invert(V, n, inverse.U);
-    free(V);
-    return inverse;
-}
-
-void inverse_free(Inverse *inverse) {
-    free(inverse->order);
-    free(inverse->U);
-}
-
-void compensated_importance(const Inverse *inverse, float *importance) {
-    for (size_t i = 0, K = inverse->K; i < K; i++) {
-        float *h = &importance[inverse->order[i]];
-        *h = sqrt(*h) / inverse->U[i * (K + 1)];
-    }
-}
-
-Linear gptq(const float *w, int n_rows, const Inverse *inverse, const float *importance,
-            int group_size) {
-    size_t N = n_rows, K = inverse->K;
-    const int *order = inverse->order;
-    Linear l = quantized_new(N, K, group_size);
-    int groups = l.s_group ? K / GROUP : 1, *group = allocate(K, sizeof *group);
-    for (size_t i = 0; i < K; i++) group[i] = l.s_group ? order[i] / GROUP : 0;
+static void gptq(Machine *m, const float *w, const Inverse *inverse, const float *importance,
+                 Linear *l) {
+    (void)m;
+    const size_t N = l->N, K = l->K;
 #pragma omp parallel for schedule(dynamic)
     for (size_t n0 = 0; n0 < N; n0 += SIDE) {
-        size_t rows = N - n0 < SIDE ? N - n0 : SIDE;
+        int rows = smaller(N - n0, SIDE);
         double *lanes = allocate(K * SIDE, sizeof *lanes);
-        int8_t *q = allocate(K * SIDE, sizeof *q), *row = allocate(K, sizeof *row);
-        float *scale = allocate((size_t)groups * SIDE, sizeof *scale);
-        for (size_t i = 0; i < (size_t)groups * SIDE; i++) scale[i] = 1.0f; // of unused lanes
-        for (size_t r = 0; r < rows; r++) {
-            const float *w_row = w + (n0 + r) * K;
-            uint8_t *s_group = groups_of(&l, n0 + r);
-            float s_channel = choose_scales(w_row, importance, K, s_group);
-            l.s_channel[n0 + r] = s_channel;
-            for (int g = 0; g < groups; g++)
-                scale[g * SIDE + r] = s_channel * (s_group ? s_group[g] : 1);
-            for (size_t i = 0; i < K; i++) lanes[i * SIDE + r] = w_row[order[i]];
+        int8_t *codes = allocate(K * SIDE, sizeof *codes);
+
+        // 1. scales of the rows as they are before rounding; a row becomes a lane, columns in order
+        for (int r = 0; r < rows; r++) {
+            const float *row = w + (n0 + r) * K;
+            l->s_channel[n0 + r] = choose_scales(row, importance, K, groups_of(l, n0 + r));
+            for (size_t i = 0; i < K; i++) lanes[i * SIDE + r] = row[inverse->order[i]];
         }
-        gptq_columns(lanes, inverse->U, K, scale, group, lowest_code(&l), q);
-        for (size_t r = 0; r < rows; r++) {
-            for (size_t i = 0; i < K; i++) row[order[i]] = q[i * SIDE + r];
-            pack_row(row, K, codes_of(&l, n0 + r));
-        }
+
+        // 2. the columns, one by one
+        gptq_columns(lanes, inverse, l, n0, rows, codes);
+        for (int r = 0; r < rows; r++) pack_row(codes + r * K, K, codes_of(l, n0 + r));
         free(lanes);
-        free(q);
-        free(row);
-        free(scale);
+        free(codes);
     }
-    free(group);
-    return l;
 }
 
-/* ---- step 5: what GPTQ aims at,   W + 1/2 (W C + R) (H + damping)^-1 ---- */
+static double relative_error(Machine *m, const float *w, const Linear *l, const Sums *H) {
+    (void)m;
+    const size_t N = l->N, K = l->K;
+    // 1. H in float32; it is symmetric, so x H = x H^T is a linear
+    float *h = allocate(K * K, sizeof *h);
+    float *e = allocate(N * K, sizeof *e), *product = allocate(N * K, sizeof *product);
+    for (size_t i = 0; i < K * K; i++) h[i] = ((const double *)H)[i];
 
-void corrected_target(const float *w, int n_rows, const Inverse *inverse, const double *C,
-                      const double *R, float *target) {
-    size_t N = n_rows, K = inverse->K;
+    // 2. E
+    for (size_t n = 0; n < N; n++) dequantize_row(l, n, e + n * K);
+    for (size_t i = 0; i < N * K; i++) e[i] -= w[i];
+
+    // 3. tr(A H A^T) is the sum over all elements of A times A H; for E, and for W
+    double squares[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        const float *a = i ? w : e;
+        linear(&(Linear){.N = K, .K = K, .dtype = F32, .w = h}, a, N, product);
+        for (size_t j = 0; j < N * K; j++) squares[i] += (double)a[j] * product[j];
+    }
+    free(h);
+    free(e);
+    free(product);
+    bool zero = !(squares[0] > 0 && squares[1] > 0); // rounding may leave less than 0
+    return zero ? 0 : sqrt(squares[0] / squares[1]);
+}
+
+/* ---- step 5: what GPTQ aims at
+ *
+ *   W' = W + 1/2 M (H + damping)^-1,   M = (D + (F - X) W^T)^T X
+ *
+ * With its own inputs X the linear gives X W^T, and o or down add it to a residual stream that is
+ * off by D already. D + (F - X) W^T is all that is missing to the float model's; least squares from
+ * X to it is M H^-1. Linears inside have no residual stream to mend: D is 0, M = W C, and one C
+ * serves all that share their input. Half of the step generalizes better than the whole one, which
+ * is GPTAQ's (arXiv 2504.02692). ---- */
+
+static void correct(Machine *m, const float *w, int n_rows, const Sums *C, const Sums *M,
+                    const Inverse *inverse, float *target) {
+    (void)m;
+    const size_t N = n_rows, K = inverse->K;
     const int *order = inverse->order;
+    const double *U = inverse->U, *c = (const double *)C;
 #pragma omp parallel
     {
-        double *m = allocate(K, sizeof *m), *p = allocate(K, sizeof *p);
+        double *p = allocate(K, sizeof *p), *t = allocate(K, sizeof *t);
 #pragma omp for
         for (size_t n = 0; n < N; n++) {
-            for (size_t j = 0; j < K; j++) m[j] = R ? R[n * K + j] : 0;
-            for (size_t k = 0; k < K; k++)
-                for (size_t j = 0; j < K; j++) m[j] += w[n * K + k] * C[k * K + j];
-            // m (H + damping)^-1 = (m U^T) U, in the order of U
-            for (size_t j = 0; j < K; j++) p[j] = m[order[j]];
-            for (size_t i = 0; i < K; i++) m[i] = dot_double(inverse->U + i * K + i, p + i, K - i);
+            // 1. row n of M, or of W C, in the order of U
+            for (size_t j = 0; j < K; j++) t[j] = M ? ((const double *)M)[n * K + j] : 0;
+            for (size_t k = 0; k < K && C; k++)
+                for (size_t j = 0; j < K; j++) t[j] += w[n * K + k] * c[k * K + j];
+            for (size_t j = 0; j < K; j++) p[j] = t[order[j]];
+
+            // 2. t = p U^T, p = t U
+            for (size_t i = 0; i < K; i++) t[i] = dot_double(U + i * K + i, p + i, K - i);
             memset(p, 0, K * sizeof *p);
             for (size_t i = 0; i < K; i++)
-                for (size_t j = i; j < K; j++) p[j] += m[i] * inverse->U[i * K + j];
+                for (size_t j = i; j < K; j++) p[j] += t[i] * U[i * K + j];
+
+            // 3. half the step
             for (size_t j = 0; j < K; j++)
                 target[n * K + order[j]] = w[n * K + order[j]] + CORRECTION * p[j];
         }
-        free(m);
         free(p);
+        free(t);
     }
 }
 
-double relative_error(const float *w, const Linear *quantized, const double *H) {
-    enum { ROWS_AT_ONCE = 64 }; // of weights, and of errors
-    size_t N = quantized->N, K = quantized->K;
-    float *rows = allocate(2 * ROWS_AT_ONCE * K, sizeof *rows);
-    float *products = allocate(2 * ROWS_AT_ONCE * K, sizeof *products);
-    float *h = allocate(K * K, sizeof *h); // symmetric: H^T = H
-    for (size_t i = 0; i < K * K; i++) h[i] = H[i];
-    const Linear times_h = {.N = K, .K = K, .dtype = F32, .w = h};
-    double error = 0, total = 0;
-    for (size_t first = 0; first < N; first += ROWS_AT_ONCE) {
-        size_t n_rows = N - first < ROWS_AT_ONCE ? N - first : ROWS_AT_ONCE;
-        float *errors = rows + n_rows * K;
-        memcpy(rows, w + first * K, n_rows * K * sizeof *rows);
-        for (size_t n = 0; n < n_rows; n++) dequantize_row(quantized, first + n, errors + n * K);
-        for (size_t i = 0; i < n_rows * K; i++) errors[i] -= rows[i];
-        linear(&times_h, rows, 2 * n_rows, products);
-        for (size_t i = 0; i < n_rows * K; i++) {
-            total += (double)rows[i] * products[i];
-            error += (double)errors[i] * products[n_rows * K + i];
-        }
+/* ---- the quantizer's memory: one layer at a time, and the residual streams ---- */
+
+/* An array that is to live until quantizer_free(). */
+static void *array(Quantizer *q, size_t count, size_t size) {
+    size_t bytes = (count * size + 255) / 256 * 256;
+    q->bytes += bytes;
+    return q->planning || !bytes ? NULL : q->o->array(q->m, bytes, false);
+}
+
+/* A layer, float and W4A8. The W4A8 linears lie one behind the other: so q, k, v can be multiplied
+ * as one matrix. */
+static void layer_arrays(Quantizer *q) {
+    Layer *f = &q->float_layer, *quantized = &q->quantized;
+    size_t total = 0, rows = 0;
+    // 1. float weights, and the norms of both
+    for (int k = 0; k < N_LINEARS; k++) {
+        Linear w = {.dtype = F32};
+        linear_shape(&q->config, k, &w.N, &w.K);
+        w.w = array(q, (size_t)w.N * w.K, sizeof(float));
+        f->linears[k] = w;
+        total += (size_t)w.N * w.K;
+        rows += w.N;
+    }
+    f->attention_norm = quantized->attention_norm = array(q, q->config.dim, sizeof(float));
+    f->ffn_norm = quantized->ffn_norm = array(q, q->config.dim, sizeof(float));
+    // 2. W4A8
+    uint8_t *codes = array(q, total / 2, 1), *s_group = NULL;
+    float *s_channel = array(q, rows, sizeof *s_channel);
+    if (q->method.group_size > 0) s_group = array(q, total / GROUP, 1);
+    for (int k = 0; k < N_LINEARS && !q->planning; k++) {
+        int N = f->linears[k].N, K = f->linears[k].K;
+        quantized->linears[k] = (Linear){N, K, U8, false, NULL, codes, s_channel, s_group};
+        codes += (size_t)N * K / 2;
+        s_channel += N;
+        if (s_group) s_group += (size_t)N * K / GROUP;
+    }
+}
+
+/* Makes all arrays, or counts their bytes. */
+static void make_arrays(Quantizer *q, const Workload *work) {
+    const Layer *f = &q->float_layer;
+    const size_t dim = q->config.dim, hidden = q->config.hidden_dim, T = work->T;
+    const size_t stream = (size_t)q->n * q->length * dim;
+    const bool gptq = q->calibrate && q->method.gptq;
+    size_t K = 0, N = 0, weights = 0; // the largest of all linears
+
+    // 1. what the machine needs for itself; a layer
+    q->bytes = q->o->start_bytes ? q->o->start_bytes(work) : 0;
+    layer_arrays(q);
+    for (int k = 0; k < N_LINEARS; k++) {
+        const size_t n = f->linears[k].N, inputs = f->linears[k].K;
+        N = n > N ? n : N;
+        K = inputs > K ? inputs : K;
+        weights = n * inputs > weights ? n * inputs : weights;
+    }
+
+    // 2. the residual streams, or what is staged of those on the host
+    float **streams[] = {&q->x_float, &q->x_quant};
+    for (int i = 0; i < 2; i++) {
+        if (q->outside) q->staged[i] = array(q, T * dim, sizeof(float));
+        if (!q->outside) *streams[i] = array(q, stream, sizeof(float));
+        else if (!q->planning) *streams[i] = q->o->array(q->m, stream * sizeof(float), true);
+    }
+
+    // 3. one linear; a chunk
+    q->codes = (Linear){.dtype = U8, .qweight = array(q, weights / 2, 1)};
+    q->codes.s_channel = array(q, N, sizeof(float));
+    if (q->method.group_size > 0) q->codes.s_group = array(q, weights / GROUP, 1);
+    q->target = array(q, gptq ? weights : 0, sizeof(float));
+    q->f = array(q, T * K, sizeof(float));
+    q->x = array(q, T * K, sizeof(float));
+    q->d = array(q, T * dim, sizeof(float));
+
+    // 4. moments
+    q->H = array(q, q->calibrate ? K * K : 0, q->o->sum_bytes);
+    q->C = array(q, gptq ? dim * dim : 0, q->o->sum_bytes);
+    q->M = array(q, gptq ? dim * K : 0, q->o->sum_bytes);
+    q->inverse.U = array(q, gptq ? K * K : 0, sizeof(double));
+    q->inverse.order = array(q, K, sizeof(int));
+    q->importance = array(q, K, sizeof(float));
+
+    // 5. rotation and smoothing
+    const size_t qkv = f->q.N + f->k.N + f->v.N, searched = work->searched;
+    q->signs = array(q, dim, 1);
+    q->max = array(q, 2 * dim + hidden, sizeof(float));
+    for (int i = 0; i < N_SMOOTHED; i++) {
+        size_t inputs = i == SMOOTH_DOWN ? hidden : dim;
+        q->scales[i] = array(q, inputs, sizeof(float));
+        q->sample[i] = array(q, searched * inputs, sizeof(float));
+    }
+    q->y = array(q, searched * (qkv > 2 * hidden ? qkv : 2 * hidden), sizeof(float));
+}
+
+/* The streams are in the machine's memory if all fits there, or else on the host; then, if need be,
+ * fewer windows make a chunk. */
+static Workload plan(Quantizer *q, size_t limit) {
+    const Operations *o = q->o;
+    const size_t available = o->free_bytes ? o->free_bytes() : SIZE_MAX;
+    const bool limited = limit && limit < available;
+    Workload work = {q->config, q->method.group_size, q->length, 0, 0};
+    if (q->method.smooth) work.searched = sample_of(q->n, q->length).n;
+    if (!limited) limit = available;
+    // Count, and make do with less until it fits.
+    q->chunk = smaller(q->n, q->length < o->chunk_tokens ? o->chunk_tokens / q->length : 1);
+    for (q->planning = true; q->planning;) {
+        work.T = q->chunk * q->length;
+        make_arrays(q, &work);
+        if (q->bytes <= limit) q->planning = false;
+        else if (!q->outside) q->outside = true;
+        else if (q->chunk > 1) q->chunk /= 2;
+        else
+            die("a layer with windows of %d tokens needs %.2f GB of %s, %s %.2f GB", q->length,
+                q->bytes / 1e9, o->memory, limited ? "-M allows" : "free are", limit / 1e9);
+    }
+    return work;
+}
+
+/* Both residual streams begin with the embedding's rows of the tokens. */
+static void embed_windows(Quantizer *q, const Linear *embedding, const int *tokens) {
+    const size_t dim = q->config.dim;
+    float *rows = allocate((size_t)q->chunk * q->length * dim, sizeof *rows);
+    for (Chunk c = {0}; next_chunk_of(q, q->n, &c);) {
+#pragma omp parallel for
+        for (int t = 0; t < c.T; t++)
+            floats(embedding->w, embedding->dtype, tokens[c.first + t] * dim, dim, rows + t * dim);
+        q->o->copy(q->m, q->x_float + c.first * dim, rows, stream_bytes(q, c));
+        q->o->copy(q->m, q->x_quant + c.first * dim, rows, stream_bytes(q, c));
     }
     free(rows);
-    free(products);
-    free(h);
-    return total > 0 && error > 0 ? sqrt(error / total) : 0; // rounding may leave less than 0
 }
+
+Quantizer *quantizer_new(const Config *c, const Method *method, const Operations *o,
+                         const Linear *embedding, const int *tokens, int n_windows, int length,
+                         size_t limit) {
+    Quantizer *q = allocate(1, sizeof *q);
+    *q = (Quantizer){.o = o, .method = *method, .config = *c, .n = n_windows, .length = length};
+    q->calibrate = n_windows && (method->gptq || method->mse);
+    Workload work = plan(q, limit);
+    q->m = o->start(&work);
+    make_arrays(q, &work);
+    if (method->signs) o->copy(q->m, q->signs, method->signs, c->dim);
+    if (n_windows) embed_windows(q, embedding, tokens);
+    return q;
+}
+
+void quantizer_free(Quantizer *q) {
+    q->o->stop(q->m);
+    free(q);
+}
+
+void quantizer_report(const Quantizer *q, FILE *out) {
+    if (q->o->memory)
+        fprintf(out, "%.2f GB of %s%s\n", q->bytes / 1e9, q->o->memory,
+                q->outside ? ", calibration in host memory" : "");
+}
+
+static Machine *start_cpu(const Workload *work) {
+    Machine *m = allocate(1, sizeof *m);
+    m->work = *work;
+    Config one_layer = work->config;
+    one_layer.n_layers = 1;
+    if (work->T) m->state = state_new(&one_layer, work->length, work->length, 16);
+    return m;
+}
+
+static void stop_cpu(Machine *m) {
+    for (int i = 0; i < m->n_arrays; i++) free(m->arrays[i]);
+    state_free(m->state);
+    free(m);
+}
+
+static void *cpu_array(Machine *m, size_t bytes, bool on_host) {
+    (void)on_host;
+    return m->arrays[m->n_arrays++] = allocate(bytes, 1);
+}
+
+static void copy_bytes(Machine *m, void *to, const void *from, size_t bytes) {
+    (void)m;
+    memcpy(to, from, bytes);
+}
+
+static void zero_bytes(Machine *m, void *to, size_t bytes) {
+    (void)m;
+    memset(to, 0, bytes);
+}
+
+/* linear() reads a quantized linear as a file has it. */
+static void copy_linear(Machine *m, const Linear *l, Linear *to) {
+    (void)m;
+    size_t n = (size_t)l->N * l->K;
+    memcpy(to->qweight, l->qweight, n / 2);
+    memcpy(to->s_channel, l->s_channel, l->N * sizeof(float));
+    if (l->s_group) memcpy(to->s_group, l->s_group, n / GROUP);
+}
+
+const Operations cpu_operations = {.sum_bytes = sizeof(double),
+                                   .chunk_tokens = 2048,
+                                   .start = start_cpu,
+                                   .stop = stop_cpu,
+                                   .array = cpu_array,
+                                   .copy = copy_bytes,
+                                   .zero = zero_bytes,
+                                   .read = read_floats,
+                                   .rotate = rotate,
+                                   .scale = scale_weights,
+                                   .norm = norm_rows,
+                                   .inside = run_inside,
+                                   .add_linear = run_outside,
+                                   .subtract = subtract,
+                                   .observe = observe,
+                                   .smoothed_distance = smoothed_distance,
+                                   .add_moments = sum_moments,
+                                   .complete = copy_diagonal,
+                                   .invert = invert_damped,
+                                   .round_to_nearest = round_to_nearest,
+                                   .correct = correct,
+                                   .gptq = gptq,
+                                   .relative_error = relative_error,
+                                   .arrange = copy_linear};
 
 /* ============================================================================================
  * 4  The same, faster

@@ -267,12 +267,16 @@ void linears(const Linear *w, int n, const float *x, int T, float *const *y);
 /* What is done to a layer. */
 typedef struct {
     int group_size;                                        // 128, or -1: per channel
-    bool smooth;                                           // search_smoothing()
+    bool smooth;                                           // step 2
     bool mse;                                              // ranges of least error, not max|w|
-    bool gptq, act_order;                                  // or round_to_nearest()
+    bool gptq, act_order;                                  // steps 4 and 5, or only rounding
     const int8_t *signs;                                   // [dim] of the rotation, NULL: none
     void (*progress)(int layer, int linear, int n_layers); // at work on it; NULL: none
 } Method;
+
+/* The inputs that smoothing scales: of q, k, v; of gate and up; of down. The input of o cannot be
+ * smoothed: one v serves several query heads. */
+typedef enum { SMOOTH_QKV, SMOOTH_GATE_UP, SMOOTH_DOWN, N_SMOOTHED } SmoothedInput;
 
 /* What quantizing a layer reports. */
 typedef struct {
@@ -284,74 +288,172 @@ typedef struct {
     double before, after; // relative output error, rounded to nearest and in the end
 } Errors;
 
+/* A machine computes and has memory: the CPU, or a GPU. */
+typedef struct Machine Machine;
+
+/* A matrix of sums over tokens: double on the CPU, float on a GPU. */
+typedef struct Sums Sums;
+
+/* What a machine is started for. */
+typedef struct {
+    Config config;
+    int group_size; // as in Method
+    int length;     // tokens per window; 0: nothing needs calibration
+    int T;          // tokens of a chunk: whole windows that go through a layer together
+    int searched;   // tokens of the sample for smoothing
+} Workload;
+
+/* The tokens that the search for smoothing looks at: n of those that are not the first token of
+ * their window, every stride-th. */
+typedef struct {
+    int length, stride, n;
+} Sampling;
+
+/* (H + damping)^-1 = U^T U, its rows and columns in the order of `order`. */
+typedef struct {
+    int K;
+    int *order; // [K] columns of H
+    double *U;  // [K][K] upper triangular
+} Inverse;
+
+/* The operations of the method. Its driver, quantize_layer() and everything below it, is written
+ * once over this table; the CPU has the operations as loops in qqq.c, a GPU as kernels in
+ * kernels.cu. All arrays lie in the machine's memory, where only operations read them, unless a
+ * comment says "host". What an operation sets is its last argument. */
+typedef struct {
+    const char *memory; // "GPU memory"; NULL: memory is not planned
+    size_t sum_bytes;   // of an element of Sums
+    int chunk_tokens;   // of a chunk of several windows, at most
+
+    // The machine: bytes that are free, that start() needs (both NULL if memory is not planned),
+    // and start() itself; arrays of zeros, in the machine's memory or the host's, which stop()
+    // releases; copies in any direction.
+    size_t (*free_bytes)(void);
+    size_t (*start_bytes)(const Workload *w);
+    Machine *(*start)(const Workload *w);
+    void (*stop)(Machine *m);
+    void *(*array)(Machine *m, size_t bytes, bool on_host);
+    void (*copy)(Machine *m, void *to, const void *from, size_t bytes);
+    void (*zero)(Machine *m, void *array, size_t bytes);
+
+    // w [N][K] = the float weights of a linear in the mapped file; false: NaN or infinity
+    bool (*read)(Machine *m, const Linear *from, float *w);
+
+    // Each block of n input channels of w [N][K] becomes w_block R, R = diag(signs) H_n / sqrt(n);
+    // of n output channels R^T w_block. signs [n]; NULL: all +1
+    void (*rotate)(Machine *m, int N, int K, int n, bool outputs, const int8_t *signs, float *w);
+    // w [N][K] <- diag(rows)^-1 w diag(columns); NULL: ones
+    void (*scale)(Machine *m, int N, int K, const float *columns, const float *rows, float *w);
+
+    // y [T][dim] = rmsnorm(x); with `int8` each row is rounded to 127 steps, as quantize_row() does
+    void (*norm)(Machine *m, const float *x, const float *weight, int T, bool int8, float *y);
+    // y [T][K] = the input of o (of down, if ffn), from the residual stream x [T][dim]; of a W4A8
+    // layer rounded to int8 as above
+    void (*inside)(Machine *m, const Layer *layer, bool ffn, const float *x, int T, float *y);
+    // x [T][N] += in [T][K] W^T, float or W4A8
+    void (*add_linear)(Machine *m, const Linear *w, const float *in, int T, float *x);
+    // difference [n] = a - b
+    void (*subtract)(Machine *m, const float *a, const float *b, size_t n, float *difference);
+
+    // Maxima and sample of x [T][K], which are tokens first .. first + T - 1: max [K] of the
+    // magnitudes so far, and the rows [n][K] of the sample
+    void (*observe)(Machine *m, const float *x, int T, int K, int first, Sampling sample,
+                    float *max, float *rows);
+    // |Y' - Y|^2 for Y [T][N] = X W^T in float and Y' = (X diag(s)^-1) (W diag(s))^T in W4A8,
+    // rounded to nearest under searched ranges; x [T][K], s [K]
+    double (*smoothed_distance)(Machine *m, const Linear *w, const float *x, int T, const float *s,
+                                const float *y);
+
+    // H [K][K] += x^T x, M [N][K] += d^T x for x [T][K], d [T][N]; M may be NULL. Of H the part
+    // above the diagonal is enough: complete() sets the rest, and diagonal [K] on the host
+    void (*add_moments)(Machine *m, const float *x, int K, const float *d, int N, int T, Sums *H,
+                        Sums *M);
+    void (*complete)(Machine *m, int K, Sums *H, double *diagonal);
+    // U of inverse, in its order, for H + damping I, where zeros on the diagonal become `dead`;
+    // and the diagonal [K] of U on the host. False: H is not positive definite
+    bool (*invert)(Machine *m, const Sums *H, double dead, double damping, Inverse *inverse,
+                   double *diagonal);
+
+    // l = w rounded to nearest, codes as in a file, under ranges that importance [K] weighs
+    // (NULL: max|w|)
+    void (*round_to_nearest)(Machine *m, const float *w, const float *importance, Linear *l);
+    // target [N][K] = w + 1/2 M (H + damping)^-1 for M [N][K]; or for M = w C, C [K][K]
+    void (*correct)(Machine *m, const float *w, int N, const Sums *C, const Sums *M,
+                    const Inverse *inverse, float *target);
+    // l = w rounded column by column in the order of `inverse`, errors compensated
+    void (*gptq)(Machine *m, const float *w, const Inverse *inverse, const float *importance,
+                 Linear *l);
+    // sqrt(tr(E H E^T) / tr(W H W^T)), E the quantized minus the float weights
+    double (*relative_error)(Machine *m, const float *w, const Linear *l, const Sums *H);
+    // l, as in a file, into a W4A8 layer's linear, as the machine multiplies it
+    void (*arrange)(Machine *m, const Linear *l, Linear *to);
+} Operations;
+
+/* The CPU's; and those of the GPU, in programs that are linked with kernels.cu, or else NULL. */
+extern const Operations cpu_operations;
+#pragma weak gpu_operations
+const Operations *gpu_operations(void);
+
 /* The calibration: the residual streams of the float model and of the one that is quantized so far,
- * and buffers for one layer. */
+ * and arrays for one layer. */
 typedef struct Quantizer Quantizer;
 
-/* Embeds tokens [n_windows][length], n_windows 0 if nothing needs calibration. The arguments but
- * method->signs are not needed afterwards. */
-Quantizer *quantizer_new(const Config *c, const Method *method, const Linear *embedding,
-                         const int *tokens, int n_windows, int length);
+/* Embeds tokens [n_windows][length], n_windows 0 if nothing needs calibration. The streams stay in
+ * host memory if `limit` bytes of the machine's memory (0: all that is free) do not hold them; too
+ * little for a layer ends the program with how much is needed. CUDA's own 0.6 GB or so are not
+ * counted. `embedding` and `tokens` are not needed afterwards. */
+Quantizer *quantizer_new(const Config *c, const Method *method, const Operations *o,
+                         const Linear *embedding, const int *tokens, int n_windows, int length,
+                         size_t limit);
 void quantizer_free(Quantizer *q);
 
+/* One line about the memory, if it is planned. */
+void quantizer_report(const Quantizer *q, FILE *out);
+
 /* Rotates, smooths and quantizes layer number l from its float weights in the mapped file, and runs
- * the windows through it; layers come in order. `out` is for layer_free(). Sets found [3] if it
- * smooths, and errors [N_LINEARS], NaN without calibration. */
+ * the windows through it; layers come in order. `out` is for layer_free(). Sets found [N_SMOOTHED]
+ * if it smooths, and errors [N_LINEARS], NaN without calibration. */
 void quantize_layer(Quantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
                     Errors *errors);
 
 /* Ends the program if float weights hold NaN or infinity. */
 void require_finite(const Linear *l, const char *name);
 
-/* A copy of float weights as F32, to be changed. NaN or infinity ends the program with `name`. The
- * same for a whole layer (number `index`), norms included. */
+/* A copy of float weights as F32, to be changed. NaN or infinity ends the program with `name`. */
 Linear float_copy(const Linear *l, const char *name);
-Layer layer_float_copy(const Config *c, const Layer *layer, int index);
 void layer_free(Layer *layer);
 
-/* x [n] <- x H_n / sqrt(n), the Hadamard transform (for any n: what n has of odd factors is a
- * Hartley transform); signs [n], +1 and -1. */
+/* x [n] <- x H_n / sqrt(n), the Hadamard transform (for any n: odd factors of n are a Hartley
+ * transform); signs [n], +1 and -1. */
 void hadamard(double *x, int n);
 void random_signs(uint64_t seed, int n, int8_t *signs);
 
-/* w [N][K]: each block of n input channels (output channels) becomes w_block diag(signs) H_n /
- * sqrt(n) (its transpose times w_block), signs NULL: all +1; or column k is multiplied by s[k]. */
-void rotate_inputs(float *w, int N, int K, int n, const int8_t *signs);
-void rotate_outputs(float *w, int N, int K, int n, const int8_t *signs);
-void scale_inputs(float *w, int N, int K, const float *s);
-
-/* Rotates a layer_float_copy(), or the F32 embedding and lm_head with the final norm between them:
- * norms move into the weights and become 1. signs [dim]. The model's output stays the same once all
- * its parts are rotated. */
-void rotate_layer(const Config *c, Layer *l, const int8_t *signs);
+/* Rotates a layer's float weights, or the F32 embedding and lm_head with the final norm between
+ * them: norms move into the weights and become 1. signs [dim]. The model's output stays the same
+ * once all its parts are rotated. */
+void rotate_layer(const Operations *o, Machine *m, const Config *c, const int8_t *signs, Layer *l);
 void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *signs,
                  void (*progress)(int done, int total)); // rows; NULL: none
 
-/* s_k = max(1, max_k / t), all [K]; smooth_layer() folds such scales into a layer_float_copy(),
- * which computes the same: norms and rows of up are divided, columns multiplied. */
+/* s_k = max(1, max_k / t), all [K] on the host; smooth_layer() folds such scales of q, k, v, of
+ * gate and up, and of down into a layer, which computes the same: norms and rows of up are divided,
+ * columns multiplied. */
 void smoothing_scales(const float *max, int K, float t, float *s);
-void smooth_layer(Layer *l, const float *s_qkv, const float *s_gate_up, const float *s_down);
+void smooth_layer(const Operations *o, Machine *m, float *const s[N_SMOOTHED], Layer *l);
 
-enum { SEARCH_WINDOWS = 8, SEARCH_TOKENS = 2048 }; // what the search looks at, at most
+enum { SEARCH_WINDOWS = 8, SEARCH_TOKENS = 2048 }; // that the search looks at, at most
 
-/* Searches t for linears w [n_linears] (float weights) that share their input x [T][K]; max [K] is
+/* Searches t for float linears w [n] that share their input x [T][K]; max [K], on the host, is
  * max|x| per channel, over more tokens than the sample x if need be. t falls from the largest max
- * to 0.1 by a factor of 0.8; the score is the squared distance between the linears' float output
- * and their W4A8 output, weights to nearest under searched ranges. Sets s [K] and returns t. */
-float search_smoothing(const Linear *w, int n_linears, const float *x, int T, const float *max,
-                       int group_size, float *s);
-
-/* The inputs that smoothing scales: of q, k, v; of gate and up; of down. o's input cannot be
- * smoothed: one v serves several query heads. */
-typedef enum { SMOOTH_QKV, SMOOTH_GATE_UP, SMOOTH_DOWN } SmoothedInput;
+ * to 0.1 by a factor of 0.8; the one of least smoothed_distance() is returned. Sets s [K]; y [T][N]
+ * of all n is used up. */
+float search_smoothing(const Operations *o, Machine *m, const Linear *w, int n, const float *x,
+                       int T, const float *max, float *y, float *s);
 
 /* Scales of one row of weights w [K]: returns s_channel and sets s_group [K/128] (NULL: per
  * channel). importance [K] weighs the squared errors of the range search; NULL: the plain range
  * max|w|. A row of zeros has scales of 1. */
 float choose_scales(const float *w, const float *importance, int K, uint8_t *s_group);
-
-/* w [N][K] with each weight rounded to the nearest code under the scales of choose_scales(). */
-Linear round_to_nearest(const float *w, const float *importance, int N, int K, int group_size);
 
 static const double DAMPING = 0.01;   // of the mean of diag H
 static const double CORRECTION = 0.5; // how far to go towards the float model's output
@@ -359,42 +461,16 @@ static const double CORRECTION = 0.5; // how far to go towards the float model's
 /* M [N][K] += a^T b for a [T][N], b [T][K]: with a = b the Hessian X^T X. */
 void add_moments(double *M, const float *a, int N, const float *b, int K, int T);
 
-/* The order of the columns, malloc'ed [K]: by falling diagonal [K] of H, equal ones as they stand;
- * or, without act_order, all as they stand. */
-int *column_order(const double *diagonal, int K, bool act_order);
+/* Damps and inverts H, whose diagonal [K] is on the host. Sets inverse->order: columns by falling
+ * diagonal, equal ones from left to right; or, without act_order, all from left to right. Dead
+ * columns (H_kk = 0) get the mean of the diagonal. If importance [K], on the host, is not NULL,
+ * compensated_importance() of U follows. */
+void invert_hessian(const Operations *o, Machine *m, const Sums *H, const double *diagonal,
+                    bool act_order, Inverse *inverse, float *importance);
 
-/* (H + 0.01 mean(diag H) I)^-1 = U^T U, U upper triangular, rows and columns in the order of
- * column_order(). Dead columns (H_kk = 0) of H [K][K] get the mean of the diagonal. */
-typedef struct {
-    int K;
-    int *order; // [K]
-    double *U;  // [K][K]
-} Inverse;
-
-Inverse hessian_inverse(const double *H, int K, bool act_order);
-void inverse_free(Inverse *inverse);
-
-/* The importance of the columns for the ranges that GPTQ will round in: importance [K], H_kk at
- * first, becomes sqrt(H_kk) / U_kk. H_kk is what rounding column k costs in the output if all
- * others stay as they are, 1 / U_kk^2 what is left of that when the columns behind it make up for
- * it; this is their geometric mean. */
-void compensated_importance(const Inverse *inverse, float *importance);
-
-/* GPTQ: w [N][K] quantized column by column in the order of `inverse`; scales as choose_scales().
- */
-Linear gptq(const float *w, int N, const Inverse *inverse, const float *importance, int group_size);
-
-/* What GPTQ should aim at when its inputs X are no longer the float model's inputs F:
- *     target = w + 1/2 (w C + R) (X^T X + damping)^-1,   C = (F - X)^T X [K][K],  R [N][K] = D^T X,
- * D [T][N] the residual stream's distance to the float model's, which o and down can make up for;
- * R may be NULL. The whole step (1 instead of 1/2) would be least squares, as in GPTAQ
- * (arXiv 2504.02692); half of it generalizes better. */
-void corrected_target(const float *w, int N, const Inverse *inverse, const double *C,
-                      const double *R, float *target);
-
-/* sqrt(tr(E H E^T) / tr(W H W^T)), E the quantized minus the float weights w [N][K]: the relative
- * error of the output on the inputs that H [K][K] sums up. */
-double relative_error(const float *w, const Linear *quantized, const double *H);
+/* The importance of the columns for the ranges that GPTQ will round in, all on the host:
+ * importance [K], H_kk at first, becomes sqrt(H_kk) / U_kk; order [K], diagonal [K] of U. */
+void compensated_importance(const int *order, const double *diagonal, int K, float *importance);
 
 /* ---- qqq.c 4: the same, faster --------------------------------------------------------------- */
 
@@ -541,32 +617,6 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size);
 /* The engine on the GPU. The weights are uploaded straight from the mapped file; too little GPU
  * memory for them ends the program with how much is needed. */
 Engine *gpu_engine(const Model *m, int kv_bits);
-
-/* ---- kernels.cu 5: quantization on the GPU --------------------------------------------------- */
-
-#pragma weak gpu_quantizer_new
-#pragma weak gpu_quantizer_free
-#pragma weak gpu_quantize_layer
-#pragma weak gpu_quantizer_report
-
-/* The calibration, all on the GPU: the residual streams of the float and of the quantized model,
- * and memory for one layer. The streams stay in host memory if `most_memory` bytes of GPU memory
- * (0: all that is free) do not hold them; too little for a layer ends the program with how much is
- * needed. CUDA's own 0.6 GB or so are not counted. */
-typedef struct GpuQuantizer GpuQuantizer;
-
-/* Embeds tokens [n_windows][length], n_windows 0 if nothing needs calibration. The arguments but
- * method->signs are not needed afterwards. */
-GpuQuantizer *gpu_quantizer_new(const Config *c, const Method *method, const Linear *embedding,
-                                const int *tokens, int n_windows, int length, size_t most_memory);
-void gpu_quantizer_free(GpuQuantizer *q);
-
-/* quantize_layer(). */
-void gpu_quantize_layer(GpuQuantizer *q, const Layer *layer, int l, Layer *out, Smoothing *found,
-                        Errors *errors);
-
-/* One line: where the time went, and the GPU memory. */
-void gpu_quantizer_report(GpuQuantizer *q, FILE *out);
 
 /* ---- qqq.c 5: JSON ------------------------------------------------------------------------- */
 

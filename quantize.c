@@ -942,7 +942,8 @@ static void convert(const Options *o, const Checkpoint *c) {
 
 /* ---- 4: the loop over the layers ------------------------------------------------------------ */
 
-static void print_errors(const Options *o, int l, const Smoothing found[3], const Errors *errors) {
+static void print_errors(const Options *o, int l, const Smoothing found[N_SMOOTHED],
+                         const Errors *errors) {
     const int smoothed_by[N_LINEARS] = {SMOOTH_QKV,     SMOOTH_QKV,     SMOOTH_QKV, -1,
                                         SMOOTH_GATE_UP, SMOOTH_GATE_UP, SMOOTH_DOWN};
     for (int k = 0; k < N_LINEARS; k++) {
@@ -960,28 +961,24 @@ static void print_errors(const Options *o, int l, const Smoothing found[3], cons
 static void quantize_layers(const Options *o, const Model *m, Model *made, const int *tokens,
                             int n_windows, Out *out) {
     const Config *c = &m->config;
-    Quantizer *cpu = NULL;
-    GpuQuantizer *gpu = NULL;
+    const Operations *operations = o->gpu ? gpu_operations() : &cpu_operations;
     show_linear(0, 0, c->n_layers);
-    if (o->gpu)
-        gpu = gpu_quantizer_new(c, &o->method, &made->embedding, tokens, n_windows, o->length,
-                                o->most_memory);
-    else cpu = quantizer_new(c, &o->method, &made->embedding, tokens, n_windows, o->length);
+    Quantizer *q = quantizer_new(c, &o->method, operations, &made->embedding, tokens, n_windows,
+                                 o->length, o->most_memory);
     printf("                         smoothed             relative error\n");
     printf("layer  linear            channels  threshold  to nearest  final\n");
     for (int l = 0; l < c->n_layers; l++) {
-        Smoothing found[3];
+        Smoothing found[N_SMOOTHED];
         Errors errors[N_LINEARS];
-        if (gpu) gpu_quantize_layer(gpu, &m->layers[l], l, &made->layers[l], found, errors);
-        else quantize_layer(cpu, &m->layers[l], l, &made->layers[l], found, errors);
+        quantize_layer(q, &m->layers[l], l, &made->layers[l], found, errors);
         if (isatty(STDOUT_FILENO)) fprintf(stderr, "\r\033[K"); // the bar makes room
         print_errors(o, l, found, errors);
         for_each_tensor(made, l, l, put, out);
         layer_free(&made->layers[l]);
     }
     show_progress("linears", c->n_layers * N_LINEARS, c->n_layers * N_LINEARS, 0);
-    if (gpu) gpu_quantizer_report(gpu, stderr), gpu_quantizer_free(gpu);
-    else quantizer_free(cpu);
+    quantizer_report(q, stderr);
+    quantizer_free(q);
 }
 
 /* Rotated, it is to be written as F16. */

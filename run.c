@@ -793,15 +793,15 @@ static double log_likelihood(Scorer *z, const Request *r, bool *greedy) {
 /* The sum of some numbers, and of their squares. */
 typedef struct {
     double sum, squares;
-} Sums;
+} Total;
 
-static void add(Sums *s, double x) {
+static void add(Total *s, double x) {
     s->sum += x;
     s->squares += x * x;
 }
 
 /* The standard error of the mean of n numbers. */
-static double standard_error(Sums s, int n) {
+static double standard_error(Total s, int n) {
     double mean = s.sum / n;
     return sqrt(fmax(0, s.squares / n - mean * mean) / (n - 1));
 }
@@ -812,7 +812,7 @@ static void print_result(const char *name, double value, double error, int n) {
     putchar('\n');
 }
 
-static void print_mean(const char *name, Sums s, int n) {
+static void print_mean(const char *name, Total s, int n) {
     print_result(name, s.sum / n, standard_error(s, n), n);
 }
 
@@ -873,7 +873,7 @@ static void zero_shot(Session *s, const Options *o) {
     if (!out) die("out of memory");
     print_model(s);
     Scorer z = {.s = s, .max_length = o->length ? o->length : s->model->config.max_context};
-    Sums acc = {0}, norm = {0}, mass = {0}, first = {0};
+    Total acc = {0}, norm = {0}, mass = {0}, first = {0};
     double start = seconds();
     // 2. the log-likelihoods of each item, and what follows from them
     for (int i = 0; i < n; i++) {

@@ -85,20 +85,27 @@ static void test_same(const char *name, const char *model, const char *options) 
 
 static void test_failures(void) {
     char out[9000];
-    test_begin("GPU: ./quantize with little memory, streams on the host");
-    const char *options = "-n 4 -l 512";
-    char two[200];
-    double all = quantized("data/tiny", options, "cuda");
-    snprintf(two, sizeof two, "%s -M 0.28", options);
-    double little = quantized("data/tiny", two, "cuda");
-    check(fabs(little / all - 1) < 1e-3, "perplexity %.4f, %.4f with all memory", little, all);
-
     test_begin("GPU: ./quantize says how much memory it needs");
     remove(made);
-    check(run_command("./quantize data/tiny build/test/gpu_quantized.bin -n 2 -d cuda -M 0.1", out,
-                      sizeof out) == 1 &&
-              strstr(out, "GB of GPU memory, -M allows 0.10 GB") && !exists(made),
-          "%s", out);
+    check(
+        run_command("./quantize data/tiny build/test/gpu_quantized.bin -n 16 -l 512 -d cuda -M 0.1",
+                    out, sizeof out) == 1 &&
+            strstr(out, "GB of GPU memory, -M allows 0.10 GB") && !exists(made),
+        "%s", out);
+    const char *needs = strstr(out, " needs ");
+    double least = needs ? atof(needs + 7) : NAN;
+
+    test_begin("GPU: ./quantize with little memory, streams on the host");
+    const char *options = "-n 16 -l 512";
+    char two[200];
+    double all = quantized("data/tiny", options, "cuda");
+    snprintf(two, sizeof two, "%s -M %.2f", options, least + 0.01);
+    double little = quantized("data/tiny", two, "cuda");
+    check(fabs(little / all - 1) < 1e-3, "perplexity %.4f, %.4f with all memory", little, all);
+    snprintf(two, sizeof two, "./quantize data/tiny %s %s -d cuda -M %.2f", made, options,
+             least + 0.01);
+    check(run_command(two, out, sizeof out) == 0 && strstr(out, "calibration in host memory"), "%s",
+          out);
 
     test_begin("GPU: ./quantize, a full disk at several places");
     // Blocks of 512 or of 1024 bytes, as the shell has it; the file has 7.2 MB.

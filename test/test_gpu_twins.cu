@@ -1,8 +1,9 @@
-/* The parts of kernels.cu 5, quantization, against their twins in qqq.c, on the same inputs; and
+/* The operations of quantization: kernels.cu 5 against qqq.c 3, on the same inputs; and
  * lm_head in 8 bits and attention, with its cache in 16 and 8, against sums in double. They are
  * no public functions: hence the #include. Prints as test_kernels does. */
 #include "../kernels.cu"
 
+#include <algorithm>
 #include <stdarg.h>
 #include <string.h>
 #include <string>
@@ -53,12 +54,6 @@ static Floats random_floats(size_t n, float scale) {
     return v;
 }
 
-template <typename T> static std::vector<T> download(GpuQuantizer *q, const T *p, size_t n) {
-    std::vector<T> v(n);
-    to_host(q, v.data(), p, n);
-    return v;
-}
-
 /* |a - b| / |b| over all elements. */
 template <typename A, typename B> static double distance(const A *a, const B *b, size_t n) {
     double d = 0, total = 0;
@@ -69,60 +64,160 @@ template <typename A, typename B> static double distance(const A *a, const B *b,
     return sqrt(d / total);
 }
 
-enum { DIM = 256, HIDDEN = 896, TOKENS = 1024 }; // data/tiny's
+/* ---- the operations of quantization ---------------------------------------------------------- */
 
-static GpuQuantizer *new_quantizer(int group_size) {
-    Config c = {};
-    c.dim = DIM;
-    c.hidden_dim = HIDDEN;
-    c.n_layers = 1;
-    c.n_heads = 4;
-    c.n_kv_heads = 1;
-    c.head_dim = 64;
-    c.vocab_size = 16;
-    c.norm_eps = 1e-5f;
-    c.rope_theta = 10000;
-    Floats embedding = random_floats(16 * DIM, 1);
-    Linear e = {};
-    e.N = 16;
-    e.K = DIM;
-    e.dtype = F32;
-    e.w = embedding.data();
-    std::vector<int> tokens(TOKENS, 3);
-    std::vector<int8_t> signs(DIM);
-    random_signs(7, DIM, signs.data());
-    Method method = {group_size, true, true, true, true, signs.data(), NULL};
-    return gpu_quantizer_new(&c, &method, &e, tokens.data(), 2, TOKENS / 2, 0);
+enum { DIM = 256, HIDDEN = 896, TOKENS = 1024, WINDOW = TOKENS / 2 }; // data/tiny's
+
+/* Both machines, started for the same work. */
+struct Twins {
+    const Operations *c = &cpu_operations, *g = gpu_operations();
+    Machine *cpu, *gpu;
+    Config config = {};
+    int group_size;
+
+    explicit Twins(int group_size) : group_size(group_size) {
+        config.dim = DIM;
+        config.hidden_dim = HIDDEN;
+        config.n_layers = 1;
+        config.n_heads = 4;
+        config.n_kv_heads = 1;
+        config.head_dim = 64;
+        config.vocab_size = 16;
+        config.norm_eps = 1e-5f;
+        config.rope_theta = 10000;
+        const Workload work = {config, group_size, WINDOW, TOKENS, TOKENS};
+        cpu = c->start(&work);
+        gpu = g->start(&work);
+    }
+    ~Twins() {
+        c->stop(cpu);
+        g->stop(gpu);
+    }
+    template <typename T> T *make(size_t n) { return (T *)g->array(gpu, n * sizeof(T), false); }
+    template <typename T> T *up(const std::vector<T> &v) {
+        T *p = make<T>(v.size());
+        g->copy(gpu, p, v.data(), v.size() * sizeof(T));
+        return p;
+    }
+    template <typename T> std::vector<T> down(const T *p, size_t n) {
+        std::vector<T> v(n);
+        g->copy(gpu, v.data(), p, n * sizeof(T));
+        return v;
+    }
+    /* A quantized linear of the GPU, to be set. */
+    Linear make_linear(int N, int K) {
+        Linear l = {};
+        l.N = N;
+        l.K = K;
+        l.dtype = U8;
+        l.qweight = make<uint8_t>((size_t)N * K / 2);
+        l.s_channel = make<float>(N);
+        if (group_size > 0) l.s_group = make<uint8_t>((size_t)N * K / GROUP);
+        return l;
+    }
+    /* The same in host memory. */
+    Linear down(const Linear &l) {
+        Linear host = quantized_new(l.N, l.K, group_size);
+        const size_t n = (size_t)l.N * l.K;
+        g->copy(gpu, host.qweight, l.qweight, n / 2);
+        g->copy(gpu, host.s_channel, l.s_channel, l.N * sizeof(float));
+        if (l.s_group) g->copy(gpu, host.s_group, l.s_group, n / GROUP);
+        return host;
+    }
+};
+
+static Linear float_linear(int N, int K, float *w) {
+    Linear l = {};
+    l.N = N;
+    l.K = K;
+    l.dtype = F32;
+    l.w = w;
+    return l;
+}
+
+/* Inputs with a few large channels, which depend on each other. */
+static Floats activations(int K) {
+    Floats x = random_floats((size_t)TOKENS * K, 1);
+    for (size_t i = 0; i < x.size(); i++) x[i] *= i % K % 100 == 5 ? 20 : i % K % 7 == 0 ? 3 : 1;
+    for (size_t t = 0; t < TOKENS; t++) {
+        for (int k = 1; k < K; k++) x[t * K + k] += 0.4f * x[t * K + k - 1];
+        x[t * K + 11] = 0; // dead
+    }
+    return x;
 }
 
 static void test_rotation() {
-    test_begin("rotation: the same floats");
-    GpuQuantizer *q = new_quantizer(-1);
-    std::vector<int8_t> signs = download(q, q->signs, DIM);
+    test_begin("rotate: the same floats");
+    Twins t(-1);
+    std::vector<int8_t> signs(DIM);
+    random_signs(7, DIM, signs.data());
+    const int8_t *gpu_signs = t.up(signs);
     for (int outputs = 0; outputs < 2; outputs++)
         for (int n = 64; n <= DIM; n *= 4) {
-            const int8_t *s = n == DIM ? signs.data() : NULL, *gpu_s = s ? q->signs : NULL;
+            const int8_t *s = n == DIM ? signs.data() : NULL, *gpu_s = s ? gpu_signs : NULL;
             Floats w = random_floats(DIM * DIM, 1);
-            to_gpu(q, q->w, w.data(), w.size());
-            if (outputs) {
-                rotate_outputs(w.data(), DIM, DIM, n, s);
-                rotate_outputs(q, q->w, DIM, DIM, n, gpu_s);
-            } else {
-                rotate_inputs(w.data(), DIM, DIM, n, s);
-                rotate_inputs(q, q->w, DIM, DIM, n, gpu_s);
-            }
-            check(download(q, q->w, w.size()) == w, "%s, by %d", outputs ? "outputs" : "inputs", n);
+            float *gpu_w = t.up(w);
+            t.c->rotate(t.cpu, DIM, DIM, n, outputs, s, w.data());
+            t.g->rotate(t.gpu, DIM, DIM, n, outputs, gpu_s, gpu_w);
+            check(t.down(gpu_w, w.size()) == w, "%s, by %d", outputs ? "outputs" : "inputs", n);
         }
     const int n = 192; // 3 x 64: its cosines may differ in the last bit
     Floats w = random_floats(n * n, 1);
-    to_gpu(q, q->w, w.data(), w.size());
-    rotate_inputs(w.data(), n, n, n, NULL);
-    rotate_inputs(q, q->w, n, n, n, (const int8_t *)NULL);
-    const Floats gpu_w = download(q, q->w, w.size());
-    float worst = 0;
-    for (size_t i = 0; i < w.size(); i++) worst = fmaxf(worst, fabsf(gpu_w[i] - w[i]));
+    float *gpu_w = t.up(w), worst = 0;
+    t.c->rotate(t.cpu, n, n, n, false, NULL, w.data());
+    t.g->rotate(t.gpu, n, n, n, false, NULL, gpu_w);
+    const Floats got = t.down(gpu_w, w.size());
+    for (size_t i = 0; i < w.size(); i++) worst = fmaxf(worst, fabsf(got[i] - w[i]));
     check(worst < 1e-6f, "inputs, by %d: off by %g", n, worst);
-    gpu_quantizer_free(q);
+}
+
+static void test_elements() {
+    test_begin("scale, subtract, zero, copies by way of the host: the same floats");
+    Twins t(-1);
+    Floats w = random_floats(DIM * HIDDEN, 1), columns = random_floats(HIDDEN, 3);
+    Floats rows = random_floats(DIM, 3), other = random_floats(w.size(), 1);
+    float *gpu_w = t.up(w), *gpu_columns = t.up(columns), *gpu_rows = t.up(rows);
+    for (int i = 1; i < 4; i++) { // columns, rows, both
+        t.c->scale(t.cpu, DIM, HIDDEN, i & 1 ? columns.data() : NULL, i & 2 ? rows.data() : NULL,
+                   w.data());
+        t.g->scale(t.gpu, DIM, HIDDEN, i & 1 ? gpu_columns : NULL, i & 2 ? gpu_rows : NULL, gpu_w);
+        check(t.down(gpu_w, w.size()) == w, "scale, case %d", i);
+    }
+    t.c->subtract(t.cpu, w.data(), other.data(), w.size(), w.data());
+    t.g->subtract(t.gpu, gpu_w, t.up(other), w.size(), gpu_w);
+    check(t.down(gpu_w, w.size()) == w, "subtract");
+    const size_t bytes = w.size() * sizeof(float);
+    float *pinned = (float *)t.g->array(t.gpu, bytes, true);
+    t.g->copy(t.gpu, pinned, gpu_w, bytes);
+    check(!memcmp(pinned, w.data(), bytes), "copy to the host");
+    t.g->zero(t.gpu, gpu_w, bytes);
+    check(t.down(gpu_w, w.size()) == Floats(w.size()), "zero");
+    t.g->copy(t.gpu, gpu_w, pinned, bytes);
+    check(t.down(gpu_w, w.size()) == w, "copy from the host");
+
+    test_begin("read: the same floats of every dtype; NaN and infinity");
+    const size_t n = 1000;
+    std::vector<uint16_t> halves(n);
+    for (DType dtype : {F32, F16, BF16})
+        for (int broken = 0; broken < 3; broken++) {
+            Floats x = random_floats(n, 1), got(n);
+            for (size_t i = 0; i < n; i++) {
+                const half h = __float2half_rn(x[i]);
+                const __nv_bfloat16 b = __float2bfloat16_rn(x[i]);
+                memcpy(&halves[i], dtype == F16 ? (const void *)&h : &b, 2);
+            }
+            const uint16_t bad = dtype == F16 ? 0x7c00 : 0x7f80;
+            if (broken) x[n / 2] = broken == 1 ? INFINITY : NAN;
+            if (broken) halves[n / 2] = bad + (broken == 2);
+            Linear l = float_linear(10, 100, x.data());
+            l.dtype = dtype;
+            if (dtype != F32) l.w = halves.data();
+            float *gpu_x = t.make<float>(n);
+            const bool ok = t.g->read(t.gpu, &l, gpu_x);
+            check(ok == !broken && t.c->read(t.cpu, &l, got.data()) == ok, "dtype %d, case %d",
+                  dtype, broken);
+            check(broken || t.down(gpu_x, n) == got, "dtype %d: other floats", dtype);
+        }
 }
 
 /* sum_k importance_k (w_k - q_k scale)^2 of a row, in double. */
@@ -134,22 +229,13 @@ static double row_error(const Linear *l, int n, const float *w, const float *imp
     return sum;
 }
 
-/* What is in q->qweight, s_channel and s_group. */
-static Linear download_linear(GpuQuantizer *q, int N, int K) {
-    Linear l = quantized_new(N, K, q->method.group_size);
-    to_host(q, (uint16_t *)l.qweight, q->qweight, (size_t)N * K / 4);
-    to_host(q, (float *)l.s_channel, q->s_channel, N);
-    if (l.s_group) to_host(q, (uint8_t *)l.s_group, q->s_group, (size_t)N * K / GROUP);
-    return l;
-}
-
 static void test_ranges(int group_size, bool search) {
     char name[100];
-    snprintf(name, sizeof name, "ranges %s, %s, and rounding", search ? "searched" : "max|w|",
+    snprintf(name, sizeof name, "round_to_nearest, ranges %s, %s", search ? "searched" : "max|w|",
              group_size > 0 ? "g128" : "per channel");
     test_begin(name);
     const int N = DIM, K = HIDDEN;
-    GpuQuantizer *q = new_quantizer(group_size);
+    Twins t(group_size);
     Floats w = random_floats((size_t)N * K, 0.02f), importance = random_floats(K, 1);
     for (float &x : importance) x = 0.01f + x * x;
     for (int k = 0; k < K; k++) {
@@ -159,11 +245,10 @@ static void test_ranges(int group_size, bool search) {
         w[3 * K + k] *= 1e30f;
         if (k / GROUP == 1) w[4 * K + k] = 0;
     }
-    to_gpu(q, q->w, w.data(), w.size());
-    to_gpu(q, q->importance, importance.data(), K);
-    round_to_nearest(q, q->w, NULL, search ? q->importance : NULL, N, K);
-    Linear gpu = download_linear(q, N, K);
-    Linear c = round_to_nearest(w.data(), search ? importance.data() : NULL, N, K, group_size);
+    Linear on_gpu = t.make_linear(N, K), c = quantized_new(N, K, group_size);
+    t.g->round_to_nearest(t.gpu, t.up(w), search ? t.up(importance) : NULL, &on_gpu);
+    t.c->round_to_nearest(t.cpu, w.data(), search ? importance.data() : NULL, &c);
+    Linear gpu = t.down(on_gpu);
     int same_scales = 0, same_codes = 0;
     for (int n = 0; n < N; n++) {
         const size_t groups = K / GROUP;
@@ -182,18 +267,94 @@ static void test_ranges(int group_size, bool search) {
     check(same_codes == same_scales, "other codes");
     linear_free(&gpu);
     linear_free(&c);
-    gpu_quantizer_free(q);
 }
 
-/* Inputs X of down with a few large channels, and F near to them. */
-static Floats activations(int K) {
-    Floats x = random_floats((size_t)TOKENS * K, 1);
-    for (size_t i = 0; i < x.size(); i++) x[i] *= i % K % 100 == 5 ? 20 : i % K % 7 == 0 ? 3 : 1;
-    for (size_t t = 0; t < TOKENS; t++) {
-        for (int k = 1; k < K; k++) x[t * K + k] += 0.4f * x[t * K + k - 1];
-        x[t * K + 11] = 0; // dead
+/* The forward steps: a layer of random weights, float and W4A8, on both machines. */
+static void test_half_layers(int group_size) {
+    char name[100];
+    auto begin = [&](const char *what) {
+        snprintf(name, sizeof name, "%s, %s", what, group_size > 0 ? "g128" : "per channel");
+        test_begin(name);
+    };
+    Twins t(group_size);
+    Layer layers[2][2] = {}; // [CPU, GPU][float, W4A8]
+    std::vector<Floats> weights(N_LINEARS);
+    Floats norms = random_floats(DIM, 0.1f);
+    for (float &x : norms) x += 1;
+    for (int i = 0; i < 2; i++) {
+        layers[0][i].attention_norm = layers[0][i].ffn_norm = norms.data();
+        layers[1][i].attention_norm = layers[1][i].ffn_norm = t.up(norms);
     }
-    return x;
+
+    // Linears in the order of a layer, one behind the other.
+    size_t total = 0, rows = 0;
+    for (int k = 0, N, K; k < N_LINEARS; k++) {
+        linear_shape(&t.config, k, &N, &K);
+        total += (size_t)N * K;
+        rows += N;
+    }
+    uint8_t *codes = t.make<uint8_t>(total / 2), *s_group = t.make<uint8_t>(total / GROUP);
+    float *s_channel = t.make<float>(rows);
+    for (int k = 0, N, K; k < N_LINEARS; k++) {
+        linear_shape(&t.config, k, &N, &K);
+        const size_t n = (size_t)N * K;
+        weights[k] = random_floats(n, 1.0f / sqrtf(K));
+        layers[0][0].linears[k] = float_linear(N, K, weights[k].data());
+        layers[1][0].linears[k] = float_linear(N, K, t.up(weights[k]));
+        Linear *c = &layers[0][1].linears[k], *g = &layers[1][1].linears[k];
+        *c = quantized_new(N, K, group_size);
+        t.c->round_to_nearest(t.cpu, weights[k].data(), NULL, c);
+        *g = t.make_linear(N, K);
+        t.g->round_to_nearest(t.gpu, (float *)layers[1][0].linears[k].w, NULL, g);
+        Linear as_in_file = *g;
+        g->qweight = codes;
+        g->s_channel = s_channel;
+        if (g->s_group) g->s_group = s_group;
+        t.g->arrange(t.gpu, &as_in_file, g);
+        codes += n / 2;
+        s_group += n / GROUP;
+        s_channel += N;
+    }
+
+    Floats x = random_floats((size_t)TOKENS * DIM, 1), y(x.size());
+    const float *gpu_x = t.up(x);
+    float *gpu_y = t.make<float>((size_t)TOKENS * HIDDEN);
+    auto compare = [&](const char *what, const Floats &want, double tolerance) {
+        const Floats got = t.down(gpu_y, want.size());
+        double off = distance(got.data(), want.data(), want.size());
+        printf("     %s: off by %.2g\n", what, off);
+        check(off <= tolerance, "%s: off by %g", what, off);
+    };
+    begin("norm, in float and in int8");
+    for (int int8 = 0; int8 < 2; int8++) {
+        t.c->norm(t.cpu, x.data(), norms.data(), TOKENS, int8, y.data());
+        t.g->norm(t.gpu, gpu_x, layers[1][0].attention_norm, TOKENS, int8, gpu_y);
+        compare(int8 ? "int8" : "float", y, int8 ? 1e-3 : 1e-6);
+    }
+
+    begin("inside, of attention and FFN, float and W4A8");
+    for (int w4a8 = 0; w4a8 < 2; w4a8++)
+        for (int ffn = 0; ffn < 2; ffn++) {
+            Floats inner((size_t)TOKENS * (ffn ? HIDDEN : DIM));
+            t.c->inside(t.cpu, &layers[0][w4a8], ffn, x.data(), TOKENS, inner.data());
+            t.g->inside(t.gpu, &layers[1][w4a8], ffn, gpu_x, TOKENS, gpu_y);
+            compare(ffn ? "FFN" : "attention", inner, w4a8 ? 2e-2 : 5e-3);
+        }
+
+    begin("arrange, add_linear: float near, W4A8 the same bits");
+    for (int w4a8 = 0; w4a8 < 2; w4a8++)
+        for (int k = 0; k < N_LINEARS; k++) {
+            const Linear *w = &layers[0][w4a8].linears[k];
+            const size_t n = (size_t)TOKENS * w->N;
+            const Floats in = activations(w->K);
+            Floats out(n);
+            t.g->zero(t.gpu, gpu_y, n * sizeof(float));
+            t.c->add_linear(t.cpu, w, in.data(), TOKENS, out.data());
+            t.g->add_linear(t.gpu, &layers[1][w4a8].linears[k], t.up(in), TOKENS, gpu_y);
+            if (w4a8) check(t.down(gpu_y, n) == out, "%s: other bits", linear_names[k]);
+            else compare(linear_names[k], out, 2e-3);
+        }
+    for (Linear &l : layers[0][1].linears) linear_free(&l);
 }
 
 /* From the moments to the codes, for a [N][K] linear. */
@@ -205,132 +366,141 @@ static void test_gptq(int group_size, int N, int K) {
         snprintf(name + at, sizeof name - at, "%s", what);
         test_begin(name);
     };
-    begin("moments");
-    GpuQuantizer *q = new_quantizer(group_size);
-    Floats x = activations(K), d = random_floats((size_t)TOKENS * DIM, 0.3f);
-    std::vector<double> H((size_t)K * K), C(K * K), R((size_t)DIM * K);
-    Floats f = x;
-    for (float &v : f) v *= 0.02f * random_float();
-    to_gpu(q, q->x, x.data(), x.size());
-    zero(q, q->H, (size_t)K * K * sizeof(float));
-    zero(q, q->M, (size_t)DIM * K * sizeof(float));
-    for (int half = 0; half < 2; half++)
-        add_hessian(q, q->x + (size_t)half * TOKENS / 2 * K, K, TOKENS / 2);
-    for_each(q, (size_t)K * K, mirror_kernel, q->H, K);
-    add_moments(H.data(), x.data(), K, x.data(), K, TOKENS);
-    Floats h = download(q, q->H, (size_t)K * K);
-    double off = distance(h.data(), H.data(), h.size());
-    check(off <= 2e-3, "H off by %g", off);
-    printf("     H off by %.2g (Frobenius)", off);
-    // M = W C + R, both ways: (D + F W^T)^T X
-    Floats w = random_floats((size_t)N * K, 0.05f);
-    if (N == DIM) {
-        add_moments(C.data(), f.data(), K, x.data(), K, TOKENS);
-        add_moments(R.data(), d.data(), DIM, x.data(), K, TOKENS);
-        std::vector<double> M(R);
-        for (int n = 0; n < N; n++)
-            for (int k = 0; k < K; k++)
-                for (int j = 0; j < K; j++) M[n * K + j] += (double)w[n * K + k] * C[k * K + j];
-        to_gpu(q, q->f, f.data(), f.size());
-        to_gpu(q, q->lacking, d.data(), d.size());
-        to_gpu(q, q->w, w.data(), w.size());
-        add_linear(q, q->w, K, q->f, TOKENS, q->lacking);
-        add_moments(q, q->lacking, DIM, q->x, K, TOKENS);
-        Floats m = download(q, q->M, (size_t)N * K);
-        off = distance(m.data(), M.data(), m.size());
-        check(off <= 2e-3, "M off by %g", off);
-        printf(", M by %.2g", off);
+    begin("add_moments, complete");
+    Twins t(group_size);
+    Floats x = activations(K), d = random_floats((size_t)TOKENS * N, 0.3f);
+    const size_t kk = (size_t)K * K, nk = (size_t)N * K;
+    std::vector<double> H(kk), M(nk), diagonal(K), gpu_diagonal(K);
+    float *gpu_x = t.up(x), *gpu_d = t.up(d), *gpu_H = t.make<float>(kk);
+    float *gpu_M = t.make<float>(nk);
+    for (size_t first = 0; first < TOKENS; first += WINDOW) {
+        t.c->add_moments(t.cpu, &x[first * K], K, &d[first * N], N, WINDOW, (Sums *)H.data(),
+                         (Sums *)M.data());
+        t.g->add_moments(t.gpu, gpu_x + first * K, K, gpu_d + first * N, N, WINDOW, (Sums *)gpu_H,
+                         (Sums *)gpu_M);
     }
-    printf("\n");
+    t.c->complete(t.cpu, K, (Sums *)H.data(), diagonal.data());
+    t.g->complete(t.gpu, K, (Sums *)gpu_H, gpu_diagonal.data());
+    const Floats h = t.down(gpu_H, kk);
+    double off_h = distance(h.data(), H.data(), kk);
+    double off_m = distance(t.down(gpu_M, nk).data(), M.data(), nk);
+    printf("     H off by %.2g (Frobenius), M by %.2g\n", off_h, off_m);
+    check(off_h <= 2e-3 && off_m <= 2e-3, "H off by %g, M by %g", off_h, off_m);
+    for (int k = 0; k < K; k++)
+        check(gpu_diagonal[k] == h[k * (K + 1)] && diagonal[k] == H[k * (K + 1)], "H_%d", k);
 
-    begin("the inverse of H");
-    for (size_t i = 0; i < H.size(); i++) H[i] = h[i];
-    Inverse inverse = hessian_inverse(H.data(), K, true);
-    std::vector<double> diagonal(K);
-    Floats importance(K);
-    for (int k = 0; k < K; k++) {
-        diagonal[k] = H[k * (K + 1)];
-        importance[k] = diagonal[k] > 0 ? diagonal[k] : 1;
-    }
-    hessian_inverse(q, diagonal.data(), K);
-    std::vector<double> U = download(q, q->U, (size_t)K * K);
-    check(!memcmp(download(q, q->order, K).data(), inverse.order, K * sizeof(int)), "other order");
-    off = distance(U.data(), inverse.U, U.size());
-    check(off <= 1e-10, "off by %g", off);
+    Floats w = random_floats(nk, 0.05f);
+    float *gpu_w = t.up(w);
+
+    begin("invert"); // the same H from here on
+    for (size_t i = 0; i < kk; i++) H[i] = h[i];
+    std::vector<int> order(K);
+    std::vector<double> U(kk);
+    Floats importance(K), gpu_importance(K);
+    for (int k = 0; k < K; k++)
+        importance[k] = gpu_importance[k] = gpu_diagonal[k] > 0 ? gpu_diagonal[k] : 1;
+    Inverse inverse = {K, order.data(), U.data()}, on_gpu = {K, t.make<int>(K), t.make<double>(kk)};
+    invert_hessian(t.c, t.cpu, (Sums *)H.data(), gpu_diagonal.data(), true, &inverse,
+                   importance.data());
+    invert_hessian(t.g, t.gpu, (Sums *)gpu_H, gpu_diagonal.data(), true, &on_gpu,
+                   gpu_importance.data());
+    check(t.down(on_gpu.order, K) == order, "other order");
+    double off = distance(t.down(on_gpu.U, kk).data(), U.data(), kk);
     printf("     U off by %.2g\n", off);
+    check(off <= 1e-10, "off by %g", off);
+    off = distance(gpu_importance.data(), importance.data(), K);
+    check(off <= 1e-6, "the importance of columns off by %g", off);
+    gpu_H = t.up(h);
+    const float zero = 0, minus = -1;
+    double unused[HIDDEN];
+    t.g->copy(t.gpu, gpu_H + 3 * (K + 1), &minus, sizeof minus);
+    check(!t.g->invert(t.gpu, (Sums *)gpu_H, 1, 0, &on_gpu, unused),
+          "inverted what is not positive");
+    t.g->copy(t.gpu, gpu_H + 3 * (K + 1), &h[3 * (K + 1)], sizeof zero);
+    invert_hessian(t.g, t.gpu, (Sums *)gpu_H, gpu_diagonal.data(), true, &on_gpu, NULL);
 
-    begin("the importance of columns in GPTQ");
-    to_gpu(q, q->importance, importance.data(), K);
-    for_each(q, K, compensated_importance_kernel, q->U, q->order, (size_t)K, q->importance);
-    compensated_importance(&inverse, importance.data());
-    off = distance(download(q, q->importance, K).data(), importance.data(), K);
-    check(off <= 1e-6, "off by %g", off);
+    begin("correct, with M and with C");
+    const Floats m = t.down(gpu_M, nk);
+    for (size_t i = 0; i < nk; i++) M[i] = m[i];
+    Floats target(nk);
+    float *gpu_target = t.make<float>(nk);
+    for (int with_c = 1; with_c >= 0; with_c--) { // H is as good a C as any
+        const Sums *c = with_c ? (Sums *)H.data() : NULL, *gpu_c = with_c ? (Sums *)gpu_H : NULL;
+        const Sums *sums = with_c ? NULL : (Sums *)M.data(), *gpu_m = with_c ? NULL : (Sums *)gpu_M;
+        t.c->correct(t.cpu, w.data(), N, c, sums, &inverse, target.data());
+        t.g->correct(t.gpu, gpu_w, N, gpu_c, gpu_m, &on_gpu, gpu_target);
+        off = distance(t.down(gpu_target, nk).data(), target.data(), nk);
+        check(off <= (with_c ? 2e-3 : 1e-6), "%s: off by %g", with_c ? "C" : "M", off);
+    }
 
-    begin("the corrected target");
-    Floats m(R.begin(), R.end()), target((size_t)N * K);
-    m.resize((size_t)N * K);
-    std::vector<double> zeros(C.size()), M(m.begin(), m.end());
-    to_gpu(q, q->w, w.data(), w.size());
-    to_gpu(q, q->product, m.data(), m.size());
-    corrected_target(w.data(), N, &inverse, zeros.data(), M.data(), target.data());
-    corrected_target(q, q->w, q->product, N, K);
-    Floats gpu_target = download(q, q->target, (size_t)N * K);
-    off = distance(gpu_target.data(), target.data(), target.size());
-    check(off <= 1e-6, "off by %g", off);
-
-    begin("GPTQ");
-    to_gpu(q, q->importance, importance.data(), K);
-    to_gpu(q, q->target, target.data(), target.size());
+    begin("gptq, relative_error");
+    gpu_target = t.up(target);
+    float *weighting = t.up(importance);
     for (int search = 0; search < 2; search++) {
-        gptq(q, q->target, search ? q->importance : NULL, N, K);
-        Linear gpu = download_linear(q, N, K);
-        Linear c = gptq(target.data(), N, &inverse, search ? importance.data() : NULL, group_size);
-        size_t same = 0, all = (size_t)N * K / 2;
+        Linear codes = t.make_linear(N, K), c = quantized_new(N, K, group_size);
+        t.g->gptq(t.gpu, gpu_target, &on_gpu, search ? weighting : NULL, &codes);
+        t.c->gptq(t.cpu, target.data(), &inverse, search ? importance.data() : NULL, &c);
+        Linear gpu = t.down(codes);
+        size_t same = 0, all = nk / 2;
         for (size_t i = 0; i < all; i++) same += gpu.qweight[i] == c.qweight[i];
-        double total = squared_output(q, q->w, N, K);
-        double e = relative_error(q, q->w, total, N, K),
-               of_c = relative_error(w.data(), &c, H.data());
+        double e = t.g->relative_error(t.gpu, gpu_w, &codes, (Sums *)gpu_H);
+        double same_codes = t.c->relative_error(t.cpu, w.data(), &gpu, (Sums *)H.data());
+        double of_c = t.c->relative_error(t.cpu, w.data(), &c, (Sums *)H.data());
         printf("     %s: %.4f %% equal pairs of codes; error %.5f, %.5f in C\n",
                search ? "ranges searched" : "max|w|", 100.0 * same / all, e, of_c);
         check(search ? fabs(e / of_c - 1) < 1e-3 : same >= all * 0.9999, "too far apart");
+        check(fabs(e / same_codes - 1) < 1e-3, "error %g, of the same codes in C %g", e,
+              same_codes);
         linear_free(&gpu);
         linear_free(&c);
     }
-    inverse_free(&inverse);
-    gpu_quantizer_free(q);
 }
 
 static void test_smoothing(int group_size) {
     char name[100];
-    snprintf(name, sizeof name, "the search for smoothing, %s",
+    snprintf(name, sizeof name, "observe, smoothed_distance, the search, %s",
              group_size > 0 ? "g128" : "per channel");
     test_begin(name);
-    GpuQuantizer *q = new_quantizer(group_size);
-    const int first[3] = {0, 4, 6}, counts[3] = {3, 2, 1};
-    GpuLinear *to[3] = {&q->qkv, &q->gate_up, &q->down};
-    for (int i = 0; i < 3; i++) {
-        const int K = to[i]->K, N = to[i]->N;
-        Floats x = activations(K), max(K), s(K), gpu_s(K), w = random_floats((size_t)N * K, 0.05f);
-        for (size_t j = 0; j < x.size(); j++) max[j % K] = fmaxf(max[j % K], fabsf(x[j]));
-        to_gpu(q, q->sample[i], x.data(), x.size());
-        to_gpu(q, float_weights(q, first[i]), w.data(), w.size());
-        Linear linears[3] = {};
-        float *from = w.data();
-        for (int j = 0; j < counts[i]; j++) {
-            Linear *l = &linears[j];
-            linear_shape(&q->config, first[i] + j, &l->N, &l->K);
-            l->dtype = F32;
-            l->w = from;
-            from += (size_t)l->N * K;
+    Twins t(group_size);
+    const int shapes[][3] = {{DIM, 64, DIM}, {HIDDEN, HIDDEN, DIM}, {DIM, 0, HIDDEN}}; // N, N, K
+    for (const int *shape : shapes) {
+        const int K = shape[2], N = shape[0] + shape[1], n = shape[1] ? 2 : 1;
+        // 1. maxima and a sample: every third of the tokens that are not first, by two chunks
+        const Sampling sampling = {WINDOW, 3, (TOKENS - 2) / 3};
+        Floats x = activations(K), max(K), rows((size_t)sampling.n * K);
+        float *gpu_x = t.up(x), *gpu_max = t.make<float>(K), *gpu_rows = t.make<float>(rows.size());
+        for (int first = 0; first < TOKENS; first += WINDOW) {
+            const size_t from = (size_t)first * K;
+            t.c->observe(t.cpu, &x[from], WINDOW, K, first, sampling, max.data(), rows.data());
+            t.g->observe(t.gpu, gpu_x + from, WINDOW, K, first, sampling, gpu_max, gpu_rows);
         }
-        float t = search_smoothing(linears, counts[i], x.data(), TOKENS, max.data(), group_size,
-                                   s.data());
-        float gpu_t = search_smoothing(q, first[i], counts[i], to[i], q->sample[i], TOKENS,
-                                       max.data(), gpu_s.data());
-        printf("     t %g, %g in C\n", gpu_t, t);
-        check(t == gpu_t && s == gpu_s, "not the same");
+        check(t.down(gpu_max, K) == max && t.down(gpu_rows, rows.size()) == rows,
+              "K %d: other maxima or samples", K);
+
+        // 2. a candidate of smoothing
+        const int T = sampling.n;
+        Floats w = random_floats((size_t)N * K, 0.05f), s(K), y((size_t)T * N);
+        float *gpu_w = t.up(w), *gpu_s = t.make<float>(K), *gpu_y = t.make<float>(y.size());
+        Linear linears[2], gpu_linears[2];
+        for (int i = 0, row = 0; i < 2; row += shape[i++]) {
+            linears[i] = float_linear(shape[i], K, w.data() + (size_t)row * K);
+            gpu_linears[i] = float_linear(shape[i], K, gpu_w + (size_t)row * K);
+        }
+        float largest = *std::max_element(max.begin(), max.end());
+        smoothing_scales(max.data(), K, largest / 3, s.data());
+        t.c->add_linear(t.cpu, linears, rows.data(), T, y.data());
+        double want = t.c->smoothed_distance(t.cpu, linears, rows.data(), T, s.data(), y.data());
+        double got = t.g->smoothed_distance(t.gpu, gpu_linears, gpu_rows, T, t.up(s), t.up(y));
+        check(fabs(got / want - 1) < 1e-3, "distance %g, %g in C", got, want);
+
+        // 3. the search, which the driver has once
+        float at = search_smoothing(t.c, t.cpu, linears, n, rows.data(), T, max.data(), y.data(),
+                                    s.data());
+        float gpu_at =
+            search_smoothing(t.g, t.gpu, gpu_linears, n, gpu_rows, T, max.data(), gpu_y, gpu_s);
+        printf("     distance %g, %g in C; t %g, %g in C\n", got, want, gpu_at, at);
+        check(at == gpu_at && t.down(gpu_s, K) == s, "not the same");
     }
-    gpu_quantizer_free(q);
 }
 
 /* ---- lm_head in 8 bits, the KV cache in 16 and 8 bits ---------------------------------------- */
@@ -541,9 +711,11 @@ int main() {
         return 0;
     }
     test_rotation();
+    test_elements();
     for (int group_size : {-1, 128}) {
         test_ranges(group_size, false);
         test_ranges(group_size, true);
+        test_half_layers(group_size);
         test_gptq(group_size, DIM, HIDDEN);
         test_gptq(group_size, HIDDEN, DIM);
         test_smoothing(group_size);

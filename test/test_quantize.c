@@ -18,6 +18,11 @@
 
 #include "test.h"
 
+// In variant.c, whose header has other functions by names that are used here.
+Layer layer_float_copy(const Config *c, const Layer *layer, int index);
+Inverse hessian_inverse(const double *H, int K, bool act_order);
+void inverse_free(Inverse *inverse);
+
 #define SCRATCH "build/test/quantize"
 #define OUT SCRATCH "/out/model.bin" // alone in its directory
 
@@ -174,6 +179,46 @@ static bool same_linear(const Linear *a, const Linear *b) {
            (!a->s_group || !memcmp(a->s_group, b->s_group, n / 128));
 }
 
+/* ---- the operations on the CPU, by themselves ---------------------------------------------- */
+
+static const Operations *const cpu = &cpu_operations;
+
+static Linear round_to_nearest(const float *w, const float *importance, int N, int K,
+                               int group_size) {
+    Linear l = quantized_new(N, K, group_size);
+    cpu->round_to_nearest(NULL, w, importance, &l);
+    return l;
+}
+
+static Linear gptq(const float *w, int N, const Inverse *inverse, const float *importance,
+                   int group_size) {
+    Linear l = quantized_new(N, inverse->K, group_size);
+    cpu->gptq(NULL, w, inverse, importance, &l);
+    return l;
+}
+
+static double relative_error(const float *w, const Linear *l, const double *H) {
+    return cpu->relative_error(NULL, w, l, (const Sums *)H);
+}
+
+static void scale_inputs(float *w, int N, int K, const float *s) {
+    cpu->scale(NULL, N, K, s, NULL, w);
+}
+
+/* Of w [n], on a CPU that is started for this group size. */
+static float search(const Linear *w, int n, const float *x, int T, const float *max, int group_size,
+                    float *s) {
+    const Workload work = {.group_size = group_size};
+    Machine *m = cpu->start(&work);
+    size_t N = 0;
+    for (int i = 0; i < n; i++) N += w[i].N;
+    float *y = allocate(T * N, sizeof *y);
+    float t = search_smoothing(cpu, m, w, n, x, T, max, y, s);
+    free(y);
+    cpu->stop(m);
+    return t;
+}
+
 /* ---- models -------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -227,7 +272,8 @@ static float *weights_of(Linear *l) {
 static void rotate_model(Model *m, uint64_t seed) {
     int8_t *signs = allocate(m->config.dim, 1);
     random_signs(seed, m->config.dim, signs);
-    for (int l = 0; l < m->config.n_layers; l++) rotate_layer(&m->config, &m->layers[l], signs);
+    for (int l = 0; l < m->config.n_layers; l++)
+        rotate_layer(cpu, NULL, &m->config, signs, &m->layers[l]);
     rotate_ends(&m->embedding, &m->lm_head, m->norm, signs, NULL);
     free(signs);
 }
@@ -239,7 +285,7 @@ static void smooth_model(Model *m, uint64_t seed) {
     for (int l = 0; l < m->config.n_layers; l++) {
         for (int i = 0; i < 2 * dim + hidden; i++)
             s[i] = i % 3 ? 1 : 1 + 32 * fabsf(random_float(&seed));
-        smooth_layer(&m->layers[l], s, s + dim, s + 2 * dim);
+        smooth_layer(cpu, NULL, (float *[]){s, s + dim, s + 2 * dim}, &m->layers[l]);
     }
     free(s);
 }
@@ -407,9 +453,9 @@ static void test_rotate_matrices(void) {
             random_signs(n, n, signs);
             float *w = normals(N * K, &seed), *inputs = copy_floats(w, N * K);
             double *exact = doubles(w, N, K, NULL);
-            rotate_inputs(inputs, N, K, n, s);
+            cpu->rotate(NULL, N, K, n, false, s, inputs);
             check_near("inputs", inputs, times_rotation(exact, N, K, n, s), N * K, 2e-6);
-            rotate_outputs(w, N, K, n, s);
+            cpu->rotate(NULL, N, K, n, true, s, w);
             check_near("outputs", w, rotation_times(exact, N, K, n, s), N * K, 2e-6);
             free(exact);
             free(inputs);
@@ -429,7 +475,7 @@ static void test_rotate_layer(void) {
         const Linear *l = &before.linears[k];
         layer.linears[k].w = copy_floats(l->w, (size_t)l->N * l->K);
     }
-    rotate_layer(&small, &layer, signs);
+    rotate_layer(cpu, NULL, &small, signs, &layer);
     for (int k = 0; k < N_LINEARS; k++) {
         const Linear *l = &before.linears[k];
         bool writes = k == 3 || k == 6; // to the residual stream: o, down
@@ -488,7 +534,7 @@ static void test_smooth_layer(void) {
         const Linear *l = &before.linears[k];
         layer.linears[k].w = copy_floats(l->w, (size_t)l->N * l->K);
     }
-    smooth_layer(&layer, s_all, s_all + 16, s_all + 32);
+    smooth_layer(cpu, NULL, (float *[]){s_all, s_all + 16, s_all + 32}, &layer);
     for (int i = 0; i < 32; i++)
         check(fabs(layer.attention_norm[i] * (double)s_all[i] - norms[i]) < 1e-6, "norm %d is %g",
               i, layer.attention_norm[i]);
@@ -557,7 +603,7 @@ static void test_search_smoothing(void) {
             for (int k = 0; k < K; k++) none[k] = 1;
             Linear w[2] = {{.N = N, .K = K, .dtype = F32, .w = w0},
                            {.N = N, .K = K, .dtype = F32, .w = w1}};
-            float t = search_smoothing(w, 2, x, T, max, g, s);
+            float t = search(w, 2, x, T, max, g, s);
             for (int k = 0; k < K; k++) {
                 check(s[k] == (max[k] > t ? max[k] / t : 1), "g %d: s[%d] is %g, t %g", g, k, s[k],
                       t);
@@ -586,7 +632,7 @@ static void test_search_smoothing(void) {
     Linear l = {.N = 2, .K = 128, .dtype = F32, .w = w};
     for (int tiny = 0; tiny < 2; tiny++) {
         if (tiny) x[1] = max[1] = 1e-30f;
-        search_smoothing(&l, 1, x, 3, max, 128, s);
+        search(&l, 1, x, 3, max, 128, s);
         for (int k = 0; k < 128; k++) check(s[k] == 1, "s[%d] is %g", k, s[k]);
     }
 }
@@ -595,7 +641,7 @@ static void test_search_smoothing(void) {
  * of their window, by their maxima. Two windows; the first token's channel 3 is a massive one. */
 static void test_smoothing_sample(void) {
     test_begin("smoothing: the first token of each window is left out");
-    const Method method = {.group_size = -1, .smooth = 1};
+    const Method method = {.group_size = -1, .smooth = true};
     Config c = small;
     c.n_layers = 1;
     c.norm_eps = 1e-5f;
@@ -618,11 +664,11 @@ static void test_smoothing_sample(void) {
                 memcpy(sample + row / stride * D, x + i * D, D * sizeof *x);
             row++;
         }
-        float t = search_smoothing(layer.linears, 3, sample, T, max, -1, s);
+        float t = search(layer.linears, 3, sample, T, max, -1, s);
         for (int k = 0; k < D; k++) expected[k] = layer.attention_norm[k] / s[k];
         Linear table = {.N = n, .K = D, .dtype = F32, .w = embedding};
-        Quantizer *q = quantizer_new(&c, &method, &table, tokens, 2, length);
-        Smoothing found[3];
+        Quantizer *q = quantizer_new(&c, &method, cpu, &table, tokens, 2, length, 0);
+        Smoothing found[N_SMOOTHED];
         Errors errors[N_LINEARS];
         quantize_layer(q, &layer, 0, &out, found, errors);
         check(found[0].t == t && t < max_of(max, D), "length %d: t %g, expected %g", length,
@@ -1070,7 +1116,9 @@ static void test_compensated_importance(void) {
     for (int act_order = 0; act_order < 2; act_order++) {
         Inverse inverse = hessian_inverse(H, K, act_order);
         for (int k = 0; k < K; k++) importance[k] = H[k * (K + 1)];
-        compensated_importance(&inverse, importance);
+        double diagonal[K];
+        for (int i = 0; i < K; i++) diagonal[i] = inverse.U[i * (K + 1)];
+        compensated_importance(inverse.order, diagonal, K, importance);
         for (int i = 0; i < K; i++) {
             int n = K - i, k = inverse.order[i];
             double *left = allocate((size_t)n * n, sizeof *left);
@@ -1087,35 +1135,62 @@ static void test_compensated_importance(void) {
 }
 
 static void test_corrected_target(void) {
-    test_begin("corrected_target: w + 1/2 (w C + R) (H + damping)^-1 by a dense solve");
+    test_begin("the corrected target: w + 1/2 (D + F W^T)^T X (H + damping)^-1 by a dense solve");
     uint64_t seed = 21;
     for (int K = 8; K <= 96; K *= 12)
         for (int i = 0; i < 4; i++) {
             enum { N = 11 };
             int T = 2 * K;
             float *x = correlated_inputs(T, K, &seed), *f = copy_floats(x, (size_t)T * K);
-            float *w = normals((size_t)N * K, &seed), *distance = normals((size_t)T * N, &seed);
+            float *w = normals((size_t)N * K, &seed), *d = normals((size_t)T * N, &seed);
             for (int j = 0; j < T * K; j++) f[j] = 0.3f * normal(&seed); // F - X
-            float *target = allocate((size_t)N * K, sizeof *target);
+            for (int j = 0; j < T * N && !(i & 1); j++) d[j] = 0;
             double *H = moments(x, K, x, K, T), *C = moments(f, K, x, K, T);
-            double *R = i & 1 ? moments(distance, N, x, K, T) : NULL;
+            double *R = moments(d, N, x, K, T), *M = allocate((size_t)N * K, sizeof *M);
+            double *again = allocate((size_t)K * K, sizeof *again);
+            const Linear linear = {.N = N, .K = K, .dtype = F32, .w = w};
+
+            // As the driver does it, with D or without.
+            float *target = allocate((size_t)N * K, sizeof *target);
             Inverse inverse = hessian_inverse(H, K, i & 2);
-            corrected_target(w, N, &inverse, C, R, target);
+            if (i & 1) {
+                cpu->add_linear(NULL, &linear, f, T, d);
+                cpu->add_moments(NULL, x, K, d, N, T, (Sums *)again, (Sums *)M);
+            }
+            cpu->correct(NULL, w, N, i & 1 ? NULL : (const Sums *)C, i & 1 ? (const Sums *)M : NULL,
+                         &inverse, target);
+
+            // W C + R, by definition.
             double *D = damped(H, K), *dense = inverse_of(D, K), *want = doubles(w, N, K, NULL);
             for (int n = 0; n < N; n++)
                 for (int j = 0; j < K; j++) {
-                    double m = R ? R[n * K + j] : 0;
+                    double m = R[n * K + j];
                     for (int k = 0; k < K; k++) m += (double)w[n * K + k] * C[k * K + j];
                     for (int k = 0; k < K; k++) want[n * K + k] += m * dense[j * K + k] / 2;
                 }
-            check_near("target", target, want, N * K, 1e-5);
-            memset(C, 0, sizeof *C * K * K);
-            corrected_target(w, N, &inverse, C, NULL, target);
+            check_near("target", target, want, N * K, 2e-5);
+            memset(M, 0, sizeof *M * N * K);
+            cpu->correct(NULL, w, N, NULL, (const Sums *)M, &inverse, target);
             check(!memcmp(w, target, sizeof *w * N * K), "nothing to correct, but w changed");
             inverse_free(&inverse);
-            free(D), free(dense), free(C), free(H), free(R);
-            free(target), free(distance), free(w), free(f), free(x);
+            free(D), free(dense), free(C), free(H), free(R), free(M), free(again);
+            free(target), free(d), free(w), free(f), free(x);
         }
+}
+
+/* What the driver relies on: the int8 values of a row are quantized to themselves. */
+static void test_rounded_activations(void) {
+    test_begin("activations: the int8 values of a row quantize to the same a and s_a");
+    enum { K = 64, ROWS = 20000 };
+    uint64_t seed = 22;
+    for (int row = 0; row < ROWS; row++) {
+        float x[K];
+        int8_t a[2][K];
+        for (int k = 0; k < K; k++) x[k] = normal(&seed) * (1 + row);
+        float s_a = quantize_row(x, K, a[0]);
+        for (int k = 0; k < K; k++) x[k] = a[0][k] * s_a;
+        check(quantize_row(x, K, a[1]) == s_a && !memcmp(a[0], a[1], K), "row %d", row);
+    }
 }
 
 /* ---- the program --------------------------------------------------------------------------- */
@@ -1392,7 +1467,8 @@ static float *stage_input(const Config *c, const Layer *layer, State *s, int sta
 static void test_pipeline(bool mse) {
     begin("quantize: each linear is calibrated on quantized inputs, towards the float model, %s",
           mse ? "ranges searched" : "max|w|");
-    enum { T = 120, WINDOWS = 2, DIM = 128, ALL = T * WINDOWS };
+    enum { T = 120, WINDOWS = 18, DIM = 128, ALL = T * WINDOWS };
+    const int chunk = cpu->chunk_tokens / T * T; // 17 windows; one is left
     make_model(SCRATCH "/made.bin", made);
     if (!quantize(SCRATCH "/made.bin " OUT " -r 0 -a 0 -m %d -g -1 -c data/calib.txt -n %d -l %d",
                   mse, WINDOWS, T))
@@ -1431,22 +1507,29 @@ static void test_pipeline(bool mse) {
                 }
             }
             for (int i = 0; i < ALL * DIM; i++) distance[i] = x[0][i] - x[1][i];
-            // GPTQ is chaotic, so the sums are made as the program makes them, window by window.
+            // GPTQ is chaotic, so the sums are made as the program makes them, chunk by chunk. Of o
+            // and down M is D + (F - X) W^T, times X.
             double *H = allocate((size_t)K * K, sizeof *H), *C = allocate((size_t)K * K, sizeof *C);
-            double *R = stage % 2 ? allocate((size_t)DIM * K, sizeof *R) : NULL;
-            for (int t = 0; t < ALL; t += T) {
-                add_moments(H, in[1] + t * K, K, in[1] + t * K, K, T);
-                add_moments(C, in[0] + t * K, K, in[1] + t * K, K, T);
-                if (R) add_moments(R, distance + t * DIM, DIM, in[1] + t * K, K, T);
+            double *M = stage % 2 ? allocate((size_t)DIM * K, sizeof *M) : NULL;
+            const Linear *outside = &f.m->layers[l].linears[first[stage]];
+            if (M) cpu->add_linear(NULL, outside, in[0], ALL, distance);
+            for (int t = 0; t < ALL; t += chunk) {
+                int n = ALL - t < chunk ? ALL - t : chunk;
+                add_moments(H, in[1] + t * K, K, in[1] + t * K, K, n);
+                if (!M) add_moments(C, in[0] + t * K, K, in[1] + t * K, K, n);
+                else add_moments(M, distance + t * DIM, DIM, in[1] + t * K, K, n);
             }
             Inverse inverse = hessian_inverse(H, K, true);
             float importance[256];
+            double diagonal[256];
             for (int k = 0; k < K; k++) importance[k] = H[k * (K + 1)];
-            compensated_importance(&inverse, importance);
+            for (int k = 0; k < K; k++) diagonal[k] = inverse.U[k * (K + 1)];
+            compensated_importance(inverse.order, diagonal, K, importance);
             for (int i = first[stage]; i < first[stage] + count[stage]; i++) {
                 const Linear *w = &f.m->layers[l].linears[i], *got = &file.m->layers[l].linears[i];
                 float *target = allocate((size_t)w->N * K, sizeof *target);
-                corrected_target(w->w, w->N, &inverse, C, R, target);
+                cpu->correct(NULL, w->w, w->N, M ? NULL : (const Sums *)C, (const Sums *)M,
+                             &inverse, target);
                 Linear expected = gptq(target, w->N, &inverse, mse ? importance : NULL, -1);
                 int wrong = 0;
                 for (int n = 0; n < w->N; n++)
@@ -1466,7 +1549,7 @@ static void test_pipeline(bool mse) {
                     add_linear(&layers[i].linears[first[stage]], input, T, s->xb, stream);
                 }
             inverse_free(&inverse);
-            free(H), free(C), free(R), free(distance), free(in[0]), free(in[1]);
+            free(H), free(C), free(M), free(distance), free(in[0]), free(in[1]);
         }
     }
     state_free(s);
@@ -1950,14 +2033,16 @@ static void test_bad_weights(void) {
 
     test_begin("quantize: activations that are not finite");
     const struct {
-        const char *tensor, *named;
+        const char *tensor, *named, *unsmoothed; // what the message names with smoothing, without
         float factor;
     } large[] = {
-        {"model.layers.1.mlp.up_proj.weight", "layer 1: the input of mlp.down_proj", 3e38f},
-        {"model.layers.0.mlp.down_proj.weight", "layer 1: the input of self_attn.q_proj", 3e38f},
-        {"model.layers.0.self_attn.o_proj.weight", "layer 0: the input of mlp.gate_proj", 3e38f},
-        {"model.layers.1.mlp.down_proj.weight", "the last layer's output",
-         3e38f}, // no linear follows
+        {"model.layers.1.mlp.up_proj.weight", "layer 1: the input of mlp.down_proj", NULL, 3e38f},
+        {"model.layers.0.mlp.down_proj.weight", "layer 0: the output of mlp.down_proj", NULL,
+         3e38f},
+        {"model.layers.0.self_attn.o_proj.weight", "layer 0: the input of mlp.gate_proj",
+         "layer 0: the output of self_attn.o_proj", 3e38f},
+        {"model.layers.1.mlp.down_proj.weight", "layer 1: the output of mlp.down_proj", NULL,
+         3e38f},
     };
     const char *calibrated[] = {"", "-a 0", "-b rtn -a 0 -m 1 -g -1", "-b rtn -a 0 -m 1"};
     for (size_t i = 0; i < sizeof large / sizeof *large; i++) {
@@ -1968,7 +2053,8 @@ static void test_bad_weights(void) {
         for (int j = 0; j < (i ? 2 : 4); j++) {
             char command[256];
             snprintf(command, sizeof command, BROKEN "%s", calibrated[j]);
-            expect_error(command, 1, large[i].named, true);
+            bool smoothed = !j || !large[i].unsmoothed;
+            expect_error(command, 1, smoothed ? large[i].named : large[i].unsmoothed, true);
         }
     }
     unlink(SCRATCH "/broken.bin");
@@ -2249,6 +2335,7 @@ void test_quantize(void) {
     test_gptq_degenerate();
     test_compensated_importance();
     test_corrected_target();
+    test_rounded_activations();
     test_options();
     test_pipeline(false);
     test_pipeline(true);

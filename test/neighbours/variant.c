@@ -34,6 +34,34 @@ static float random_sign(uint64_t *seed) { // in [-1, 1)
     return (int32_t)(*seed >> 32) * 0x1p-31f;
 }
 
+Layer layer_float_copy(const Config *c, const Layer *layer, int index) {
+    Layer copy;
+    copy.attention_norm = new_floats(2 * c->dim);
+    copy.ffn_norm = copy.attention_norm + c->dim;
+    copy_floats(copy.attention_norm, layer->attention_norm, c->dim);
+    copy_floats(copy.ffn_norm, layer->ffn_norm, c->dim);
+    for (int k = 0; k < N_LINEARS; k++) {
+        char name[128];
+        snprintf(name, sizeof name, "model.layers.%d.%s", index, linear_names[k]);
+        copy.linears[k] = float_copy(&layer->linears[k], name);
+    }
+    return copy;
+}
+
+Inverse hessian_inverse(const double *H, int K, bool act_order) {
+    Inverse inverse = {K, allocate(K, sizeof(int)), allocate((size_t)K * K, sizeof(double))};
+    double *diagonal = allocate(K, sizeof *diagonal);
+    for (size_t k = 0; k < (size_t)K; k++) diagonal[k] = H[k * (K + 1)];
+    invert_hessian(&cpu_operations, NULL, (const Sums *)H, diagonal, act_order, &inverse, NULL);
+    free(diagonal);
+    return inverse;
+}
+
+void inverse_free(Inverse *inverse) {
+    free(inverse->order);
+    free(inverse->U);
+}
+
 Variant variant_new(const Model *m, uint64_t seed) {
     Variant v = {.m = *m, .bits = 32};
     const Config *c = &v.m.config;

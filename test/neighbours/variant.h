@@ -34,6 +34,13 @@ void copy_floats(float *to, const float *from, size_t n);
 /* The weights of a variant's linear [N][K], to be changed. */
 float *weights_of(const Linear *l);
 
+/* A layer's weights as F32 and its norms, to be changed; `index` is its number. */
+Layer layer_float_copy(const Config *c, const Layer *layer, int index);
+
+/* invert_hessian() of H [K][K] on the CPU; inverse_free() releases the result. */
+Inverse hessian_inverse(const double *H, int K, bool act_order);
+void inverse_free(Inverse *inverse);
+
 /* F32 copies of all layers; with a seed each weight is multiplied by 1 +- 1e-6 at most. */
 Variant variant_new(const Model *m, uint64_t seed);
 void variant_free(Variant *v);
