@@ -30,12 +30,15 @@
 #include <time.h>
 #include <unistd.h>
 #ifdef __x86_64__
+#include <cpuid.h>
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "qqq.h"
 
-bool textbook = false;
+bool textbook = false, use_amx = true;
 
 /* ---- what is defined further down ---- */
 
@@ -2214,15 +2217,22 @@ typedef struct {
     int tile, groups; // tokens per tile; K/128, or per channel 1
 } Activations;
 
+/* Zeroed bytes [n] at an address that is a multiple of 64. At any other address each load of 64
+ * bytes would touch two cache lines. */
+static int8_t *aligned_bytes(size_t n) {
+    n = (n + 63) / 64 * 64;
+    int8_t *p = aligned_alloc(64, n);
+    if (!p) die("no memory for %zu bytes", n);
+    memset(p, 0, n);
+    return p;
+}
+
 static Activations activations_new(const Linear *w, int T) {
     int tiles = (T + TILE_T - 1) / TILE_T, groups = w->s_group ? w->K / GROUP : 1;
     Activations x = {.tile = T == 1 ? 1 : TILE_T, .groups = groups};
-    size_t bytes = ((size_t)tiles * x.tile * w->K + 63) / 64 * 64;
     x.s_a = allocate(T, sizeof *x.s_a);
     x.sums = allocate((size_t)tiles * groups * TILE_T, sizeof *x.sums);
-    x.a = aligned_alloc(64, bytes); // otherwise each load of 64 bytes touches two cache lines
-    if (!x.a) die("no memory for %d tokens", T);
-    memset(x.a, 0, bytes);
+    x.a = aligned_bytes((size_t)tiles * x.tile * w->K);
     return x;
 }
 
@@ -2455,6 +2465,122 @@ static void w4a8_linears(const Linear *w, int n_linears, const float *x, int T, 
     activations_free(&a);
 }
 
+/* ---- y = x W^T in W4A8 by AMX, the matrix unit of Xeons since 2023
+ *
+ * A tile is a register of 16 rows of 64 bytes. One instruction multiplies two tiles of int8 and
+ * adds the products to a tile of 16 x 16 int32:
+ *
+ *   sum[n][t] += sum_k w8[n][k] a[k][t]     w8: 16 channels x 64 columns, a row per channel
+ *                                           a:  16 rows, each 4 columns of 16 tokens
+ *
+ * The weights are the left side, as their rows lie in the file as a tile wants them. The
+ * activations are the right side. A thread unpacks 64 channels once, for all tokens. It then
+ * multiplies 32 channels with 32 tokens at a time: two tiles of each side give four tiles of sums.
+ * ---- */
+
+#ifdef __x86_64__
+
+#define AMX __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw")))
+enum { TILE_BYTES = 1024, AMX_CHANNELS = 64, AMX_TOKENS = 32 };
+
+/* Whether the processor has AMX and Linux lends this process the registers of the tiles. */
+static bool amx_usable(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, AMX_INT8 = 1 << 25 };
+    unsigned a, b, c, d = 0;
+    return use_amx && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & AMX_INT8 &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+
+/* Row n of W as w8 = q s_group: a row of each of the tiles [K/64][16][64]. A word holds four codes,
+ * one per byte: ((u s) + (128 - 8 s)) ^ 128 never carries into the next byte. */
+AMX static void unpack_to_tiles(const Linear *w, size_t n, int8_t *tiles) {
+    const uint8_t *codes = codes_of(w, n), *s_group = groups_of(w, n);
+    for (int k = 0; k < w->K; k += 64, codes += 32, tiles += TILE_BYTES) {
+        uint32_t s = s_group ? s_group[k / GROUP] : 1, words[16];
+        for (int i = 0; i < 16; i++) {
+            uint32_t u = codes[2 * i] | codes[2 * i + 1] << 16;
+            u = (u | u << 4) & 0x0f0f0f0f;
+            words[i] = (u * s + (0x80808080 - s * 0x08080808)) ^ 0x80808080;
+        }
+        memcpy(tiles, words, sizeof words);
+    }
+}
+
+/* sums [32 channels][32 tokens] of tiles w8 [2][K/64] and a [2][K/64]. */
+AMX static void multiply_tiles(const int8_t *w8, const int8_t *a, size_t K, int32_t (*sums)[32]) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (size_t at = 0; at < 16 * K; at += TILE_BYTES) {
+        _tile_loadd(4, w8 + at, 64);
+        _tile_loadd(5, w8 + 16 * K + at, 64);
+        _tile_loadd(6, a + at, 64);
+        _tile_loadd(7, a + 16 * K + at, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(0, sums[0], sizeof *sums);
+    _tile_stored(1, sums[0] + 16, sizeof *sums);
+    _tile_stored(2, sums[16], sizeof *sums);
+    _tile_stored(3, sums[16] + 16, sizeof *sums);
+}
+
+/* y [T][N] for channels n0 .. n0 + 63 of w and all tokens; w8 is a buffer of 64 K bytes. */
+AMX static void amx_channels(const Linear *w, int n0, const int8_t *a, const float *s_a, int T,
+                             int8_t *w8, float *y) {
+    size_t N = w->N, K = w->K;
+    for (int n = 0; n < AMX_CHANNELS && n0 + n < w->N; n++)
+        unpack_to_tiles(w, n0 + n, w8 + n / 16 * 16 * K + n % 16 * 64);
+    for (int t0 = 0; t0 < T; t0 += AMX_TOKENS)
+        for (int n1 = n0; n1 < n0 + AMX_CHANNELS && n1 < w->N; n1 += 32) {
+            int32_t sums[32][32] __attribute__((aligned(64)));
+            int n_tokens = smaller(AMX_TOKENS, T - t0), n_channels = smaller(32, w->N - n1);
+            multiply_tiles(w8 + (n1 - n0) * K, a + t0 * K, K, sums);
+            for (int t = 0; t < n_tokens; t++)
+                for (int n = 0; n < n_channels; n++)
+                    y[(t0 + t) * N + n1 + n] =
+                        ((float)sums[n][t] * s_a[t0 + t]) * w->s_channel[n1 + n];
+        }
+}
+
+/* w4a8_linears() for K % 64 = 0. */
+AMX static void amx_linears(const Linear *w, int n_linears, const float *x, int T,
+                            float *const *y) {
+    uint8_t config[64] = {1}; // byte 16 + 2 i: bytes of a row of tile i; byte 48 + i: rows
+    for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = 16;
+    size_t K = w->K, padded = (T + AMX_TOKENS - 1) / AMX_TOKENS * AMX_TOKENS;
+    int8_t *a = aligned_bytes(padded * K); // tiles [padded/16][K/64], zeros after token T - 1
+    float *s_a = allocate(T, sizeof *s_a);
+    // 1. quantize x; a tile has four columns of a token side by side
+#pragma omp parallel for
+    for (int t = 0; t < T; t++) {
+        int8_t row[K];
+        s_a[t] = quantize_row(x + t * K, K, row);
+        for (size_t k = 0; k < K; k += 4)
+            memcpy(a + t / 16 * 16 * K + 16 * k + t % 16 * 4, row + k, 4);
+    }
+    // 2. multiply, each thread with tiles of its own
+#pragma omp parallel
+    {
+        int8_t *w8 = aligned_bytes(AMX_CHANNELS * K);
+        __asm__ volatile("ldtilecfg %0" ::"m"(config));
+        for (int i = 0; i < n_linears; i++) {
+#pragma omp for schedule(guided) nowait
+            for (int n = 0; n < w[i].N; n += AMX_CHANNELS)
+                amx_channels(&w[i], n, a, s_a, T, w8, y[i]);
+        }
+        __asm__ volatile("tilerelease");
+        free(w8);
+    }
+    free(a);
+    free(s_a);
+}
+
+#endif
+
 /* lm_head in 8 bits. With activations of 16 bits compilers find vpmaddwd, 4 times as fast as what
  * they make of 8 bits. */
 static void byte_linear(const Linear *w, const float *x, int T, float *y) {
@@ -2480,6 +2606,12 @@ static void byte_linear(const Linear *w, const float *x, int T, float *y) {
 }
 
 static void fast_linears(const Linear *w, int n, const float *x, int T, float *const *y) {
+#ifdef __x86_64__
+    if (w->dtype == U8 && w->K % 64 == 0 && T >= AMX_TOKENS && amx_usable()) {
+        amx_linears(w, n, x, T, y);
+        return;
+    }
+#endif
     if (w->dtype == U8) w4a8_linears(w, n, x, T, y);
     else if (w->dtype != I8) float_linears(w, n, x, T, y);
     else

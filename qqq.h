@@ -151,8 +151,8 @@ void add_linear(const Linear *w, const float *in, int T, float *buffer, float *x
 void attention(const Config *c, State *s, int l, int T, int pos);
 
 /* True: attention() and the linear layers run as sections 1 and 2 of qqq.c write them. False, which
- * is the default: section 4 computes the same, faster. */
-extern bool textbook;
+ * is the default: section 4 computes the same, faster; if use_amx is true (default), by AMX too. */
+extern bool textbook, use_amx;
 
 /* y_i = x_i / sqrt(mean(x^2) + eps) * weight_i for each row; x, y [T][dim], may be the same. */
 void rmsnorm(const float *x, const float *weight, int T, int dim, float eps, float *y);

@@ -469,6 +469,11 @@ static void test_textbook_linear(void) {
             linear(l, x, T, fast);
             double off = max_difference(book, fast, (size_t)T * N);
             check(off <= (kind < 3 ? 0 : 1e-5), "N %d K %d T %d: off by %g", N, K, T, off);
+            use_amx = false; // what a processor without AMX runs
+            linear(l, x, T, fast);
+            use_amx = true;
+            off = max_difference(book, fast, (size_t)T * N);
+            check(off <= (kind < 3 ? 0 : 1e-5), "N %d K %d T %d: off by %g", N, K, T, off);
             linear_free(&f), linear_free(&bytes), free_w4a8(w);
             free(x), free(book), free(fast);
         }
