@@ -606,6 +606,14 @@ __device__ void wgmma(int (&c)[16][4], const uint32_t (&a)[4], const uint8_t *b)
 #undef SUMS
 }
 
+/* Waits for all wgmma. The compiler does not know that they run in the background: the empty asm
+ * keeps it from moving work on the sums up before the wait. */
+__device__ __forceinline__ void wgmma_finish(int (&c)[2][WIDE / 8][4]) {
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < WIDE; i++) asm volatile("" : "+r"(c[i / 64][i / 4 % 16][i % 4]));
+}
+
 /* multiply_chunk() by wgmma. The last step may still run when it returns. */
 __device__ __forceinline__ void multiply_wgmma(int (&c)[2][WIDE / 8][4], const uint8_t *activations,
                                                const uint8_t *weights) {
@@ -654,7 +662,7 @@ __global__ void __launch_bounds__(256) wgmma_kernel(const Gemm p) {
         const uint8_t *stage = shared + i % STAGES * STAGE;
         multiply_wgmma(c, stage, stage + WIDE * CHUNK + warp * STRIP);
     }
-    wgmma_wait<0>();
+    wgmma_finish(c);
     write_tile(p, c, m0, n0 + warp * 32, 4);
 #endif
 }
@@ -753,7 +761,7 @@ __global__ void __launch_bounds__(256)
         const uint8_t *stage = shared + i % STAGES * STAGE;
         multiply_wgmma(c, stage, stage + WIDE * CHUNK + warp * STRIP);
     }
-    wgmma_wait<0>();
+    wgmma_finish(c);
     write_tile(p, c, m0, n0 + warp * 32, 4);
 #endif
 }
@@ -816,7 +824,7 @@ __global__ void __launch_bounds__(384, 1)
             // the chunk before is through
             if (chunk > 0 && lane == 0) barrier_arrive(empty + (i - 1) % DEEP);
         }
-        wgmma_wait<0>();
+        wgmma_finish(c);
         if (lane == 0) barrier_arrive(empty + (i - 1) % DEEP);
         write_tile(p, c, m0, n0 + warp * 32, 4);
     }
