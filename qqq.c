@@ -551,10 +551,7 @@ void pack_row(const int8_t *q, int K, uint8_t *qweight) {
 }
 
 void unpack_row(const uint8_t *qweight, int K, int8_t *q) {
-    for (int j = 0; j < K / 2; j++) {
-        q[2 * j] = (qweight[j] & 0x0f) - 8;
-        q[2 * j + 1] = (qweight[j] >> 4) - 8;
-    }
+    for (int k = 0; k < K; k++) q[k] = (qweight[k / 2] >> k % 2 * 4 & 0x0f) - 8;
 }
 
 /* Row n of a quantized linear: its codes [K/2], and its group scales [K/128] or NULL. */
@@ -2265,7 +2262,7 @@ static void dot_u4_c(const uint8_t *w, const uint8_t *s_group, const int8_t *a, 
                      int32_t *acc) {
     for (int k = 0; k < K; k += GROUP) {
         int n = smaller(GROUP, K - k), s = s_group ? s_group[k / GROUP] : 1;
-        int16_t u[GROUP]; // even columns, odd columns
+        int16_t u[GROUP] = {0}; // even columns, odd columns
         for (int j = 0; j < n / 2; j++) {
             u[j] = w[k / 2 + j] & 0x0f;
             u[n / 2 + j] = w[k / 2 + j] >> 4;
@@ -2590,7 +2587,7 @@ static void byte_linear(const Linear *w, const float *x, int T, float *y) {
     for (int t = 0; t < T; t++) {
         int8_t row[K];
         s_a[t] = quantize_row(x + t * K, K, row);
-        for (size_t k = 0; k < K; k++) a[t * K + k] = row[k];
+        for (size_t k = 0; k < K; k++) a[t * K + k] = (int16_t)row[k];
     }
 #pragma omp parallel for schedule(guided, 32)
     for (size_t n = 0; n < N; n++) {
@@ -3045,18 +3042,20 @@ void require_utf8(const char *name, const char *text, size_t bytes) {
 }
 
 char *read_text(const char *path, size_t *bytes) {
-    FILE *in = strcmp(path, "-") ? fopen(path, "re") : stdin;
-    if (in == stdin) path = "stdin";
+    bool piped = !strcmp(path, "-");
+    FILE *in = piped ? stdin : fopen(path, "re");
+    if (!in) die("%s: %s", path, strerror(errno));
+    if (piped) path = "stdin";
     char *text = NULL;
     size_t size = 0, n = 1;
     *bytes = 0;
-    for (; in && n; *bytes += n) {
+    for (; n; *bytes += n) {
         if (*bytes == size) text = realloc(text, (size = 2 * size + (1 << 16)) + 1);
         if (!text || *bytes > INT_MAX) die("%s: more text than fits in memory", path);
         n = fread(text + *bytes, 1, size - *bytes, in);
     }
-    if (!in || ferror(in)) die("%s: %s", path, strerror(errno));
-    if (in != stdin) fclose(in);
+    if (ferror(in)) die("%s: %s", path, strerror(errno));
+    if (!piped) fclose(in);
     if (!*bytes) die("%s: it is empty", path);
     text[*bytes] = 0;
     require_utf8(path, text, *bytes);

@@ -401,8 +401,9 @@ static void test_fine_tunes(void) {
                                              "\"normalizer\":{\"type\":\"Sequence\","
                                              "\"normalizers\":[]}"}};
     for (int i = 0; i < 2; i++) {
-        char *at = strstr(text, fields[i][0]), *end = at + strlen(fields[i][0]), *changed;
+        char *at = strstr(text, fields[i][0]), *changed;
         if (!check(at != NULL, "no %s", fields[i][0])) return;
+        char *end = at + strlen(fields[i][0]);
         changed = format_text("%.*s%s%s", (int)(at - text), text, fields[i][1], end);
         free(text);
         text = changed;
