@@ -170,9 +170,10 @@ template <int TOKENS> __global__ void __launch_bounds__(256) tile_kernel(const G
  * two's complement. So the high half of a byte *is* 16 q: one AND unpacks four weights, for the low
  * half after one shift. The sums are 16 times as large.
  *
- * With few tokens that is much faster. With 64 it was measured to be slower than rung 2. The likely
- * reason, from the machine code and not from a profile: in both rungs a load of activations touches
- * eight rows, for which the L1 cache needs some eight clocks, and these loads are most of the time.
+ * With one token that is a sixth faster on an H200. From 64 tokens on it is slower than rung 2, at
+ * 1024 half as fast. The likely reason, from the machine code and not from a profile: in both rungs
+ * a load of activations touches eight rows, for which the L1 cache needs some eight clocks, and
+ * these loads are most of the time.
  * In rung 2 all loads of 32 k go out together, before the first mma. In rung 3 the compiler spreads
  * the loads of 64 k over seven groups between the mma, and each group waits anew; and the weights
  * come from memory each time, while rung 2 finds seven of eight in the L1 cache. Only 32 of 132
