@@ -3042,20 +3042,23 @@ void require_utf8(const char *name, const char *text, size_t bytes) {
 }
 
 char *read_text(const char *path, size_t *bytes) {
-    bool piped = !strcmp(path, "-");
+    bool piped = !strcmp(path, "-"), fits = true;
     FILE *in = piped ? stdin : fopen(path, "re");
     if (!in) die("%s: %s", path, strerror(errno));
     if (piped) path = "stdin";
+    // 1. all bytes, in a buffer that doubles
     char *text = NULL;
     size_t size = 0, n = 1;
-    *bytes = 0;
-    for (; n; *bytes += n) {
+    for (*bytes = 0; fits && n; *bytes += n) {
         if (*bytes == size) text = realloc(text, (size = 2 * size + (1 << 16)) + 1);
-        if (!text || *bytes > INT_MAX) die("%s: more text than fits in memory", path);
-        n = fread(text + *bytes, 1, size - *bytes, in);
+        fits = text && *bytes <= INT_MAX;
+        n = fits ? fread(text + *bytes, 1, size - *bytes, in) : 0;
     }
-    if (ferror(in)) die("%s: %s", path, strerror(errno));
+    int error = ferror(in) ? errno : 0;
     if (!piped) fclose(in);
+    // 2. are they a text?
+    if (!fits) die("%s: more text than fits in memory", path);
+    if (error) die("%s: %s", path, strerror(error));
     if (!*bytes) die("%s: it is empty", path);
     text[*bytes] = 0;
     require_utf8(path, text, *bytes);
