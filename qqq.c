@@ -3057,7 +3057,7 @@ char *read_text(const char *path, size_t *bytes) {
     int error = ferror(in) ? errno : 0;
     if (!piped) fclose(in);
     // 2. are they a text?
-    if (!fits) die("%s: more text than fits in memory", path);
+    if (!fits || !text) die("%s: more text than fits in memory", path);
     if (error) die("%s: %s", path, strerror(error));
     if (!*bytes) die("%s: it is empty", path);
     text[*bytes] = 0;
