@@ -27,7 +27,8 @@ static void require(bool ok, const char *what) {
 /* ---- inputs end here, not the program -------------------------------------------------------- */
 
 static jmp_buf refused;
-static bool running; // an input is being read
+// Per thread: libFuzzer has a thread of its own, whose memory is none of an input.
+static _Thread_local bool running; // an input is being read
 
 // What it has allocated and mapped, in order; NULL where that is released.
 static const volatile void *blocks[1 << 20];
@@ -82,8 +83,8 @@ static void allocated(const volatile void *block, size_t bytes) {
 }
 
 static void released(const volatile void *block) {
-    int i = n_blocks;
-    while (running && i-- > 0)
+    if (!running) return;
+    for (int i = n_blocks; i-- > 0;)
         if (blocks[i] == block) {
             blocks[i] = NULL;
             break;
