@@ -662,12 +662,17 @@ Linear quantize_bytes(const Linear *w) {
  *   W   float weights of a linear [N][K], after steps 1 and 2
  *   F   the linear's inputs in the float model [T][K], T all calibration tokens
  *   X   the inputs that it will get, from the layers quantized so far, in int8 [T][K]
- *   D   what the residual stream lacks of the float model's [T][N]; only for o and down, else 0
+ *   D   the float model's residual stream minus that of the quantized one [T][N]; for o and down,
+ *       which write to it. For the others it does not count: D = 0
  *
  *   steps 1 and 2    W and F become easier to round: rotation, smoothing
- *   step  3          the range in which each row of W is rounded
- *   step  4          GPTQ rounds W' to Q so that  |X W'^T - X Q^T|  is small
- *   step  5          W' = W + 1/2 M H^-1,   H = X^T X,   M = (D + (F - X) W^T)^T X
+ *   step  3          the range in which each row is rounded
+ *   step  4          GPTQ rounds W' to Q so that  |X W'^T - X Q^T|  is small: one column after the
+ *                    other, and the columns still free make up for the error of each
+ *   step  5          W' = W + 1/2 M H^-1,   H = X^T X (damped),   M = (D + (F - X) W^T)^T X
+ *
+ * Step 5 makes the target of step 4, so it runs first; then step 3 chooses the ranges of W'. Q here
+ * are weights again, codes times scales.
  *
  * Two models run side by side over the calibration windows, a layer at a time: the float model, and
  * the one whose layers so far are quantized. QQQ, arXiv 2406.09904; a comment says what goes beyond
@@ -784,7 +789,7 @@ static void digest_hessian(Quantizer *q, int l, int linear) {
     const int K = q->float_layer.linears[linear].K;
     double *diagonal = allocate(K, sizeof *diagonal), mean = 0;
     float *importance = allocate(K, sizeof *importance);
-    // 1. the mean square of each input, over all windows
+    // 1. the sum of the squares of each input, over all windows
     q->o->complete(q->m, K, q->H, diagonal);
     for (int k = 0; k < K; k++) mean += diagonal[k] / K;
     if (!(mean < INFINITY))
@@ -1041,13 +1046,14 @@ void require_finite(const Linear *l, const char *name) {
  *
  *   R = diag(signs) H_D / sqrt(D),  H_D the Hadamard matrix of dim D,  H_d of head_dim
  *   E <- E R,   W <- W diag(norm) R for q, k, v, gate, up and lm_head,  norm <- 1,
- *   W <- R^T W for o and down,   W_v,h <- H_d^T W_v,h,   W_o,h <- W_o,h H_d
+ *   W <- R^T W for o and down,   W_v,h <- H_d^T W_v,h / sqrt(d),   W_o,h <- W_o,h H_d / sqrt(d)
  *
  * For n = m 2^k, m odd, H_n is the Hadamard matrix of 2^k times (Kronecker) the Hartley matrix of
- * m, cos(2 pi ij / m) + sin(2 pi ij / m): so n may be 576 or 3072. Both are symmetric and, over
- * their roots, orthogonal. The residual stream is x R instead of x. R is orthogonal, so RMSNorm
- * without weights commutes with R, and the model computes the same; but an outlying channel is now
- * spread over all. QuaRot, arXiv 2404.00456. ---- */
+ * m, cos(2 pi ij / m) + sin(2 pi ij / m): so n may be 576 or 3072. Both are symmetric and,
+ * divided by the root of their size, orthogonal. H_n is not the Hessian H of the later steps. The
+ * residual stream is x R instead of x. R is orthogonal, so RMSNorm without weights commutes with R,
+ * and the model computes the same; but an outlying channel is now spread over all. QuaRot, arXiv
+ * 2404.00456. ---- */
 
 void rotate_layer(const Operations *o, Machine *m, const Config *c, const int8_t *signs, Layer *l) {
     float ones[c->dim];
@@ -1152,11 +1158,12 @@ void rotate_ends(Linear *embedding, Linear *lm_head, float *norm, const int8_t *
 
 /* ---- step 2: adaptive smoothing
  *
- *   s_j = max(1, max|X_j| / t),   X <- X diag(s)^-1,   W <- W diag(s)
+ *   s_j = max(1, max|F_j| / t),   F <- F diag(s)^-1,   W <- W diag(s)
  *
- * X W^T stays the same, but the channels of X that stand out above the threshold t no longer
- * coarsen the int8 steps of a whole token. The search finds the t with which the quantized output
- * is nearest to the float output. QQQ, arXiv 2406.09904, section 3.1. ---- */
+ * F W^T stays the same, but the channels of F that stand out above the threshold t no longer
+ * coarsen the int8 steps of a whole token. Of some t the search takes the one with which the
+ * quantized output is nearest to the float output. The maxima leave out the first token of each
+ * window. QQQ, arXiv 2406.09904, section 3.1. ---- */
 
 void smoothing_scales(const float *max, int K, float t, float *s) {
     for (int k = 0; k < K; k++) s[k] = max[k] > t ? max[k] / t : 1.0f;
@@ -1325,9 +1332,10 @@ static double smoothed_distance(Machine *m, const Linear *w, const float *x, int
  *
  *   range = max|w|,  or the range p max|w| that minimizes  sum_k h_k (w_k - q_k scale)^2,
  *
- * h_k = H_kk, the mean square of input channel k on the calibration tokens: the error that the
- * rounding of w_k alone adds to the output. If GPTQ follows, h_k = sqrt(H_kk) / U_kk, see
- * compensated_importance(). The range of a row gives s_channel, in groups also s_group. ---- */
+ * h_k = H_kk, the sum of the squares of input k over the calibration tokens: what the rounding of
+ * w_k alone adds to the squared error of the output. If GPTQ follows, h_k = sqrt(H_kk) / U_kk, see
+ * compensated_importance(). The range of a row gives s_channel; each group has a range of its own,
+ * which gives s_group. ---- */
 
 static float clamp(float x, float low, float high) {
     return x < low ? low : x > high ? high : x;
@@ -1428,14 +1436,15 @@ static void round_to_nearest(Machine *m, const float *w, const float *importance
  *
  *   H = X^T X over the calibration tokens, H <- H + 0.01 mean(diag H) I,
  *   H^-1 = U^T U, U upper triangular;   for column i:  e = (w_i - q_i) / U_ii,
- *   w_j <- w_j - e U_ij for j > i
+ *   w_j <- w_j - e U_ij for j > i;   q_i is the rounded weight, code times scale
  *
- * If the weights of a row are off by d, the output is off by X d^T, squared and summed d H d^T.
+ * If the weights of a row change by d, the output changes by X d^T, squared and summed d H d^T.
  * Rounding column i fixes d_i. The columns behind it are free to make up for that: d H d^T is least
  * if they move by d_j = d_i B_ij / B_ii, B the inverse of H without the columns before i. Nobody
- * has to invert that many matrices: B_ij / B_ii = U_ij / U_ii for all i at once. Columns of large
- * inputs are rounded first, while many others are free (act-order). Damping keeps H invertible if
- * tokens are few. GPTQ, arXiv 2210.17323, where H is 2 X X^T; no factor changes the result. ---- */
+ * has to invert that many matrices: B = U'^T U', U' being U without the rows and columns before i.
+ * So B_ij = U_ii U_ij, and B_ij / B_ii = U_ij / U_ii. With act-order the columns of large inputs
+ * are rounded first, while many others are free. Damping keeps H invertible if tokens are few.
+ * GPTQ, arXiv 2210.17323, where H is 2 X X^T; no factor changes the result. ---- */
 
 /* Indices of diagonal [n] by falling value, equal ones from left to right; or all from left to
  * right. */

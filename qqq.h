@@ -274,8 +274,9 @@ typedef struct {
     void (*progress)(int layer, int linear, int n_layers); // at work on it; NULL: none
 } Method;
 
-/* The inputs that smoothing scales: of q, k, v; of gate and up; of down. The input of o cannot be
- * smoothed: one v serves several query heads. */
+/* The inputs that smoothing scales: of q, k, v; of gate and up; of down. The input of o is not
+ * smoothed: one v serves several query heads, so its channels could not have scales of their own.
+ */
 typedef enum { SMOOTH_QKV, SMOOTH_GATE_UP, SMOOTH_DOWN, N_SMOOTHED } SmoothedInput;
 
 /* What quantizing a layer reports. */
