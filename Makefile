@@ -41,7 +41,7 @@ $(BUILD)/%.o: %.c $(HEADERS) Makefile
 $(BUILD)/%.cu.o: %.cu $(HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(if $(NVCC),,$(error nvcc was not found; NVCC=... names it))
-	$(NVCC) $(NVCCFLAGS) $(ARCH) $(CPPFLAGS) -Xcompiler -Wall,-Wextra -c $< -o $@
+	$(NVCC) $(NVCCFLAGS) --extended-lambda $(ARCH) $(CPPFLAGS) -Xcompiler -Wall,-Wextra -c $< -o $@
 
 # Idle threads sleep: spinning slows everything down where cores are shared.
 demo steps: export OMP_WAIT_POLICY = passive

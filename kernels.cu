@@ -188,6 +188,10 @@ static void *device_alloc(size_t bytes) {
     return p;
 }
 
+template <typename... Arrays> static void device_free(Arrays... arrays) {
+    (cuda_check(cudaFree(arrays), "cudaFree"), ...);
+}
+
 template <typename A, typename B> static constexpr __host__ __device__ auto ceil_div(A a, B b) {
     return (a + b - 1) / b;
 }
@@ -205,14 +209,17 @@ template <typename S, typename T> static void to_host(S *s, T *to, const T *from
 }
 
 /* Of the GPU in use, which must stay the same. */
+static const cudaDeviceProp &gpu_properties() {
+    static cudaDeviceProp p;
+    int device;
+    if (p.major) return p;
+    cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+    cuda_check(cudaGetDeviceProperties(&p, device), "GPU");
+    return p;
+}
+
 static int multiprocessors() {
-    static const int count = [] {
-        int device, n;
-        cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-        cuda_check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device), "GPU");
-        return n;
-    }();
-    return count;
+    return gpu_properties().multiProcessorCount;
 }
 
 __global__ void empty_kernel() {}
@@ -233,6 +240,7 @@ struct LaunchShape {
     int threads;
     size_t shared = 0; // bytes of dynamic shared memory
     int carveout = -1; // percent of L1 that is to be shared memory; -1: as the driver likes
+    bool overlap = true;
 };
 
 /* For kernels that read memory straight into registers, as data on the way needs room in L1. A
@@ -240,8 +248,9 @@ struct LaunchShape {
  * stream do best with the same value. */
 constexpr int CARVEOUT = 50;
 
-/* A launch that may overlap the end of the kernel before: see launch_dependents(). A kernel that
- * was launched so must call wait_for_previous_kernel(), as the kernel after it relies on that. */
+/* A launch, which may `overlap` the end of the kernel before: see launch_dependents(). A kernel
+ * that was launched so must call wait_for_previous_kernel(), as the kernel after it relies on that.
+ */
 template <typename... Parameters, typename... Arguments>
 static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
                    Arguments... arguments) {
@@ -256,17 +265,26 @@ static void launch(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = code_version() >= 90;
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                    shape.carveout),
-               "shared memory");
+    config.numAttrs = shape.overlap && code_version() >= 90;
+    // 3. leave to use so much shared memory
+    auto set = [&](cudaFuncAttribute attribute, int value) {
+        cuda_check(cudaFuncSetAttribute(kernel, attribute, value), "shared memory");
+    };
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, shape.carveout);
+    if (shape.shared > 0) set(cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared);
     cuda_check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
-/* Lets a kernel have so much dynamic shared memory. */
-template <typename Kernel> static void allow_shared(Kernel kernel, size_t bytes) {
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-               "shared memory");
+template <typename F> __global__ void for_each_kernel(size_t n, F f) {
+    const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n) f(i);
+}
+
+/* f(i) for each i < n, in a thread each. */
+template <typename F> static void for_each(cudaStream_t stream, size_t n, F f) {
+    if (n == 0) return;
+    for_each_kernel<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, stream>>>(n, f);
+    cuda_check(cudaGetLastError(), "launch");
 }
 
 /* The next kernel on the stream may start as soon as all blocks of this one have called this and
@@ -466,34 +484,27 @@ __device__ static size_t fragment_scale(int n, int k, int K) {
 constexpr uint32_t TWOS_COMPLEMENT = 0x88888888;
 
 /* N rows as in the file: qweight [N][K/2], s_group and s_channel, become rows first .. first + N -
- * 1 of l. One thread per word. */
-__global__ void layout_weights_kernel(const uint16_t *qweight, const uint8_t *s_group,
-                                      const float *s_channel, int N, int first, GpuLinear l) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    const int K = l.K, words = K / 8, n = i / words, word_of_row = i % words;
-    if (i >= (size_t)N * words) return;
-    // 1. eight codes into their word
-    const int k = word_of_row / 8 * UNIT + word_of_row % 8 * 4;
-    uint32_t word = 0;
-    for (int high = 0; high < 2; high++) {
-        uint32_t codes = qweight[(size_t)n * (K / 4) + (k + high * 32) / 4];
-        for (int b = 0; b < 4; b++) word |= (codes >> 4 * b & 15) << (8 * b + 4 * high);
-    }
-    l.w[fragment_word(first + n, k, K)] = l.s_group ? word : word ^ TWOS_COMPLEMENT;
-    // 2. the scales; per channel the sums are of 16 q, and a power of two divides out exactly
-    if (l.s_group && k % GROUP == 0) {
-        l.s_group[fragment_scale(first + n, k, K)] = s_group[(size_t)n * (K / GROUP) + k / GROUP];
-    }
-    if (k == 0) l.s_channel[first + n] = l.s_group ? s_channel[n] : s_channel[n] / 16;
-}
-
-/* All in device memory. */
-static void layout_weights(const GpuLinear *l, int first, int N, const uint16_t *qweight,
+ * 1 of l. All in device memory. One thread per word. */
+static void layout_weights(const GpuLinear l, int first, int N, const uint16_t *qweight,
                            const uint8_t *s_group, const float *s_channel, cudaStream_t stream) {
-    const size_t words = (size_t)N * (l->K / 8);
-    layout_weights_kernel<<<(unsigned)ceil_div(words, THREADS), THREADS, 0, stream>>>(
-        qweight, s_group, s_channel, N, first, *l);
-    cuda_check(cudaGetLastError(), "layout_weights_kernel");
+    for_each(stream, (size_t)N * (l.K / 8), [=] __device__(size_t i) {
+        const int K = l.K, words = K / 8, n = i / words, word_of_row = i % words;
+        // 1. eight codes into their word
+        const int k = word_of_row / 8 * UNIT + word_of_row % 8 * 4;
+        uint32_t word = 0;
+        for (int high = 0; high < 2; high++) {
+            uint32_t codes = qweight[(size_t)n * (K / 4) + (k + high * 32) / 4];
+            for (int b = 0; b < 4; b++) word |= (codes >> 4 * b & 15) << (8 * b + 4 * high);
+        }
+        l.w[fragment_word(first + n, k, K)] = l.s_group ? word : word ^ TWOS_COMPLEMENT;
+        // 2. the scale of the group
+        if (l.s_group && k % GROUP == 0) {
+            const size_t group = (size_t)n * (K / GROUP) + k / GROUP;
+            l.s_group[fragment_scale(first + n, k, K)] = s_group[group];
+        }
+        // 3. per channel the sums are of 16 q, and a power of two divides out exactly
+        if (k == 0) l.s_channel[first + n] = l.s_group ? s_channel[n] : s_channel[n] / 16;
+    });
 }
 
 /* ---- tiles, and the way through them --------------------------------------------------------- */
@@ -999,10 +1010,13 @@ __global__ void __launch_bounds__(THREADS, 2)
 template <int TOKENS, int TEAMS, bool GROUPS>
 static void launch_gemm(const GemmArgs &p, cudaStream_t stream) {
     using S = Shape<TOKENS, TEAMS>;
+    // 1. small tiles where these need more shared memory than a block may have
+    const size_t limit = gpu_properties().sharedMemPerBlockOptin;
+    if (S::SHARED > limit) return launch_gemm<16, 8, GROUPS>(p, stream);
+    // 2. all blocks have as many tiles, or one less
     const Tiling tiling = make_tiling(p, S::CHANNELS, TOKENS, TEAMS * CHUNK);
     const int rounds = ceil_div(tiling.tiles, multiprocessors() * S::BLOCKS); // tiles of a block
     constexpr auto kernel = gemm_w4a8_kernel<TOKENS, TEAMS, GROUPS>;
-    allow_shared(kernel, S::SHARED);
     launch(kernel, {dim3(ceil_div(tiling.tiles, rounds)), THREADS, S::SHARED}, stream, p, tiling);
 }
 
@@ -1015,10 +1029,8 @@ template <bool GROUPS> static void launch_few(const GemmArgs &p, cudaStream_t st
     // fewer teams, as long as the blocks fill the multiprocessors 1.4 times
     int teams = WARPS;
     while (teams > 1 && strips * teams / 2 * 5 >= WARPS * multiprocessors() * 7) teams /= 2;
-    constexpr auto kernel = gemm_few_kernel<GROUPS>;
-    allow_shared(kernel, shared);
     const dim3 grid(ceil_div(strips * teams, WARPS), ceil_div(p.M, FEW));
-    launch(kernel, {grid, THREADS, shared, CARVEOUT}, stream, p, teams);
+    launch(gemm_few_kernel<GROUPS>, {grid, THREADS, shared, CARVEOUT}, stream, p, teams);
 }
 
 template <bool GROUPS>
@@ -1028,6 +1040,8 @@ static void launch_mma(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream
         return launch_few<GROUPS>(p, stream);
     case GEMM_16X8:
         return launch_gemm<16, 8, GROUPS>(p, stream);
+    case GEMM_64X4:
+        return launch_gemm<64, 4, GROUPS>(p, stream);
     case GEMM_64X2:
         return launch_gemm<64, 2, GROUPS>(p, stream);
     default:
@@ -1046,6 +1060,7 @@ GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     if (M <= FEW) return GEMM_FEW;
     if (M <= 16) return GEMM_16X8;
     if (GemmKernel k = GEMM_128X1; !portable && choose_hopper(l, M, &k)) return k;
+    if (M <= 128 && ceil_div(M, 64) * ceil_div(l->N, 64) <= sms) return GEMM_64X4;
     if (M > 64 && ceil_div(M, 128) * ceil_div(l->N, 256) >= sms) return GEMM_128X1;
     return 2 * ceil_div(M, 64) * ceil_div(l->N, 128) >= sms ? GEMM_64X2 : GEMM_16X8;
 }
@@ -1298,14 +1313,12 @@ static int row_threads(int T, int K) {
 void gpu_rmsnorm(const float *x, const float *weight, int T, int dim, float eps, LinearInput out,
                  cudaStream_t stream) {
     size_t shared = dim * sizeof(float);
-    allow_shared(rmsnorm_kernel, shared);
     launch(rmsnorm_kernel, {dim3(T), row_threads(T, dim), shared}, stream, x, weight, dim, eps,
            out);
 }
 
 void gpu_swiglu(const half *gate_up, int T, int hidden_dim, LinearInput out, cudaStream_t stream) {
     size_t shared = hidden_dim * sizeof(float);
-    allow_shared(swiglu_kernel, shared);
     launch(swiglu_kernel, {dim3(T), row_threads(T, hidden_dim), shared}, stream, gate_up,
            hidden_dim, out);
 }
@@ -2475,7 +2488,6 @@ static void attend_prompt(const Config *c, const half *qkv, Batch batch, const f
     }
     // 3. attention
     const size_t shared = 2 * 2 * KEYS * c->head_dim * sizeof(half);
-    allow_shared(kernels.prompt, shared);
     const dim3 grid(c->n_kv_heads, ceil_div(batch.T, prompt_tokens(group)));
     launch(kernels.prompt, {grid, THREADS, shared}, stream, qkv, batch, group, rope, cache, att);
 }
@@ -2558,22 +2570,11 @@ struct Scratch {
     }
 };
 
-/* A kernel with a thread for each of so many things. */
-template <typename... Parameters, typename... Arguments>
-static void for_each(Machine *m, size_t count, void (*kernel)(Parameters...),
-                     Arguments... arguments) {
-    if (count == 0) return;
-    kernel<<<(unsigned)ceil_div(count, THREADS), THREADS, 0, m->stream>>>(arguments...);
-    cuda_check(cudaGetLastError(), "quantization");
-}
-
 /* A kernel with so many blocks: one for each row, mostly. */
 template <typename... Parameters, typename... Arguments>
 static void for_blocks(Machine *m, dim3 blocks, size_t shared, void (*kernel)(Parameters...),
                        Arguments... arguments) {
-    allow_shared(kernel, shared);
-    kernel<<<blocks, THREADS, shared, m->stream>>>(arguments...);
-    cuda_check(cudaGetLastError(), "quantization");
+    launch(kernel, {blocks, THREADS, shared, -1, false}, m->stream, arguments...);
 }
 
 static void zero(Machine *m, void *array, size_t bytes) {
@@ -2636,8 +2637,8 @@ static GpuLinear gpu_linear(const Linear *l, int count) {
 }
 
 static void arrange(Machine *m, const Linear *l, Linear *to) {
-    const GpuLinear g = gpu_linear(to, 1);
-    layout_weights(&g, 0, l->N, (const uint16_t *)l->qweight, l->s_group, l->s_channel, m->stream);
+    layout_weights(gpu_linear(to, 1), 0, l->N, (const uint16_t *)l->qweight, l->s_group,
+                   l->s_channel, m->stream);
 }
 
 static bool read_weights(Machine *m, const Linear *from, float *w) {
@@ -2685,17 +2686,17 @@ static void rotate(Machine *m, int N, int K, int n, bool outputs, const int8_t *
     for_blocks(m, (size_t)N * K / n, shared, rotate_kernel, w, n, outputs ? K : 1, signs);
 }
 
-__global__ void scale_weights_kernel(const float *w, size_t n, int K, const float *columns,
-                                     const float *rows, float *scaled) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= n) return;
-    float x = columns ? w[i] * columns[i % K] : w[i];
-    scaled[i] = rows ? x / rows[i / K] : x;
+/* scaled [N][K] = diag(rows)^-1 w diag(columns), NULL for ones. */
+static void scale_weights(Machine *m, int N, int K, const float *w, const float *columns,
+                          const float *rows, float *scaled) {
+    for_each(m->stream, (size_t)N * K, [=] __device__(size_t i) {
+        const float x = columns ? w[i] * columns[i % K] : w[i];
+        scaled[i] = rows ? x / rows[i / K] : x;
+    });
 }
 
 static void scale(Machine *m, int N, int K, const float *columns, const float *rows, float *w) {
-    const size_t n = (size_t)N * K;
-    for_each(m, n, scale_weights_kernel, w, n, K, columns, rows, w);
+    scale_weights(m, N, K, w, columns, rows, w);
 }
 
 /* ---- the choice of scales, and rounding ------------------------------------------------------ */
@@ -2841,19 +2842,6 @@ __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) s_channel[blockIdx.x] = scale;
 }
 
-/* The codes of w [N][K] under given scales. A thread packs four. */
-__global__ void round_kernel(const float *w, size_t N, int K, const float *s_channel,
-                             const uint8_t *s_group, uint16_t *qweight) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= N * (K / 4)) return;
-    size_t n = i / (K / 4), group = i / (GROUP / 4);
-    const float scale = s_channel[n] * (s_group ? s_group[group] : 1), low = s_group ? -8 : -7;
-    uint32_t packed = 0;
-    for (int j = 0; j < 4; j++)
-        packed |= ((int)nearest_code(w[4 * i + j], scale, low) + 8) << 4 * j;
-    qweight[i] = packed;
-}
-
 static void choose_scales(Machine *m, const float *w, const float *importance, Linear *l) {
     const int groups = l->s_group ? l->K / GROUP : 0;
     for_blocks(m, l->N, RANGES * groups * (sizeof(float) + 1), choose_scales_kernel, w, importance,
@@ -2862,8 +2850,16 @@ static void choose_scales(Machine *m, const float *w, const float *importance, L
 
 static void round_to_nearest(Machine *m, const float *w, const float *importance, Linear *l) {
     choose_scales(m, w, importance, l);
-    for_each(m, (size_t)l->N * (l->K / 4), round_kernel, w, l->N, l->K, l->s_channel, l->s_group,
-             (uint16_t *)l->qweight);
+    // the codes under these scales; a thread packs four
+    const Linear to = *l;
+    for_each(m->stream, (size_t)l->N * (l->K / 4), [=] __device__(size_t i) {
+        const float s_group = to.s_group ? to.s_group[i / (GROUP / 4)] : 1;
+        const float scale = to.s_channel[i / (to.K / 4)] * s_group, low = to.s_group ? -8 : -7;
+        uint32_t packed = 0;
+        for (int j = 0; j < 4; j++)
+            packed |= ((int)nearest_code(w[4 * i + j], scale, low) + 8) << 4 * j;
+        ((uint16_t *)to.qweight)[i] = packed;
+    });
 }
 
 /* ---- the forward passes ---------------------------------------------------------------------- */
@@ -2879,9 +2875,10 @@ __global__ void norm_kernel(const float *x, const float *weight, int dim, float 
 }
 
 /* y [T][K] = a s_a. */
-__global__ void activations_kernel(const int8_t *a, const float *s_a, size_t T, int K, float *y) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i < T * K) y[i] = a[i] * s_a[i / K];
+static void dequantize_input(Machine *m, const LinearInput &in, int T, int K, float *y) {
+    const int8_t *a = in.a;
+    const float *s_a = in.scale;
+    for_each(m->stream, (size_t)T * K, [=] __device__(size_t i) { y[i] = a[i] * s_a[i / K]; });
 }
 
 /* quantize_row() of each row of x [T][K], or of x / s. One block a row. */
@@ -2898,21 +2895,8 @@ __global__ void quantize_floats_kernel(const float *x, const float *s, int K, in
     for (int k = threadIdx.x; k < K; k += THREADS) a[k] = quantize_one(value(k), scale);
 }
 
-/* swiglu() in float32; gate_up [T][2][hidden_dim]. */
-__global__ void swiglu_float_kernel(const float *gate_up, size_t T, int hidden_dim, float *y) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= T * hidden_dim) return;
-    const float *gate = gate_up + i / hidden_dim * 2 * hidden_dim + i % hidden_dim;
-    y[i] = *gate / (1.0f + expf(-*gate)) * gate[hidden_dim];
-}
-
-__global__ void subtract_kernel(const float *x, const float *y, size_t n, float *difference) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i < n) difference[i] = x[i] - y[i];
-}
-
 static void subtract(Machine *m, const float *a, const float *b, size_t n, float *difference) {
-    for_each(m, n, subtract_kernel, a, b, n, difference);
+    for_each(m->stream, n, [=] __device__(size_t i) { difference[i] = a[i] - b[i]; });
 }
 
 static LinearInput int8_input(Scratch &s, size_t T, int K) {
@@ -2929,7 +2913,7 @@ static void norm(Machine *m, const float *x, const float *weight, int T, bool in
     Scratch s(m);
     const LinearInput in = int8_input(s, T, dim);
     gpu_rmsnorm(x, weight, T, dim, eps, in, m->stream);
-    for_each(m, (size_t)T * dim, activations_kernel, in.a, in.scale, T, dim, y);
+    dequantize_input(m, in, T, dim, y);
 }
 
 static void add_linear(Machine *m, const Linear *w, const float *in, int T, float *x) {
@@ -2995,7 +2979,11 @@ static void float_inside(Machine *m, const Inside &h, bool ffn, const float *x, 
     // 2. SwiGLU, or attention
     const size_t n = (size_t)T * h.K;
     if (ffn) {
-        for_each(m, n, swiglu_float_kernel, wide, T, h.K, y);
+        const int hidden_dim = h.K;
+        for_each(m->stream, n, [=] __device__(size_t i) {
+            const float *gate = wide + i / hidden_dim * 2 * hidden_dim + i % hidden_dim;
+            y[i] = *gate / (1.0f + expf(-*gate)) * gate[hidden_dim];
+        });
         return;
     }
     half *qkv = s.array<half>((size_t)T * h.N), *att = s.array<half>(n);
@@ -3024,7 +3012,7 @@ static void w4a8_inside(Machine *m, const Inside &h, bool ffn, const float *x, i
         attend_windows(m, s, wide, h.N, T, att);
         gpu_quantize(att, T, h.K, in.a, in.scale, m->stream);
     }
-    for_each(m, (size_t)T * h.K, activations_kernel, in.a, in.scale, T, h.K, y);
+    dequantize_input(m, in, T, h.K, y);
 }
 
 static void inside(Machine *m, const Layer *layer, bool ffn, const float *x, int T, float *y) {
@@ -3036,19 +3024,20 @@ static void inside(Machine *m, const Layer *layer, bool ffn, const float *x, int
 /* ---- moments --------------------------------------------------------------------------------- */
 
 /* Rounded to TF32's 11 bits; the tensor cores would cut them off, always towards 0. */
-__global__ void to_tf32_kernel(const float *x, size_t n, float *y) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= n) return;
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x[i]));
-    y[i] = __uint_as_float(bits);
+static const float *to_tf32(Machine *m, Scratch &s, const float *x, size_t n) {
+    float *y = s.array<float>(n);
+    for_each(m->stream, n, [=] __device__(size_t i) {
+        uint32_t bits;
+        asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x[i]));
+        y[i] = __uint_as_float(bits);
+    });
+    return y;
 }
 
 static void add_moments(Machine *m, const float *x, int K, const float *d, int N, int T, Sums *H,
                         Sums *M) {
     Scratch s(m);
-    float *x_tf32 = s.array<float>((size_t)T * K), *d_tf32 = s.array<float>((size_t)T * N);
-    for_each(m, (size_t)T * K, to_tf32_kernel, x, (size_t)T * K, x_tf32);
+    const float *x_tf32 = to_tf32(m, s, x, (size_t)T * K);
 
     // 1. H above the diagonal, in strips that begin there
     const int rows = 2048;
@@ -3058,44 +3047,28 @@ static void add_moments(Machine *m, const float *x, int K, const float *d, int N
     if (!M) return;
 
     // 2. M
-    for_each(m, (size_t)T * N, to_tf32_kernel, d, (size_t)T * N, d_tf32);
+    const float *d_tf32 = to_tf32(m, s, d, (size_t)T * N);
     product(m, N, K, T, 1.0f, {d_tf32, N, true}, {x_tf32, K}, 1.0f, (float *)M, K);
-}
-
-/* The part of H below the diagonal. */
-__global__ void mirror_kernel(float *H, size_t K) {
-    size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x, i = at / K, j = at % K;
-    if (i < K && j < i) H[at] = H[j * K + i];
-}
-
-template <typename T> __global__ void diagonal_kernel(const T *H, size_t K, double *diagonal) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i < K) diagonal[i] = H[i * (K + 1)];
 }
 
 /* The diagonal of a matrix [K][K], to the host. */
 template <typename T> static void download_diagonal(Machine *m, const T *H, int K, double *to) {
     double *diagonal = Scratch(m).array<double>(K);
-    for_each(m, K, diagonal_kernel<T>, H, (size_t)K, diagonal);
+    for_each(m->stream, K, [=] __device__(size_t i) { diagonal[i] = H[i * (K + 1)]; });
     to_host(m, to, diagonal, K);
 }
 
-static void complete(Machine *m, int K, Sums *H, double *diagonal) {
-    for_each(m, (size_t)K * K, mirror_kernel, (float *)H, (size_t)K);
-    download_diagonal(m, (const float *)H, K, diagonal);
+static void complete(Machine *m, int K, Sums *sums, double *diagonal) {
+    // the part of H below the diagonal
+    float *H = (float *)sums;
+    for_each(m->stream, (size_t)K * K, [=] __device__(size_t at) {
+        const size_t i = at / K, j = at % K;
+        if (j < i) H[at] = H[j * K + i];
+    });
+    download_diagonal(m, H, K, diagonal);
 }
 
 /* ---- the inverse of H ------------------------------------------------------------------------ */
-
-/* V [K][K] = the damped H in the order of the columns, zeros below the diagonal. */
-__global__ void damp_kernel(const float *H, const int *order, size_t K, double dead, double damping,
-                            double *V) {
-    size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x, i = at / K, j = at % K;
-    if (i >= K) return;
-    double h = j < i ? 0 : H[order[i] * K + order[j]];
-    if (i == j) h = (h == 0 ? dead : h) + damping;
-    V[at] = h;
-}
 
 constexpr int LEAF = 64;
 
@@ -3166,15 +3139,25 @@ static void invert_matrix(Machine *m, double *A, int n, int columns, double *hal
     product(m, n1, n2, n1, -1.0, {A, columns}, {half, n2}, 0.0, A12, columns);
 }
 
-static bool invert(Machine *m, const Sums *H, double dead, double damping, Inverse *inverse,
+static bool invert(Machine *m, const Sums *sums, double dead, double damping, Inverse *inverse,
                    double *diagonal) {
     const size_t K = inverse->K;
+    const float *H = (const float *)sums;
+    const int *order = inverse->order;
+    double *U = inverse->U;
     int failed;
-    for_each(m, K * K, damp_kernel, (const float *)H, inverse->order, K, dead, damping, inverse->U);
+    // 1. the damped H in the order of the columns, zeros below the diagonal
+    for_each(m->stream, K * K, [=] __device__(size_t at) {
+        const size_t i = at / K, j = at % K;
+        double h = j < i ? 0 : H[order[i] * K + order[j]];
+        if (i == j) h = (h == 0 ? dead : h) + damping;
+        U[at] = h;
+    });
+    // 2. its inverse, and whether there is one
     zero(m, m->flag, sizeof *m->flag);
-    invert_matrix(m, inverse->U, K, K, Scratch(m).array<double>((K / 2 + LEAF) * (K / 2 + LEAF)));
+    invert_matrix(m, U, K, K, Scratch(m).array<double>((K / 2 + LEAF) * (K / 2 + LEAF)));
     to_host(m, &failed, m->flag, 1);
-    download_diagonal(m, inverse->U, K, diagonal);
+    download_diagonal(m, U, K, diagonal);
     return !failed;
 }
 
@@ -3184,18 +3167,9 @@ constexpr int GPTQ_COLUMNS = 128; // of a block; a lane has four
 constexpr int GPTQ_ROWS = 4;      // of a warp
 
 /* to [N][K] = from, the columns in order. */
-__global__ void permute_kernel(const float *from, const int *order, size_t N, int K, double *to) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i < N * K) to[i] = from[i / K * K + order[i % K]];
-}
-
-/* target [N][K] = w + 1/2 p, p's columns in order. */
-__global__ void target_kernel(const float *w, const double *p, const int *order, size_t N, int K,
-                              double step, float *target) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= N * K) return;
-    size_t to = i / K * K + order[i % K];
-    target[to] = w[to] + step * p[i];
+static void permute(Machine *m, const float *from, const int *order, int N, int K, double *to) {
+    for_each(m->stream, (size_t)N * K,
+             [=] __device__(size_t i) { to[i] = from[i / K * K + order[i % K]]; });
 }
 
 /* Columns first .. first + 127 of w [N][K], in the order of U: each is rounded and its error spread
@@ -3264,28 +3238,28 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-__global__ void pack_kernel(const int8_t *codes, size_t n, uint16_t *qweight) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= n / 4) return;
-    uint32_t packed = 0;
-    for (int j = 0; j < 4; j++) packed |= (codes[4 * i + j] + 8) << 4 * j;
-    qweight[i] = packed;
-}
-
 static void correct(Machine *m, const float *w, int N, const Sums *C, const Sums *M,
                     const Inverse *inverse, float *target) {
     const int K = inverse->K;
     const size_t n = (size_t)N * K;
     Scratch s(m);
     double *p = s.array<double>(n), *t = s.array<double>(n);
-    if (C) { // M = w C, where t will be
+    // 1. M, which may be w C, where t will be
+    if (C) {
         product(m, N, K, K, 1.0f, {w, K}, {(const float *)C, K}, 0.0f, (float *)t, K);
         M = (const Sums *)t;
     }
-    for_each(m, n, permute_kernel, (const float *)M, inverse->order, N, K, p);
+    permute(m, (const float *)M, inverse->order, N, K, p);
+    // 2. times H^-1 = U^T U
     product(m, N, K, K, 1.0, {p, K}, {inverse->U, K, true}, 0.0, t, K);
     product(m, N, K, K, 1.0, {t, K}, {inverse->U, K}, 0.0, p, K);
-    for_each(m, n, target_kernel, w, p, inverse->order, N, K, CORRECTION, target);
+    // 3. the target, whose columns are in their own order again
+    const int *order = inverse->order;
+    const double step = CORRECTION;
+    for_each(m->stream, n, [=] __device__(size_t i) {
+        const size_t to = i / K * K + order[i % K];
+        target[to] = w[to] + step * p[i];
+    });
 }
 
 static void gptq(Machine *m, const float *w, const Inverse *inverse, const float *importance,
@@ -3296,7 +3270,7 @@ static void gptq(Machine *m, const float *w, const Inverse *inverse, const float
     double *p = s.array<double>(n), *e = s.array<double>((size_t)N * GPTQ_COLUMNS);
     int8_t *codes = s.array<int8_t>(n);
     choose_scales(m, w, importance, l);
-    for_each(m, n, permute_kernel, w, inverse->order, N, K, p);
+    permute(m, w, inverse->order, N, K, p);
     for (int i = 0; i < K; i += GPTQ_COLUMNS) {
         // 1. a block of columns, one by one
         const int end = min(i + GPTQ_COLUMNS, K);
@@ -3308,16 +3282,13 @@ static void gptq(Machine *m, const float *w, const Inverse *inverse, const float
         product(m, N, K - end, GPTQ_COLUMNS, -1.0, {e, GPTQ_COLUMNS},
                 {inverse->U + (size_t)i * K + end, K}, 1.0, p + end, K);
     }
-    for_each(m, n / 4, pack_kernel, codes, n, (uint16_t *)l->qweight);
-}
-
-/* e [N][K] = the quantized minus the float weights. */
-__global__ void error_kernel(const float *w, const uint16_t *qweight, const float *s_channel,
-                             const uint8_t *s_group, size_t N, int K, float *e) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= N * K) return;
-    int code = (qweight[i / 4] >> i % 4 * 4 & 15) - 8, scale = s_group ? s_group[i / GROUP] : 1;
-    e[i] = (float)(code * scale) * s_channel[i / K] - w[i];
+    // 3. four codes to a word
+    uint16_t *qweight = (uint16_t *)l->qweight;
+    for_each(m->stream, n / 4, [=] __device__(size_t i) {
+        uint32_t packed = 0;
+        for (int j = 0; j < 4; j++) packed |= (codes[4 * i + j] + 8) << 4 * j;
+        qweight[i] = packed;
+    });
 }
 
 static double relative_error(Machine *m, const float *w, const Linear *l, const Sums *H) {
@@ -3325,8 +3296,14 @@ static double relative_error(Machine *m, const float *w, const Linear *l, const 
     const size_t n = (size_t)N * K;
     Scratch s(m);
     float *e = s.array<float>(n), *times_h = s.array<float>(n);
-    for_each(m, n, error_kernel, w, (const uint16_t *)l->qweight, l->s_channel, l->s_group, N, K,
-             e);
+    // 1. the quantized minus the float weights
+    const Linear q = *l;
+    for_each(m->stream, n, [=] __device__(size_t i) {
+        const int code = (((const uint16_t *)q.qweight)[i / 4] >> i % 4 * 4 & 15) - 8;
+        const int scale = q.s_group ? q.s_group[i / GROUP] : 1;
+        e[i] = (float)(code * scale) * q.s_channel[i / K] - w[i];
+    });
+    // 2. what both add to the output
     auto squared_output = [&](const float *a) { // tr(A H A^T)
         product(m, N, K, K, 1.0f, {a, K}, {(const float *)H, K}, 0.0f, times_h, K);
         return sum(m, a, times_h, n, false);
@@ -3405,8 +3382,7 @@ static double smoothed_distance(Machine *m, const Linear *w, const float *x, int
     Linear candidate = scratch_linear(scratch, w, m->work.group_size);
     float *importance = scratch.array<float>(K), *weights = scratch.array<float>(n);
     for_blocks(m, ceil_div(K, 32), 0, mean_square_kernel, x, s, T, K, importance);
-    for_each(m, n, scale_weights_kernel, (const float *)w->w, n, K, s, (const float *)NULL,
-             weights);
+    scale_weights(m, N, K, (const float *)w->w, s, NULL, weights);
     round_to_nearest(m, weights, importance, &codes);
     arrange(m, &codes, &candidate);
 
@@ -3484,7 +3460,7 @@ static void upload_halves(const Linear *l, const char *name, half *to) {
     uint8_t *buffer = (uint8_t *)device_alloc(UPLOAD + sizeof(int));
     if (!upload_weights(l, to, buffer))
         die("%s: a weight is NaN, infinite or beyond the range of FP16", name);
-    cuda_check(cudaFree(buffer), "cudaFree");
+    device_free(buffer);
 }
 
 GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
@@ -3517,17 +3493,15 @@ GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
         copy_to_gpu((uint8_t *)qweight, parts[i].qweight, n / 2);
         if (groups) copy_to_gpu(s_group, parts[i].s_group, n / GROUP);
         copy_to_gpu(s_channel, parts[i].s_channel, parts[i].N);
-        layout_weights(&l, first, parts[i].N, qweight, s_group, s_channel, 0);
+        layout_weights(l, first, parts[i].N, qweight, s_group, s_channel, 0);
     }
     cuda_check(cudaDeviceSynchronize(), "layout of weights");
-    for (void *p : {(void *)qweight, (void *)s_group, (void *)s_channel})
-        cuda_check(cudaFree(p), "cudaFree");
+    device_free(qweight, s_group, s_channel);
     return l;
 }
 
 void gpu_linear_free(GpuLinear *l) {
-    for (void *p : {(void *)l->w, (void *)l->s_group, (void *)l->s_channel})
-        cuda_check(cudaFree(p), "cudaFree");
+    device_free(l->w, l->s_group, l->s_channel);
     *l = {};
 }
 
@@ -3553,8 +3527,7 @@ static Matrix upload_matrix(const Layer *layer, int index, int first, int n) {
 }
 
 static void free_matrix(Matrix *m) {
-    for (void *p : {(void *)m->w, (void *)m->bytes, (void *)m->s_channel})
-        cuda_check(cudaFree(p), "cudaFree");
+    device_free(m->w, m->bytes, m->s_channel);
     gpu_linear_free(&m->w4a8);
 }
 
@@ -3568,17 +3541,16 @@ static size_t gpu_free_memory(void) {
 
 bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
     // 1. the GPU
-    static cudaDeviceProp properties;
     int count = 0;
-    if (!properties.major && cudaGetDeviceCount(&count) == cudaSuccess && count > 0)
-        cuda_check(cudaGetDeviceProperties(&properties, 0), "GPU");
+    const bool found = cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
     auto no = [&](const char *format, auto... numbers) {
         snprintf(what, size, format, numbers...);
         return false;
     };
     // 2. the needs of the kernels
     const int group = c->n_heads / c->n_kv_heads;
-    if (properties.major < 8) return no("found no GPU of compute capability %d.0 or newer", 8);
+    if (!found || gpu_properties().major < 8)
+        return no("found no GPU of compute capability %d.0 or newer", 8);
     if (c->head_dim != 64 && c->head_dim != 128)
         return no("heads of %d, on the GPU 64 or 128", c->head_dim);
     if (group > 16 * WARPS)
@@ -3590,7 +3562,7 @@ bool gpu_can_run(const Config *c, bool w4a8, char *what, size_t size) {
         if (N % 64 || K % UNIT)
             return no("%s is %d x %d, on the GPU multiples of 64", linear_names[k], N, K);
     }
-    snprintf(what, size, "%s", properties.name);
+    snprintf(what, size, "%s", gpu_properties().name);
     return true;
 }
 
@@ -3661,12 +3633,10 @@ static void gpu_model_free(GpuModel *g) {
     for (int i = 0; i < g->config.n_layers; i++) {
         GpuLayer *l = &g->layers[i];
         for (Matrix *m : {&l->qkv, &l->o, &l->gate_up, &l->down}) free_matrix(m);
-        cuda_check(cudaFree(l->attention_norm), "cudaFree");
-        cuda_check(cudaFree(l->ffn_norm), "cudaFree");
+        device_free(l->attention_norm, l->ffn_norm);
     }
     if (g->lm_head.w != g->embedding) free_matrix(&g->lm_head);
-    cuda_check(cudaFree(g->embedding), "cudaFree");
-    cuda_check(cudaFree(g->norm), "cudaFree");
+    device_free(g->embedding, g->norm);
     free(g->layers);
     free(g);
 }
@@ -3686,7 +3656,7 @@ static double gpu_copy_bandwidth(void) {
         cuda_check(cudaDeviceSynchronize(), "copy");
         best = min(best, (seconds() - start) / copies);
     }
-    cuda_check(cudaFree(buffer), "cudaFree");
+    device_free(buffer);
     return 2 * bytes / best;
 }
 
@@ -3803,7 +3773,7 @@ static void gpu_state_free(GpuState *s) {
     cublas_check(CUBLAS(cublasDestroy_v2)(s->cublas));
     cuda_check(cudaStreamDestroy(s->stream), "cudaStreamDestroy");
     cuda_check(cudaFreeHost(s->host_logits), "cudaFreeHost");
-    cuda_check(cudaFree(s->memory), "cudaFree");
+    device_free(s->memory);
     free(s->host_chosen);
     free(s);
 }
@@ -4045,7 +4015,7 @@ static Machine *start(const Workload *work) {
 static void stop(Machine *m) {
     cuda_check(cudaStreamSynchronize(m->stream), "quantization");
     for (void *p : m->host_arrays) cuda_check(cudaFreeHost(p), "cudaFreeHost");
-    for (void *p : m->arrays) cuda_check(cudaFree(p), "cudaFree");
+    for (void *p : m->arrays) device_free(p);
     cublas_check(CUBLAS(cublasDestroy_v2)(m->cublas));
     cuda_check(cudaStreamDestroy(m->stream), "cudaStreamDestroy");
     delete m;
@@ -4541,7 +4511,6 @@ static void launch_shape(const GemmArgs &p, cudaStream_t stream) {
     // 2. as many tiles for each block
     const int blocks = ceil_div(tiling.tiles, ceil_div(tiling.tiles, multiprocessors()));
     constexpr auto kernel = gemm_w4a8_hopper_kernel<CHANNELS, TOKENS, GROUPS>;
-    allow_shared(kernel, T::SHARED);
     launch(kernel, {dim3(blocks), 3 * WARPGROUP, T::SHARED}, stream, p, tiling, tokens, maps);
 }
 

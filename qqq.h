@@ -561,10 +561,12 @@ void gpu_gemm_w4a8(const GpuLinear *l, const int8_t *a, const float *s_a, int M,
 
 /* The kernels that it chooses from, each right for every shape. With mma.sync: for up to 8 tokens;
  * then by the tokens of a tile and the teams of warps that share K. With wgmma, by the channels and
- * the tokens of a tile; where the program was not built for sm_90a, GEMM_128X1 replaces them. */
+ * the tokens of a tile; where the program was not built for sm_90a, GEMM_128X1 replaces them.
+ * GEMM_64X4 needs 176 KB of shared memory, as Hopper has; elsewhere GEMM_16X8 replaces it. */
 typedef enum {
     GEMM_FEW,
     GEMM_16X8,
+    GEMM_64X4,
     GEMM_64X2,
     GEMM_128X1,
     GEMM_HOPPER_64X64,
