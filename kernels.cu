@@ -2734,11 +2734,9 @@ __device__ static float search_channel_scale(const float *row, const float *impo
     // 2. their errors, of a lane's columns; of the warp's
     for (int k = lane; k < K; k += 32) {
         float w = row[k] * unit, weight = importance[k];
-#pragma unroll
         for (int i = 0; i < EACH; i++)
             error[i] += rounding_error(w, weight, scale[i], inverse[i], -7);
     }
-#pragma unroll
     for (int i = 0; i < EACH; i++) {
         for (int j = 16; j > 0; j /= 2) error[i] += __shfl_xor_sync(~0u, error[i], j);
         if (lane == 0) errors[first + i] = error[i];
@@ -2771,7 +2769,6 @@ __device__ static float search_group_scales(const float *row, const float *impor
             int s = lane % 16 + 1;
             float scale = s * range(i) * unit, inverse = 1 / scale, error = 0;
             const float4 *pairs = (const float4 *)group[warp];
-#pragma unroll 8
             for (int k = 0; k < GROUP / 2; k++) {
                 float4 pair = pairs[k];
                 error += rounding_error(pair.x, pair.y, scale, inverse, -8);
@@ -3187,11 +3184,9 @@ __global__ void __launch_bounds__(THREADS)
     float scale[GPTQ_ROWS][EACH];
     int to[EACH];
     // 1. the lane's weights and their scales
-#pragma unroll
     for (int c = 0; c < EACH; c++) {
         int j = lane + 32 * c;
         to[c] = j < columns ? order[first + j] : 0;
-#pragma unroll
         for (int r = 0; r < GPTQ_ROWS; r++) {
             size_t n = min(row0 + r, N - 1);
             value[r][c] = j < columns ? w[n * K + first + j] : 0;
@@ -3206,10 +3201,8 @@ __global__ void __launch_bounds__(THREADS)
             // 2. row c * 32 + i of U, in the block
             const double *row = U + (size_t)(first + c * 32 + i) * K + first;
             double u[EACH];
-#pragma unroll
             for (int d = c; d < EACH; d++) u[d] = lane + 32 * d < columns ? row[lane + 32 * d] : 0;
             const double u_ii = __shfl_sync(~0u, u[c], i);
-#pragma unroll
             for (int r = 0; r < GPTQ_ROWS; r++) {
                 // 3. round the column, of which lane i has the weight
                 double w_i = __shfl_sync(~0u, value[r][c], i);
@@ -3218,7 +3211,6 @@ __global__ void __launch_bounds__(THREADS)
                 double error = (w_i - (double)code * s) / u_ii;
 
                 // 4. the columns behind it make up for the error
-#pragma unroll
                 for (int d = c; d < EACH; d++) {
                     if (lane + 32 * d > c * 32 + i) value[r][d] -= error * u[d];
                 }
@@ -3230,7 +3222,6 @@ __global__ void __launch_bounds__(THREADS)
         }
     }
     // 5. the errors, for the columns behind the block
-#pragma unroll
     for (int c = 0; c < EACH; c++) {
         for (int r = 0; r < GPTQ_ROWS; r++) {
             if (row0 + r < N) e[(size_t)(row0 + r) * GPTQ_COLUMNS + lane + 32 * c] = value[r][c];
