@@ -123,8 +123,7 @@ static LinearInput linear_input(const GpuState *s) {
     return {NULL, s->h, s->scale};
 }
 
-static void embed(GpuState *s, int T);
-static void embed_chosen(GpuState *s);
+static void embed(GpuState *s, const int *tokens, int T);
 static void linear(GpuState *s, const Matrix *w, int T, half *y);
 static void add_linear(GpuState *s, const Matrix *w, int T, const half *in, const float *scale);
 static void attend(GpuState *s, int l, const Batch &batch);
@@ -161,13 +160,13 @@ static void layers(GpuState *s, const Batch &batch) {
 
 /* T <= max_T tokens of one sequence, which are in s->tokens. */
 static void prompt(GpuState *s, const Batch &batch) {
-    embed(s, batch.T);
+    embed(s, s->tokens, batch.T);
     layers(s, batch);
 }
 
 /* One token more for each sequence: the one in s->chosen, at the position in s->positions. */
 static void decode_step(GpuState *s) {
-    embed_chosen(s);
+    embed(s, NULL, s->n_sequences);
     layers(s, {s->n_sequences, -1, 0});
     lm_head(s, 0, s->n_sequences);
     choose(s, 0, s->n_sequences);
@@ -1207,9 +1206,9 @@ struct SharedRow {
 };
 
 /* Over all threads of a block, each of which gets the result. */
-__device__ static float block_sum(float x) {
+template <typename T> __device__ static T block_sum(T x) {
     // within each warp, then each warp adds up the sums of all
-    __shared__ float sums[32];
+    __shared__ T sums[32];
     for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
     __syncthreads();
@@ -1390,21 +1389,14 @@ __global__ void add_scaled_kernel(const float *y, const float *scale, int dim, f
         x[row + i] += y[row + i] * scale[blockIdx.x];
 }
 
-/* y16 or y32 [T][N] = in [T][K] W^T, or with `add` += . */
-static void linear_halves(GpuState *s, const Matrix *w, const half *in, const float *scale, int T,
-                          half *y16, float *y32, bool add) {
-    // 1. with a scale for each row, which cuBLAS cannot apply
-    if (scale) {
-        linear_halves(s, w, in, NULL, T, NULL, s->y, false);
-        launch(add_scaled_kernel, {dim3(T), THREADS}, s->stream, s->y, scale, w->N, y32);
-        return;
-    }
-    // 2. cuBLAS, whose matrices are column-major: y^T = W in^T
-    const float one = 1, beta = add;
+/* y [T][N] = in [T][K] W^T + beta y, of a type. cuBLAS's matrices are column-major: y^T = W in^T.
+ */
+static void linear_halves(GpuState *s, const Matrix *w, const half *in, int T, void *y,
+                          cudaDataType type, float beta) {
+    const float one = 1;
     cublas_check(CUBLAS(cublasGemmEx_64)(s->cublas, CUBLAS_OP_T, CUBLAS_OP_N, w->N, T, w->K, &one,
-                                         w->w, CUDA_R_16F, w->K, in, CUDA_R_16F, w->K, &beta,
-                                         y16 ? (void *)y16 : y32, y16 ? CUDA_R_16F : CUDA_R_32F,
-                                         w->N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+                                         w->w, CUDA_R_16F, w->K, in, CUDA_R_16F, w->K, &beta, y,
+                                         type, w->N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 /* ---- lm_head in 8 bits -------------------------------------------------------------------------
@@ -1544,14 +1536,17 @@ static void linear_bytes(GpuState *s, const Matrix *w, const half *x, int T, flo
 
 /* y [T][N] = W applied to linear_input(). */
 static void linear(GpuState *s, const Matrix *w, int T, half *y) {
-    if (w->w) linear_halves(s, w, s->h, NULL, T, y, NULL, false);
+    if (w->w) linear_halves(s, w, s->h, T, y, CUDA_R_16F, 0);
     else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, y, NULL, s->stream);
 }
 
 /* x [T][N] += W applied to linear_input(), or in 16 bits to in [T][K] * scale [T]. */
 static void add_linear(GpuState *s, const Matrix *w, int T, const half *in, const float *scale) {
-    if (w->w) linear_halves(s, w, in, scale, T, NULL, s->x, true);
-    else gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, NULL, s->x, s->stream);
+    if (!w->w) return gpu_gemm_w4a8(&w->w4a8, s->a, s->scale, T, NULL, s->x, s->stream);
+    if (!scale) return linear_halves(s, w, in, T, s->x, CUDA_R_32F, 1);
+    // cuBLAS cannot scale rows
+    linear_halves(s, w, in, T, s->y, CUDA_R_32F, 0);
+    launch(add_scaled_kernel, {dim3(T), THREADS}, s->stream, s->y, scale, w->N, s->x);
 }
 
 /* logits [n][vocab_size] of tokens first .. first + n - 1 of the last layers(). */
@@ -1559,34 +1554,11 @@ static void lm_head(GpuState *s, int first, int n) {
     const half *h = s->h + (size_t)first * s->model->config.dim;
     const Matrix *w = &s->model->lm_head;
     if (w->bytes) linear_bytes(s, w, h, n, s->logits);
-    else linear_halves(s, w, h, NULL, n, NULL, s->logits, false);
+    else linear_halves(s, w, h, n, s->logits, CUDA_R_32F, 0);
     s->n_logits = n;
 }
 
 /* ---- tokens: embedding, the likeliest one, scores -------------------------------------------- */
-
-/* The block's row of x [T][dim] = the embedding [vocab_size][dim] of a token. */
-__device__ static void embed_row(const half *embedding, int token, int dim, float *x) {
-    const uint4 *from = (const uint4 *)(embedding + (size_t)token * dim);
-    float4 *to = (float4 *)(x + (size_t)blockIdx.x * dim);
-    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
-        Eight e = from_halves(from[i]);
-        to[2 * i] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
-        to[2 * i + 1] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
-    }
-}
-
-__global__ void embed_kernel(const half *embedding, const int *tokens, int dim, float *x) {
-    launch_dependents();
-    wait_for_previous_kernel();
-    embed_row(embedding, tokens[blockIdx.x], dim, x);
-}
-
-static void embed(GpuState *s, int T) {
-    const int dim = s->model->config.dim;
-    launch(embed_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding, s->tokens,
-           dim, s->x);
-}
 
 static __host__ __device__ int chosen_token(Choice choice) {
     return choice == ~0ull ? -1 : (int)~(uint32_t)choice;
@@ -1622,28 +1594,37 @@ static void choose(GpuState *s, int sequence, int n) {
            s->model->config.vocab_size, s->chosen + sequence, s->positions + sequence);
 }
 
-/* The chosen token of each sequence becomes its row of x, and the choice is free for the next. */
-__global__ void embed_chosen_kernel(const half *embedding, Choice *chosen, int dim, float *x) {
-    // In this order: no kernel of a step starts before the step before has finished. So they may
+/* Row blockIdx.x of x [T][dim] = the embedding of a prompt's token. Without tokens: of the token
+ * that the sequence has chosen, and the choice is free for the next. */
+__global__ void embed_kernel(const half *embedding, const int *tokens, Choice *chosen, int dim,
+                             float *x) {
+    // 1. In this order: no kernel of a step starts before the step before has finished. So they may
     // read its positions and cache without waiting for each other.
     wait_for_previous_kernel();
     launch_dependents();
-    const int token = max(0, chosen_token(chosen[blockIdx.x])); // -1 is reported by the host
+    // 2. the token; a choice of -1 is reported by the host
+    const int token = tokens ? tokens[blockIdx.x] : max(0, chosen_token(chosen[blockIdx.x]));
     __syncthreads();
-    if (threadIdx.x == 0) chosen[blockIdx.x] = 0;
-    embed_row(embedding, token, dim, x);
+    if (!tokens && threadIdx.x == 0) chosen[blockIdx.x] = 0;
+    // 3. its row
+    const uint4 *from = (const uint4 *)(embedding + (size_t)token * dim);
+    float4 *to = (float4 *)(x + (size_t)blockIdx.x * dim);
+    for (int i = threadIdx.x; i < dim / 8; i += blockDim.x) {
+        Eight e = from_halves(from[i]);
+        to[2 * i] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
+        to[2 * i + 1] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
+    }
 }
 
-static void embed_chosen(GpuState *s) {
-    const int dim = s->model->config.dim, T = s->n_sequences;
-    launch(embed_chosen_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding,
+static void embed(GpuState *s, const int *tokens, int T) {
+    const int dim = s->model->config.dim;
+    launch(embed_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding, tokens,
            s->chosen, dim, s->x);
 }
 
 /* The negative log-likelihood of each row's target; one block per row. Twin: score(). */
 __global__ void score_kernel(const float *logits, int vocab_size, const int *targets,
                              Score *scores) {
-    __shared__ double sums[32];
     launch_dependents();
     wait_for_previous_kernel();
     const float *row = logits + (size_t)blockIdx.x * vocab_size;
@@ -1655,12 +1636,8 @@ __global__ void score_kernel(const float *logits, int vocab_size, const int *tar
     // 2. the sum of the exponentials
     double sum = 0;
     for (int i = threadIdx.x; i < vocab_size; i += blockDim.x) sum += expf(row[i] - largest);
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-    __syncthreads();
+    sum = block_sum(sum);
     if (threadIdx.x > 0) return;
-    sum = 0;
-    for (int i = 0; i < (int)blockDim.x / 32; i++) sum += sums[i];
     // 3. the target
     const float target = row[targets[blockIdx.x]];
     scores[blockIdx.x] = {log(sum) + largest - target, target == largest};
@@ -2389,7 +2366,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     launch_dependents();
     const DecodeBlock b = decode_block<HEAD_DIM>(p);
 
-    // 1. Older tokens have been in the cache since earlier steps, see embed_chosen_kernel: a warp's
+    // 1. Older tokens have been in the cache since earlier steps, see embed_kernel: a warp's
     // first tile is on its way before qkv is ready, unless the new token is in that tile.
     CacheTile<HEAD_DIM, BITS> kv;
     const int warp = threadIdx.x / 32, tile = b.tile0 + warp;
@@ -2540,12 +2517,6 @@ static void attend(GpuState *s, int l, const Batch &batch) {
  * would grow by the condition of H, all is double: the same H gives the codes of qqq.c.
  * ============================================================================================== */
 
-/* From section 6: float weights, or numbers of a dtype, as To. */
-template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer);
-template <typename To>
-static void convert(const void *from, DType dtype, size_t n, To *to, int *not_finite,
-                    cudaStream_t stream);
-
 struct Machine {
     Workload work;
     cudaStream_t stream;
@@ -2605,19 +2576,14 @@ static void product(Machine *m, int M, int N, int K, T alpha, Operand<T> a, Oper
 constexpr int SUM_BLOCKS = 512;
 
 __global__ void sum_kernel(const float *x, const float *y, size_t n, bool distance, double *sums) {
-    __shared__ double warps[WARPS];
     double sum = 0;
     for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < n;
          i += (size_t)gridDim.x * THREADS) {
         double difference = (double)x[i] - y[i];
         sum += distance ? difference * difference : (double)x[i] * y[i];
     }
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    for (int i = 1; i < WARPS; i++) sum += warps[i];
-    sums[blockIdx.x] = sum;
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 /* sum_i x_i y_i, or with `distance` sum_i (x_i - y_i)^2; in double and in a fixed order. */
@@ -2639,11 +2605,6 @@ static GpuLinear gpu_linear(const Linear *l, int count) {
 static void arrange(Machine *m, const Linear *l, Linear *to) {
     layout_weights(gpu_linear(to, 1), 0, l->N, (const uint16_t *)l->qweight, l->s_group,
                    l->s_channel, m->stream);
-}
-
-static bool read_weights(Machine *m, const Linear *from, float *w) {
-    cuda_check(cudaStreamSynchronize(m->stream), "quantization");
-    return upload_weights(from, w, m->scratch);
 }
 
 /* ---- rotation -------------------------------------------------------------------------------- */
@@ -2913,17 +2874,18 @@ static void norm(Machine *m, const float *x, const float *weight, int T, bool in
     dequantize_input(m, in, T, dim, y);
 }
 
-static void add_linear(Machine *m, const Linear *w, const float *in, int T, float *x) {
-    if (w->dtype == F32) {
-        product(m, T, w->N, w->K, 1.0f, {in, w->K}, {(const float *)w->w, w->K, true}, 1.0f, x,
-                w->N);
-        return;
-    }
-    Scratch s(m);
-    const LinearInput a = int8_input(s, T, w->K);
+/* y [T][N] += W applied to x [T][K], or to x / s, in W4A8. */
+static void add_w4a8(Machine *m, Scratch s, const Linear *w, const float *x, const float *smoothing,
+                     int T, float *y) {
+    const LinearInput in = int8_input(s, T, w->K);
     const GpuLinear g = gpu_linear(w, 1);
-    for_blocks(m, T, 0, quantize_floats_kernel, in, (const float *)NULL, w->K, a.a, a.scale);
-    gpu_gemm_w4a8(&g, a.a, a.scale, T, NULL, x, m->stream);
+    for_blocks(m, T, 0, quantize_floats_kernel, x, smoothing, w->K, in.a, in.scale);
+    gpu_gemm_w4a8(&g, in.a, in.scale, T, NULL, y, m->stream);
+}
+
+static void add_linear(Machine *m, const Linear *w, const float *in, int T, float *x) {
+    if (w->dtype == U8) return add_w4a8(m, Scratch(m), w, in, NULL, T, x);
+    product(m, T, w->N, w->K, 1.0f, {in, w->K}, {(const float *)w->w, w->K, true}, 1.0f, x, w->N);
 }
 
 /* Of a window's keys, or values, [n_kv_heads][length][head_dim] in halves. */
@@ -2984,9 +2946,9 @@ static void float_inside(Machine *m, const Inside &h, bool ffn, const float *x, 
         return;
     }
     half *qkv = s.array<half>((size_t)T * h.N), *att = s.array<half>(n);
-    convert(wide, F32, (size_t)T * h.N, qkv, m->flag, m->stream);
+    for_each(m->stream, (size_t)T * h.N, [=] __device__(size_t i) { qkv[i] = wide[i]; });
     attend_windows(m, s, qkv, h.N, T, att);
-    convert(att, F16, n, y, m->flag, m->stream);
+    for_each(m->stream, n, [=] __device__(size_t i) { y[i] = att[i]; });
 }
 
 /* With the kernels of the forward pass. */
@@ -3378,12 +3340,9 @@ static double smoothed_distance(Machine *m, const Linear *w, const float *x, int
     arrange(m, &codes, &candidate);
 
     // 2. its output
-    const LinearInput in = int8_input(scratch, T, K);
-    const GpuLinear g = gpu_linear(&candidate, 1);
     float *output = scratch.array<float>((size_t)T * N);
     zero(m, output, (size_t)T * N * sizeof *output);
-    for_blocks(m, T, 0, quantize_floats_kernel, x, s, K, in.a, in.scale);
-    gpu_gemm_w4a8(&g, in.a, in.scale, T, NULL, output, m->stream);
+    add_w4a8(m, scratch, &candidate, x, s, T, output);
     return sum(m, output, y, (size_t)T * N, true);
 }
 
@@ -3396,25 +3355,13 @@ static double smoothed_distance(Machine *m, const Linear *w, const float *x, int
 
 /* ---- weights --------------------------------------------------------------------------------- */
 
+/* Elements [n] become To; *not_finite is set if one of them is NaN or infinite. */
 template <typename From, typename To>
-__global__ void convert_kernel(const From *from, size_t n, To *to, int *not_finite) {
-    size_t stride = (size_t)gridDim.x * blockDim.x;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
-        const To x = (float)from[i];
-        if (!isfinite((float)x)) *not_finite = 1;
-        to[i] = x;
-    }
-}
-
-/* Elements [n] of a dtype become To; *not_finite is set if one of them is NaN or infinite. */
-template <typename To>
-static void convert(const void *from, DType dtype, size_t n, To *to, int *not_finite,
-                    cudaStream_t stream) {
-    auto run = [&](auto *x) { convert_kernel<<<1024, 256, 0, stream>>>(x, n, to, not_finite); };
-    if (dtype == F32) run((const float *)from);
-    else if (dtype == F16) run((const half *)from);
-    else run((const __nv_bfloat16 *)from);
-    cuda_check(cudaGetLastError(), "convert_kernel");
+static void convert(const void *from, size_t n, To *to, int *not_finite) {
+    for_each(0, n, [=] __device__(size_t i) {
+        to[i] = (float)((const From *)from)[i];
+        if (!isfinite((float)to[i])) *not_finite = 1;
+    });
 }
 
 template <typename T> static void copy_to_gpu(T *to, const void *from, size_t n) {
@@ -3433,13 +3380,16 @@ constexpr size_t UPLOAD = 64 << 20; // bytes at a time
  * once and not copied on the host. False if one is NaN or infinite. */
 template <typename To> static bool upload_weights(const Linear *l, To *to, uint8_t *buffer) {
     const size_t count = (size_t)l->N * l->K, size = dtype_size(l->dtype), at_once = UPLOAD / size;
+    auto *convert_to = l->dtype == F32   ? convert<float, To>
+                       : l->dtype == F16 ? convert<half, To>
+                                         : convert<__nv_bfloat16, To>;
     // 1. piece by piece, converted on the GPU
     int *not_finite = (int *)(buffer + UPLOAD), found;
     cuda_check(cudaMemset(not_finite, 0, sizeof(int)), "cudaMemset");
     for (size_t i = 0; i < count; i += at_once) {
         const size_t n = min(at_once, count - i);
         copy_to_gpu(buffer, (const uint8_t *)l->w + i * size, n * size);
-        convert(buffer, l->dtype, n, to + i, not_finite, 0);
+        convert_to(buffer, n, to + i, not_finite);
     }
     // 2. what the kernels have found
     cuda_check(cudaMemcpy(&found, not_finite, sizeof found, cudaMemcpyDeviceToHost),
@@ -3656,24 +3606,19 @@ static double gpu_copy_bandwidth(void) {
 constexpr int CHUNK_TOKENS = 1024;            // of a prompt, which go through the layers together
 constexpr size_t CUBLAS_WORKSPACE = 32 << 20; // bytes, as NVIDIA recommends for Hopper
 
-/* Arrays that lie one after the other in one piece of memory. */
-struct Places {
-    uint8_t *memory;
-    size_t used;
-    template <typename T> void operator()(T *&p, size_t count) {
-        p = (T *)(memory + used);
-        used += (count * sizeof(T) + 255) / 256 * 256;
-    }
-};
-
-/* Lays the arrays of a state out in s->memory, or from address 0 on: returns their size. */
-static size_t place_buffers(GpuState *s) {
+/* Lays the arrays of a state out in s->memory, one behind the other. Returns their size, which
+ * needs no memory. */
+static size_t lay_out_arrays(GpuState *s) {
     const Config *c = &s->model->config;
     const size_t T = s->max_T, B = s->n_sequences;
     const size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = c->n_kv_heads * c->head_dim;
     const size_t widest = max((size_t)max(c->dim, c->hidden_dim), q_dim);
     const bool q = s->model->quantized;
-    Places take = {s->memory, 0};
+    size_t used = 0;
+    auto take = [&](auto *&p, size_t n) {
+        p = (std::remove_reference_t<decltype(p)>)(s->memory + used);
+        used += ceil_div(n * sizeof *p, 256) * 256;
+    };
     // 1. of T tokens
     take(s->tokens, T);
     take(s->x, T * c->dim);
@@ -3703,7 +3648,7 @@ static size_t place_buffers(GpuState *s) {
     take(s->logits, max((size_t)LOGIT_ROWS, B) * c->vocab_size);
     take(s->scores, LOGIT_ROWS);
     take(s->cublas_workspace, CUBLAS_WORKSPACE);
-    return take.used;
+    return used;
 }
 
 /* The sizes of a state, before its memory is there. */
@@ -3723,7 +3668,7 @@ static GpuState plan_state(const GpuModel *g, int n_sequences, int context, int 
     // Enough blocks to fill the GPU, two of 8 warps per multiprocessor; about a tile per warp.
     int rows = decode_rows(&g->config) * n_sequences, parts = max(2, (context + 64) / (8 * 16));
     s.splits = max(1, min(min(MAX_SPLITS, parts), 2 * multiprocessors() / rows));
-    s.bytes = place_buffers(&s);
+    s.bytes = lay_out_arrays(&s);
     return s;
 }
 
@@ -3741,7 +3686,7 @@ static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, 
     // 1. memory of the GPU
     *s = plan_state(g, n_sequences, context, kv_bits);
     s->memory = (uint8_t *)device_alloc(s->bytes);
-    place_buffers(s);
+    lay_out_arrays(s);
     // zeros: counters, and the cache, where numbers not yet written must at least be finite.
     cuda_check(cudaMemset(s->memory, 0, s->bytes), "cudaMemset");
     upload_rope(c, context, s->rope);
@@ -3965,6 +3910,11 @@ static size_t free_bytes() {
 
 static size_t start_bytes(const Workload *work) {
     return scratch_bytes(work) + rope_bytes(work) + CUBLAS_WORKSPACE + SUM_BLOCKS * sizeof(double);
+}
+
+static bool read_weights(Machine *m, const Linear *from, float *w) {
+    cuda_check(cudaStreamSynchronize(m->stream), "quantization");
+    return upload_weights(from, w, m->scratch);
 }
 
 static void *array(Machine *m, size_t bytes, bool on_host) {
