@@ -1206,9 +1206,9 @@ struct SharedRow {
 };
 
 /* Over all threads of a block, each of which gets the result. */
-template <typename T> __device__ static T block_sum(T x) {
+__device__ static float block_sum(float x) {
     // within each warp, then each warp adds up the sums of all
-    __shared__ T sums[32];
+    __shared__ float sums[32];
     for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
     __syncthreads();
@@ -1620,6 +1620,16 @@ static void embed(GpuState *s, const int *tokens, int T) {
     const int dim = s->model->config.dim;
     launch(embed_kernel, {dim3(T), row_threads(T, dim)}, s->stream, s->model->embedding, tokens,
            s->chosen, dim, s->x);
+}
+
+/* In double, of a block of THREADS threads; only thread 0 gets the result. */
+__device__ static double block_sum(double x) {
+    __shared__ double sums[WARPS];
+    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    for (int i = 1; i < WARPS; i++) x += sums[i];
+    return x;
 }
 
 /* The negative log-likelihood of each row's target; one block per row. Twin: score(). */
@@ -3411,14 +3421,11 @@ GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
     const bool groups = parts[0].s_group;
     const int multiple = groups ? GROUP : UNIT;
     if (l.K % multiple) die("a linear with K = %d: it must be a multiple of %d", l.K, multiple);
-    size_t largest = 0;
     for (int i = 0; i < n_parts; i++) {
-        const Linear *part = &parts[i];
-        if (part->N % 64) die("a linear with N = %d: it must be a multiple of 64", part->N);
-        if (part->K != l.K || (part->s_group != NULL) != groups)
+        if (parts[i].N % 64) die("a linear with N = %d: it must be a multiple of 64", parts[i].N);
+        if (parts[i].K != l.K || (parts[i].s_group != NULL) != groups)
             die("linears of different K or kinds of scales cannot be stacked");
-        l.N += part->N;
-        largest = max(largest, (size_t)part->N);
+        l.N += parts[i].N;
     }
     // 2. memory
     l.w = (uint32_t *)device_alloc((size_t)l.N * l.K / 2);
@@ -3426,18 +3433,15 @@ GpuLinear gpu_linear_create(const Linear *parts, int n_parts) {
     if (groups) l.s_group = (uint8_t *)device_alloc((size_t)l.N * (l.K / GROUP));
 
     // 3. one part after the other: to the GPU as in the file, and there into the kernel's order
-    uint16_t *qweight = (uint16_t *)device_alloc(largest * l.K / 2);
-    uint8_t *s_group = groups ? (uint8_t *)device_alloc(largest * (l.K / GROUP)) : NULL;
-    float *s_channel = (float *)device_alloc(largest * sizeof(float));
     for (int i = 0, first = 0; i < n_parts; first += parts[i++].N) {
         const size_t n = (size_t)parts[i].N * l.K;
-        copy_to_gpu((uint8_t *)qweight, parts[i].qweight, n / 2);
-        if (groups) copy_to_gpu(s_group, parts[i].s_group, n / GROUP);
-        copy_to_gpu(s_channel, parts[i].s_channel, parts[i].N);
-        layout_weights(l, first, parts[i].N, qweight, s_group, s_channel, 0);
+        uint8_t *qweight = upload_array<uint8_t>(parts[i].qweight, n / 2);
+        uint8_t *s_group = groups ? upload_array<uint8_t>(parts[i].s_group, n / GROUP) : NULL;
+        float *s_channel = upload_array<float>(parts[i].s_channel, parts[i].N);
+        layout_weights(l, first, parts[i].N, (uint16_t *)qweight, s_group, s_channel, 0);
+        cuda_check(cudaDeviceSynchronize(), "layout of weights");
+        device_free(qweight, s_group, s_channel);
     }
-    cuda_check(cudaDeviceSynchronize(), "layout of weights");
-    device_free(qweight, s_group, s_channel);
     return l;
 }
 
