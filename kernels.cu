@@ -2132,18 +2132,22 @@ template <int HEAD_DIM, int BITS> struct CacheTile {
     RowPart<HEAD_DIM, BITS, 8> v[4];                // positions 2t, 2t + 1, 2t + 8, 2t + 9
     half k_scale[2], v_scale[2];                    // of positions g and g + 8, in 8 bits
 
-    __device__ __forceinline__ void load_keys(const GpuCache &cache, size_t row) {
+    /* Of all 16 positions from `row` on, or of position row + `only`. */
+    __device__ __forceinline__ void load_keys(const GpuCache &cache, size_t row, int only = -1) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         for (int i = 0; i < 2; i++) {
+            if (only >= 0 && only != g + 8 * i) continue;
             k[i].load(cache.keys + (row + g + 8 * i) * ROW, t);
             if (BITS < 16) k_scale[i] = __ldcg(cache.k_scales + row + g + 8 * i);
         }
     }
-    __device__ __forceinline__ void load_values(const GpuCache &cache, size_t row) {
+    __device__ __forceinline__ void load_values(const GpuCache &cache, size_t row, int only = -1) {
         const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         for (int i = 0; i < 4; i++) {
-            v[i].load(cache.values + (row + 2 * t + i / 2 * 8 + i % 2) * ROW, g);
-            if (BITS < 16 && i < 2) v_scale[i] = __ldcg(cache.v_scales + row + g + 8 * i);
+            const int at = 2 * t + i / 2 * 8 + i % 2, scaled = g + 8 * i;
+            if (only < 0 || only == at) v[i].load(cache.values + (row + at) * ROW, g);
+            if (BITS == 16 || i >= 2 || (only >= 0 && only != scaled)) continue;
+            v_scale[i] = __ldcg(cache.v_scales + row + scaled);
         }
     }
 };
@@ -2377,16 +2381,14 @@ __global__ void __launch_bounds__(THREADS, 2)
     const DecodeBlock b = decode_block<HEAD_DIM>(p);
 
     // 1. Older tokens have been in the cache since earlier steps, see embed_kernel: a warp's
-    // first tile is on its way before qkv is ready, unless the new token is in that tile.
+    // first tile is on its way before qkv is ready.
     CacheTile<HEAD_DIM, BITS> kv;
     const int warp = threadIdx.x / 32, tile = b.tile0 + warp;
-    const bool has_new = tile == b.pos / 16;
-    auto load_first = [&]() {
-        if (tile >= b.tile1) return;
-        kv.load_keys(p.cache, b.cache_row + tile * 16);
-        kv.load_values(p.cache, b.cache_row + tile * 16);
+    auto load_first = [&](int only) {
+        kv.load_keys(p.cache, b.cache_row + tile * 16, only);
+        kv.load_values(p.cache, b.cache_row + tile * 16, only);
     };
-    if (!has_new) load_first();
+    if (tile < b.tile1) load_first(-1);
     // 2. The queries; and in the block that has the end of the sequence two warps write the new
     // token's key and value.
     wait_for_previous_kernel();
@@ -2397,7 +2399,8 @@ __global__ void __launch_bounds__(THREADS, 2)
         store_token<HEAD_DIM, BITS>(p.cache, b.cache_row + b.pos, b.pos, !is_value, row, p.rope);
     }
     __syncthreads();
-    if (has_new) load_first();
+    // The warp whose tile has the new token reads that row again.
+    if (tile < b.tile1 && tile == b.pos / 16) load_first(b.pos % 16);
     // 3. This block's part of the positions.
     Attended<HEAD_DIM> a;
     attend_tiles(b, p.cache, kv, tile, queries, a);
