@@ -640,6 +640,7 @@ __device__ __forceinline__ void dequantize_step(const uint4 (&w)[2], uint32_t s_
     for (int i = 0; i < 2; i++) {
         const uint32_t words[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
         for (int r = 0; r < 4; r++) {
+            // odd registers are the lower rows of the tile, which have a scale of their own
             uint32_t s = __byte_perm(s_group, 0, 0x4440 + 2 * i + r % 2);
             left[i][r] = dequantize<GROUPS>(words[r], step, s);
             if (ORDERED) asm volatile("" : "+r"(left[i][r]));
@@ -699,6 +700,7 @@ __device__ __forceinline__ void multiply_step(int (&acc)[2][N_TILES][4], const u
     constexpr int PAIR = N_TILES == 1 ? 1 : 2;
     for (int j = 0; j < N_TILES; j += PAIR) {
         uint32_t b[2 * PAIR];
+        // the right operands, which both m16 tiles use
         load_matrices(b, from + j * 8 * 128);
         for (int t = 0; t < PAIR; t++) {
             mma(acc[0][j + t], a[0], b[2 * t], b[2 * t + 1]);
@@ -759,6 +761,7 @@ __device__ __forceinline__ void load_scales(const GemmArgs &p, const float *s_ch
                                             Scales<M_TILES> &s) {
     using Floats = typename Scales<M_TILES>::Floats;
     const int lane = threadIdx.x % 32, channel = lane / 4 * 4, first = lane % 4 * 2;
+    // per channel, then per token with its residual
     s.s_channel = *(const Floats *)(s_channel + channel);
     for (int t = 0; t < 2; t++) {
         const float *x = p.residual + (size_t)(m0 + first + t) * p.N + n0 + channel;
@@ -1021,13 +1024,15 @@ static void launch_gemm(const GemmArgs &p, cudaStream_t stream) {
 
 /* Only as many teams as keep the multiprocessors busy: each team is one more sum to add. */
 template <bool GROUPS> static void launch_few(const GemmArgs &p, cudaStream_t stream) {
+    // 1. all activations must fit in shared memory
     const size_t shared = (size_t)min(FEW, p.M) * ceil_div(p.K, 128) * 128;
     if (shared > FEW_SHARED) return launch_gemm<16, 8, GROUPS>(p, stream);
 
     const int strips = p.N / STRIP;
-    // fewer teams, as long as the blocks fill the multiprocessors 1.4 times
+    // 2. fewer teams, as long as the blocks fill the multiprocessors 1.4 times
     int teams = WARPS;
     while (teams > 1 && strips * teams / 2 * 5 >= WARPS * multiprocessors() * 7) teams /= 2;
+    // 3. a block for each eight pairs of a strip and a team
     const dim3 grid(ceil_div(strips * teams, WARPS), ceil_div(p.M, FEW));
     launch(gemm_few_kernel<GROUPS>, {grid, THREADS, shared, CARVEOUT}, stream, p, teams);
 }
@@ -1044,7 +1049,8 @@ static void launch_mma(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream
     case GEMM_64X2:
         return launch_gemm<64, 2, GROUPS>(p, stream);
     default:
-        return launch_gemm<128, 1, GROUPS>(p, stream); // and where Hopper's cannot run
+        // and where Hopper's cannot run
+        return launch_gemm<128, 1, GROUPS>(p, stream);
     }
 }
 
@@ -1056,9 +1062,12 @@ static bool launch_hopper(GemmKernel kernel, const GemmArgs &p, cudaStream_t str
  * one GPU. The choice for Hopper was measured: see hopper_kernels. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     const int sms = multiprocessors();
+    // 1. few tokens: the time is that of the weights
     if (M <= FEW) return GEMM_FEW;
     if (M <= 16) return GEMM_16X8;
+    // 2. wgmma
     if (GemmKernel k = GEMM_128X1; !portable && choose_hopper(l, M, &k)) return k;
+    // 3. mma.sync
     if (M <= 128 && ceil_div(M, 64) * ceil_div(l->N, 64) <= sms) return GEMM_64X4;
     if (M > 64 && ceil_div(M, 128) * ceil_div(l->N, 256) >= sms) return GEMM_128X1;
     return 2 * ceil_div(M, 64) * ceil_div(l->N, 128) >= sms ? GEMM_64X2 : GEMM_16X8;
@@ -1905,6 +1914,7 @@ __device__ __forceinline__ void score_tile(const QueryRows<HEAD_DIM> &rows, uint
                                            float (&s)[KEYS / 8][4]) {
     const int lane = threadIdx.x % 32;
     for (int j = 0; j < KEYS / 8; j++) {
+        // s of 8 keys: over all dimensions, two steps at a time
         for (int step = 0; step < rows.STEPS; step += 2) {
             uint32_t b[4];
             load_matrices(b, k_tile + swizzled(j * 8 + lane % 8, step * 2 + lane / 8, KEYS));
@@ -1955,6 +1965,7 @@ __device__ __forceinline__ void add_values(const float (&p)[KEYS / 8][4], uint32
         // the sums of two n8 tiles of s are the left operand for 16 keys
         const uint32_t left[4] = {pack(p[j][0], p[j][1]), pack(p[j][2], p[j][3]),
                                   pack(p[j + 1][0], p[j + 1][1]), pack(p[j + 1][2], p[j + 1][3])};
+        // over all dimensions of the output, two tiles at a time
         for (int d = 0; d < HEAD_DIM / 8; d += 2) {
             uint32_t b[4]; // 16 keys x 16 dimensions
             load_matrices_transposed(b, v_tile + swizzled(j * 8 + lane % 16, d + lane / 16, KEYS));
@@ -2115,9 +2126,11 @@ template <int BITS>
 __device__ __forceinline__ void rows_to_halves(const uint32_t *a, const uint32_t *b, int e,
                                                uint32_t (&h)[2]) {
     if (BITS == 16) {
+        // dimension 2e of both rows, then 2e + 1
         h[0] = __byte_perm(a[e], b[e], 0x5410);
         h[1] = __byte_perm(a[e], b[e], 0x7632);
     } else {
+        // the four bytes side by side, then two halves at a time
         uint32_t bytes = __byte_perm(a[e / 2], b[e / 2], e % 2 ? 0x7362 : 0x5140) ^ 0x80808080;
         h[0] = bytes_to_halves(bytes, false);
         h[1] = bytes_to_halves(bytes, true);
@@ -2193,6 +2206,7 @@ __device__ __forceinline__ void score_positions(const Queries<HEAD_DIM> &queries
         uint32_t a[4], b[4]; // positions g, g + 8
         row_to_halves<BITS>(kv.k[0].words + j * BITS / 4, a);
         row_to_halves<BITS>(kv.k[1].words + j * BITS / 4, b);
+        // left operands: the first and the second four of eight dimensions
         const uint32_t even_k[4] = {a[0], b[0], a[1], b[1]}, odd_k[4] = {a[2], b[2], a[3], b[3]};
         const uint4 q = queries.q[j][threadIdx.x % 32];
         mma(s, even_k, q.x, q.y);
@@ -2262,13 +2276,17 @@ attend_tiles(const DecodeBlock &b, const GpuCache &cache, CacheTile<HEAD_DIM, BI
     for (; tile < b.tile1; tile += WARPS) {
         const size_t next = b.cache_row + (tile + WARPS) * 16;
         const bool more = tile + WARPS < b.tile1;
+        // 1. scores
         float s[4] = {};
         score_positions(queries, kv, s);
         const half k_scale[2] = {kv.k_scale[0], kv.k_scale[1]};
-        if (more) kv.load_keys(cache, next); // used keys make room for the next tile
+        // 2. used keys make room for the next tile
+        if (more) kv.load_keys(cache, next);
+        // 3. weights, and the sum of weighted values
         softmax_positions<HEAD_DIM, BITS>(b.pos, tile * 16, k_scale, kv.v_scale, s, a);
         add_positions(s, kv, a);
-        __syncwarp(); // loaded any earlier, values would find no register free: spills
+        // 4. The next values. Loaded any earlier, they would find no register free: spills.
+        __syncwarp();
         if (more) kv.load_values(cache, next);
     }
 }
@@ -2781,6 +2799,7 @@ __device__ static float search_group_scales(const float *row, const float *impor
 __device__ static float plain_group_scales(const float *row, int K, float max, uint8_t *s_group) {
     const float scale = max / 225 * 2;
     for (int g = threadIdx.x / 32; g < K / GROUP; g += WARPS) {
+        // the largest weight of the group; s_group is the nearest multiple of the row's scale
         uint32_t largest = 0;
         for (int k = threadIdx.x % 32; k < GROUP; k += 32)
             largest = ::max(largest, __float_as_uint(fabsf(row[g * GROUP + k])));
@@ -2796,10 +2815,12 @@ __global__ void __launch_bounds__(THREADS)
                          uint8_t *s_group) {
     const float *row = w + (size_t)blockIdx.x * K;
     if (s_group) s_group += (size_t)blockIdx.x * (K / GROUP);
+    // 1. the largest weight of the row
     uint32_t largest = 0;
     for (int k = threadIdx.x; k < K; k += THREADS)
         largest = ::max(largest, __float_as_uint(fabsf(row[k])));
     const float max = __uint_as_float(block_max(largest));
+    // 2. the scales: ones for zeros, or searched, or plain
     float scale = 1;
     if (max < 1.17549435e-38f) { // zeros, or so near to it that a scale would underflow
         for (int g = threadIdx.x; s_group && g < K / GROUP; g += THREADS) s_group[g] = 1;
@@ -2839,9 +2860,11 @@ static void round_to_nearest(Machine *m, const float *w, const float *importance
 __global__ void norm_kernel(const float *x, const float *weight, int dim, float eps, float *y) {
     x += (size_t)blockIdx.x * dim;
     y += (size_t)blockIdx.x * dim;
+    // 1. the mean square
     float sum = 0;
     for (int i = threadIdx.x; i < dim; i += THREADS) sum += x[i] * x[i];
     const float scale = 1.0f / sqrtf(block_sum(sum) / dim + eps);
+    // 2. the row
     for (int i = threadIdx.x; i < dim; i += THREADS) y[i] = x[i] * scale * weight[i];
 }
 
@@ -2858,11 +2881,13 @@ __global__ void quantize_floats_kernel(const float *x, const float *s, int K, in
     x += (size_t)blockIdx.x * K;
     a += (size_t)blockIdx.x * K;
     auto value = [=](int k) { return s ? x[k] / s[k] : x[k]; };
+    // 1. the scale of the row
     uint32_t largest = 0;
     for (int k = threadIdx.x; k < K; k += THREADS)
         largest = max(largest, __float_as_uint(fabsf(value(k))));
     const float scale = activation_scale(block_max(largest));
     if (threadIdx.x == 0) s_a[blockIdx.x] = scale;
+    // 2. the codes
     for (int k = threadIdx.x; k < K; k += THREADS) a[k] = quantize_one(value(k), scale);
 }
 
@@ -2881,6 +2906,7 @@ static void norm(Machine *m, const float *x, const float *weight, int T, bool in
         for_blocks(m, T, 0, norm_kernel, x, weight, dim, eps, y);
         return;
     }
+    // as the kernels of the forward pass do: quantized, and back in float32
     Scratch s(m);
     const LinearInput in = int8_input(s, T, dim);
     gpu_rmsnorm(x, weight, T, dim, eps, in, m->stream);
@@ -2911,12 +2937,14 @@ static size_t window_bytes(const Workload *work) {
 static void attend_windows(Machine *m, Scratch &s, const half *qkv, int N, int T, half *att) {
     const Config *c = &m->work.config;
     const int length = m->work.length;
+    // 1. a cache of one window, which every window uses
     GpuCache cache = {};
     cache.bits = 16;
-    cache.keys = s.array<uint8_t>(window_bytes(&m->work)); // of one window after the other
+    cache.keys = s.array<uint8_t>(window_bytes(&m->work));
     cache.values = s.array<uint8_t>(window_bytes(&m->work));
     cache.n_kv_heads = c->n_kv_heads;
     cache.context = length;
+    // 2. one window after the other
     for (size_t t = 0; t < (size_t)T; t += length)
         attend_prompt(c, qkv + t * N, {length, 0, 0}, m->rope, cache, {},
                       att + t * c->n_heads * c->head_dim, m->stream);
@@ -3312,6 +3340,7 @@ __global__ void mean_square_kernel(const float *x, const float *s, int T, int K,
                                    float *mean_square) {
     __shared__ float sums[WARPS][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = blockIdx.x * 32 + lane;
+    // 1. every warp sums up its rows
     float sum = 0;
     for (int t = warp; k < K && t < T; t += WARPS) {
         float value = x[(size_t)t * K + k] / s[k];
@@ -3319,6 +3348,7 @@ __global__ void mean_square_kernel(const float *x, const float *s, int T, int K,
     }
     sums[warp][lane] = sum;
     __syncthreads();
+    // 2. the first warp adds up all sums
     if (warp > 0 || k >= K) return;
     for (int i = 1; i < WARPS; i++) sum += sums[i][lane];
     mean_square[k] = sum;
@@ -3331,6 +3361,7 @@ static Linear scratch_linear(Scratch &s, const Linear *like, int group_size) {
     l.N = like->N;
     l.K = like->K;
     l.dtype = U8;
+    // codes and scales
     l.qweight = s.array<uint8_t>(n / 2);
     l.s_channel = s.array<float>(l.N);
     if (group_size > 0) l.s_group = s.array<uint8_t>(n / GROUP);
@@ -3583,6 +3614,7 @@ static void gpu_model_free(GpuModel *g) {
         for (Matrix *m : {&l->qkv, &l->o, &l->gate_up, &l->down}) free_matrix(m);
         device_free(l->attention_norm, l->ffn_norm);
     }
+    // lm_head may be the same table as the embedding
     if (g->lm_head.w != g->embedding) free_matrix(&g->lm_head);
     device_free(g->embedding, g->norm);
     free(g->layers);
@@ -3596,6 +3628,7 @@ static double gpu_copy_bandwidth(void) {
     uint8_t *buffer = (uint8_t *)device_alloc(2 * bytes);
     double best = INFINITY;
     for (int pass = 0; pass < 3; pass++) {
+        // several copies, so that starting them does not count; the best pass of three
         const double start = seconds();
         for (int i = 0; i < copies; i++) {
             cuda_check(cudaMemcpyAsync(buffer, buffer + bytes, bytes, cudaMemcpyDeviceToDevice),
@@ -3712,6 +3745,7 @@ static GpuState *gpu_state_new(const GpuModel *g, int n_sequences, int context, 
 static void gpu_state_free(GpuState *s) {
     if (!s) return;
     cuda_check(cudaStreamSynchronize(s->stream), "forward pass");
+    // the graph and the handles first, then the memory that they use
     if (s->step) cuda_check(cudaGraphExecDestroy(s->step), "cudaGraphExecDestroy");
     cublas_check(CUBLAS(cublasDestroy_v2)(s->cublas));
     cuda_check(cudaStreamDestroy(s->stream), "cudaStreamDestroy");
@@ -3888,12 +3922,15 @@ static size_t scratch_bytes(const Workload *work) {
     const size_t qkv = q_dim + 2 * (size_t)c->n_kv_heads * c->head_dim;
     const size_t dim = c->dim, K = max(max(dim, (size_t)c->hidden_dim), q_dim);
     const size_t N = max(K, qkv), wide = max(2 * (size_t)c->hidden_dim, qkv);
+    // 1. the largest linear
     size_t weights = 0;
     for (int k = 0; k < N_LINEARS; k++) {
         int rows, columns;
         linear_shape(c, k, &rows, &columns);
         weights = max(weights, (size_t)rows * columns);
     }
+    // 2. each operation: forward passes, add_moments(), correct() and gptq(), invert(),
+    // smoothed_distance()
     const size_t pass = T * ((dim + wide + 1) * sizeof(float) + (qkv + q_dim) * sizeof(half) + K) +
                         2 * window_bytes(work);
     const size_t moments = T * (K + dim) * sizeof(float);
@@ -3901,6 +3938,7 @@ static size_t scratch_bytes(const Workload *work) {
     const size_t inverse = (K / 2 + LEAF) * (K / 2 + LEAF) * sizeof(double);
     const size_t search = searched * ((N + 1) * sizeof(float) + K) + weights * (sizeof(float) + 2) +
                           K * sizeof(float);
+    // 3. the largest of all; without tokens only weights are uploaded
     size_t bytes = UPLOAD + sizeof(int);
     if (T) bytes = max(max(bytes, max(pass, moments)), max(max(linear, inverse), search));
     return bytes + 16 * 256; // arrays are aligned
@@ -3931,6 +3969,7 @@ static void *array(Machine *m, size_t bytes, bool on_host) {
         m->host_arrays.push_back(p);
         return p;
     }
+    // arrays of the GPU begin as zeros
     p = device_alloc(bytes);
     m->arrays.push_back(p);
     zero(m, p, bytes);
@@ -3945,15 +3984,18 @@ static void copy(Machine *m, void *to, const void *from, size_t bytes) {
 static Machine *start(const Workload *work) {
     Machine *m = new Machine();
     m->work = *work;
+    // 1. the stream, and cuBLAS on it
     cuda_check(cudaStreamCreate(&m->stream), "cudaStreamCreate");
     cublas_check(CUBLAS(cublasCreate_v2)(&m->cublas));
     cublas_check(CUBLAS(cublasSetStream_v2)(m->cublas, m->stream));
     cublas_check(CUBLAS(cublasSetWorkspace_v2)(m->cublas, array(m, CUBLAS_WORKSPACE, false),
                                                CUBLAS_WORKSPACE));
+    // 2. memory
     m->sums = (double *)array(m, SUM_BLOCKS * sizeof(double), false);
     m->flag = (int *)array(m, sizeof(int), false);
     m->scratch_bytes = scratch_bytes(work);
     m->scratch = (uint8_t *)array(m, m->scratch_bytes, false);
+    // 3. what only the forward passes need
     if (!work->T) return m;
     m->rope = (float4 *)array(m, rope_bytes(work), false);
     upload_rope(&work->config, work->length, m->rope);
@@ -3970,6 +4012,7 @@ static void stop(Machine *m) {
 }
 
 const Operations *gpu_operations(void) {
+    // in the order of qqq.h: the machine and its memory, then the steps of the method
     static const Operations o = {.memory = "GPU memory",
                                  .sum_bytes = sizeof(float),
                                  .chunk_tokens = 8192,
