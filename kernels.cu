@@ -321,7 +321,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
  *       N  |                           |               N  |  y^T   |
  *          +---------------------------+                  +--------+
  *
- *       a chunk for one team of warps (TEAMS = 1: all 8):     a unit, one load of one warp:
+ *       a chunk for one team of warps (TEAMS = 1: all 8):     a unit, two loads of one warp:
  *
  *                 unit 0   unit 1   unit 2   unit 3                    64 k
  *                +--------+--------+--------+--------+            +------------+
@@ -336,17 +336,18 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
  *     word    channels  tokens  k           bytes         owner
  *     tile    CHANNELS  TOKENS  all         -             a block, one tile after the other
  *     strip   32        TOKENS  all         -             a warp: its part of a tile
- *     unit    32        -       64          1024 weights  a warp, in registers; 4 in flight
+ *     unit    32        -       64          1024          a warp, in registers; 4 in flight
  *     chunk   CHANNELS  TOKENS  256 TEAMS   -             a block: one pass of the main loop
  *     panel   -         TOKENS  128         128 TOKENS    a team, in shared memory: [TOKENS][128]
  *     stage   -         TOKENS  2 x 128     256 TOKENS    a team: its two panels of a chunk
  *     team    8 / TEAMS warps side by side along N; every team has its own part of each chunk
  *
- * How a weight reaches the tensor cores: one warp reads it, once, from global memory straight into
- * registers, four units before it is needed. It never enters shared memory, as no other warp would
- * read it there. The activations are read by all warps of a team: they go through shared memory,
- * one chunk ahead. With few tokens the warps do better side by side along K than along N. The 8
- * warps then form TEAMS teams with a pipeline each, and add up their sums at the end.
+ * How a weight reaches the tensor cores: for each tile of tokens one warp reads it from global
+ * memory straight into registers, four units before it is needed. It never enters shared memory, as
+ * no other warp would read it there. The activations are read by all warps of a team: they go
+ * through shared memory, one chunk ahead. With few tokens the warps do better side by side along K
+ * than along N. The 8 warps then form TEAMS teams with a pipeline each, and add up their sums at
+ * the end.
  *
  * Loops with constant bounds are unrolled by the compiler, which keeps arrays like `acc` in
  * registers; it is told to in the few places where it would not.
@@ -631,9 +632,9 @@ __device__ __forceinline__ uint32_t dequantize(uint32_t word, int step, uint32_t
     return (u * s + (0x80808080 - s * 0x08080808)) ^ 0x80808080;
 }
 
-/* mma's left operands of one step of a unit: two m16 tiles. ORDERED: before the registers of w are
- * loaded anew. Left to itself the compiler may dequantize afterwards, from a copy; that is faster
- * with 128 tokens only. */
+/* mma's left operands of one step of a unit: two m16 tiles. ORDERED: the compiler must dequantize
+ * before the registers of w are loaded anew. Otherwise it may do so afterwards, from a copy, which
+ * is faster with 128 tokens only. */
 template <bool GROUPS, bool ORDERED>
 __device__ __forceinline__ void dequantize_step(const uint4 (&w)[2], uint32_t s_group, int step,
                                                 uint32_t (&left)[2][4]) {
@@ -693,7 +694,7 @@ template <int TEAM_WARPS> __device__ __forceinline__ void team_barrier(int team)
 }
 
 /* acc [2 m16 tiles][N_TILES n8 tiles] += weights a . activations at `from`, k32. One ldmatrix reads
- * the right operands of two n8 tiles, four mma use them. */
+ * the right operands of two n8 tiles, and four mma use them; with one n8 tile two do. */
 template <int N_TILES>
 __device__ __forceinline__ void multiply_step(int (&acc)[2][N_TILES][4], const uint32_t (&a)[2][4],
                                               uint32_t from) {
@@ -857,7 +858,7 @@ __global__ void __launch_bounds__(THREADS, Shape<TOKENS, TEAMS>::BLOCKS)
         load_activations<TOKENS, TEAMS>(p, tiling, at, team, stage, half);
     };
 
-    // 1. Start to read weights: no kernel writes them, so they need not wait for the one before.
+    // 1. Start to read weights: no kernel ahead on the stream that may still run writes them.
     Position next(tiling);
     aim_weights(next);
     for (int u = 0; u < CHUNK_UNITS; u++) load_weights(u);
@@ -883,8 +884,9 @@ __global__ void __launch_bounds__(THREADS, Shape<TOKENS, TEAMS>::BLOCKS)
             if (filling == stages + 2 * S::STAGE) filling = stages;
 
 #pragma unroll
-            // 4. Multiply this chunk and load the next. There is no branch and no barrier, so the
-            // compiler can start loads and dequantize while the products before them run.
+            // 4. Multiply this chunk and load the next. There is no barrier, and from 32 tokens on
+            // no branch, so the compiler can start loads and dequantize while the products before
+            // them run.
             for (int u = 0; u < CHUNK_UNITS; u++) {
                 if (u < 2) load_half_stage(next, filling, u);
                 for (int step = 0; step < 2; step++) {
@@ -1058,8 +1060,8 @@ static void launch_mma(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream
 static bool choose_hopper(const GpuLinear *l, int M, GemmKernel *kernel);
 static bool launch_hopper(GemmKernel kernel, const GemmArgs &p, cudaStream_t stream);
 
-/* The largest tile of mma.sync that leaves few multiprocessors idle; a rule of thumb, not fitted to
- * one GPU. The choice for Hopper was measured: see hopper_kernels. */
+/* The largest tile of mma.sync that leaves at most half of the multiprocessors idle; a rule of
+ * thumb, not fitted to one GPU. The choice for Hopper was measured: see hopper_kernels. */
 GemmKernel gpu_gemm_choose(const GpuLinear *l, int M, bool portable) {
     const int sms = multiprocessors();
     // 1. few tokens: the time is that of the weights
@@ -4253,7 +4255,7 @@ __device__ __forceinline__ void feed(const Tiling &tiling, int tokens, const Ten
                         : INPUT == WEIGHTS   ? T::WEIGHT_BOX
                                              : T::SCALE_BOX;
     const int rows = INPUT == ACTIVATIONS ? tokens : box.rows;
-    if (INPUT == ACTIVATIONS) wait_for_previous_kernel(); // no kernel writes weights
+    if (INPUT == ACTIVATIONS) wait_for_previous_kernel(); // which writes no weights
     int i = 0;
     for (int t = blockIdx.x; t < tiling.tiles; t += gridDim.x) {
         const Tile tile = tile_number(t, tiling);
@@ -4399,6 +4401,10 @@ __device__ __forceinline__ void multiply_tiles(const GemmArgs &p, const Tiling &
         }
         // 3. The last stage is read.
         wgmma_wait<0>();
+        for (auto &tile : acc)
+            for (auto &sums : tile)
+                for (int &sum : sums)
+                    asm volatile("" : "+r"(sum)); // no use of acc moves before the wait
         if (used >= 0 && lane == 0) barrier_arrive(&ring.empty[used]);
         copy_async_wait();
 
